@@ -1,0 +1,293 @@
+"""What an adapter is asked to be: the fields every method has, their validation, plain dicts. Needs no torch."""
+
+import ast
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
+
+
+class TaskType(StrEnum):
+    """What the adapted model is for; decides which newly made heads are trained along."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+class PeftType(StrEnum):
+    """The methods, by the names that adapter folders carry."""
+
+    LORA = "LORA"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    BOTTLENECK = "BOTTLENECK"
+    BITFIT = "BITFIT"
+
+
+CONFIGS: dict[str, type["PeftConfig"]] = {}
+"""Every method's configuration class by its `peft_type`; filled as the files of `methods/` are imported."""
+
+
+def nearest(word: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """The known words that look most like `word`, best first; those that it ends in or that end in it come first."""
+    choices = sorted(set(known))
+    inside = [c for c in choices if word and (word in c or c in word)]
+    close = difflib.get_close_matches(word, choices, n=most, cutoff=0.5)
+    return list(dict.fromkeys([*close, *inside]))[:most]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error message: the nearest known words, or nothing."""
+    found = nearest(word, known)
+    return f" Did you mean {' or '.join(map(repr, found))}?" if found else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """The options that every method has. A method's own class adds its own, with the names of the field's files.
+
+    Raises:
+        TypeError: an option that this method does not have (the nearest name is told).
+        ValueError: a value out of its range, or two options that contradict each other.
+    """
+
+    kind: ClassVar[PeftType | None] = None
+    foreign: ClassVar[Mapping[str, Any]] = {}
+    """Fields of other programs' files that this method does not read, with the value at which they mean nothing."""
+
+    peft_type: str | None = None
+    """A check: the method that this configuration must be of. Left out, it is found."""
+    task_type: str | None = None
+    """One of `TaskType`: SEQ_CLS and TOKEN_CLS train the newly made classification head along."""
+    base_model_name_or_path: str | None = None
+    """Where the base came from: a hub id or a folder. Written by coadapt when an adapter is saved."""
+    revision: str | None = None
+    """The hub revision of the base."""
+    inference_mode: bool = False
+    """True: the adapter is attached frozen."""
+    modules_to_save: Sequence[str] | None = None
+    """Names of modules that get a full, trained copy inside the adapter (a new head, say)."""
+    adapter_name: str | None = None
+    """The adapter's name in the model; never written to disk."""
+    init_from: str | None = None
+    """Start from the weights of this attached adapter, which must be of the same shape."""
+    init_seed: int | None = None
+    """Seed of the random start; left out, the global generator is used."""
+
+    def __new__(cls, **options: Any) -> Self:
+        known = [f.name for f in fields(cls)]
+        for option in options:
+            if option not in known:
+                raise TypeError(
+                    f"{cls.__name__} has no option {option!r}.{did_you_mean(option, known)} It reads: {', '.join(known)}."
+                )
+        return super().__new__(cls)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" in cls.__dict__:
+            CONFIGS[str(cls.kind)] = cls
+
+    def __post_init__(self) -> None:
+        own = None if self.kind is None else str(self.kind)
+        if self.peft_type is not None and own is not None and str(self.peft_type) != own:
+            raise ValueError(f"{type(self).__name__} is of type {own}, but peft_type={str(self.peft_type)!r} was given.")
+        object.__setattr__(self, "peft_type", own or self.peft_type)
+        if self.task_type is not None and str(self.task_type) not in TaskType.__members__:
+            raise ValueError(
+                f"task_type={self.task_type!r} is unknown.{did_you_mean(str(self.task_type), TaskType.__members__)} "
+                f"Known: {', '.join(TaskType)}."
+            )
+        if self.adapter_name is not None:
+            check_name(self.adapter_name)
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save is a list of names; {self.modules_to_save!r} is one string.")
+
+    def positive(self, *names: str) -> None:
+        """Refuses fields that are not whole numbers of at least 1 (None passes)."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{type(self).__name__}: {name}={value!r} must be a whole number of at least 1.")
+
+    def probability(self, *names: str) -> None:
+        """Refuses fields outside of [0, 1)."""
+        for name in names:
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{type(self).__name__}: {name}={value!r} must lie in [0, 1).")
+
+    def choice(self, name: str, allowed: Sequence[Any]) -> None:
+        """Refuses a field whose value is none of `allowed`."""
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ValueError(
+                f"{type(self).__name__}: {name}={value!r} is not one of {', '.join(map(repr, allowed))}."
+                + did_you_mean(str(value), [str(a) for a in allowed])
+            )
+
+    def restates(self, **facts: int) -> None:
+        """Refuses a field that is given and says other than the model does: `restates(token_dim=768)`."""
+        for name, needed in facts.items():
+            given = getattr(self, name)
+            if given is not None and given != needed:
+                raise ValueError(
+                    f"{type(self).__name__}: {name}={given!r} does not fit this model, which needs {needed}. "
+                    f"Give {needed}, or leave it out: it is found."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values, but for `adapter_name`, which belongs to the model and not to the file."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "adapter_name"}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "PeftConfig":
+        """A configuration of the class that `values["peft_type"]` names.
+
+        Fields of other programs pass where they stand at their default.
+
+        Raises:
+            ValueError: an unknown method, or a field that would change the result and is not read here.
+        """
+        kind = str(values.get("peft_type"))
+        if kind not in CONFIGS:
+            raise ValueError(f"peft_type={kind!r} is not known here.{did_you_mean(kind, CONFIGS)} Known: {', '.join(CONFIGS)}.")
+        target = CONFIGS[kind]
+        if not issubclass(target, cls):
+            raise ValueError(f"This configuration is of type {kind}, which {cls.__name__} does not read; use PeftConfig.")
+        known = {f.name for f in fields(target)}
+        lost = {
+            k: v
+            for k, v in values.items()
+            if k not in known and k not in _NOTES and v not in (None, False, {}, [], "") and target.foreign.get(k, MISSING) != v
+        }
+        if lost:
+            raise ValueError(
+                f"This {kind} configuration sets {', '.join(f'{k}={v!r}' for k, v in lost.items())}, which coadapt does not "
+                "read; leaving it out would give other results. Remove it only if you know that it had no effect."
+            )
+        return target(**{k: v for k, v in values.items() if k in known})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None) -> "PeftConfig":
+        """Reads `adapter_config.json` from a local adapter folder.
+
+        Raises:
+            FileNotFoundError: the folder holds no adapter.
+            ValueError: the file is not a configuration that coadapt reads.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        file = folder / "adapter_config.json"
+        if not file.is_file():
+            there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no such folder"
+            raise FileNotFoundError(f"{folder} holds no adapter: adapter_config.json is missing (found: {there}).")
+        try:
+            values = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{file} holds a {type(values).__name__}, not the fields of a configuration.")
+        return cls.from_dict(cast(dict[str, Any], values))
+
+
+_NOTES = frozenset({"peft_version", "auto_mapping", "coadapt_version", "base_fingerprint", "transformers_version"})
+"""What files say about themselves; read by nobody."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetedConfig(PeftConfig):
+    """Options of the methods that sit at modules which the user can choose."""
+
+    target_modules: Sequence[str] | str | None = None
+    """Last parts of module names (`["q_proj", "mlp.up_proj"]`), a regular expression that matches whole names, or
+    `"all-linear"`. Left out, the method's usual places are found from the model's structure."""
+    exclude_modules: Sequence[str] | str | None = None
+    """Names or a regular expression, as in `target_modules`, of modules to leave out."""
+    layers_to_transform: Sequence[int] | int | None = None
+    """Only these layers, counted from 0."""
+    layers_pattern: Sequence[str] | str | None = None
+    """The name of the list of layers (`layers`, `h`), where a model has several."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError(f"{type(self).__name__}: layers_pattern has no effect without layers_to_transform.")
+        if isinstance(self.target_modules, Sequence) and not self.target_modules:
+            raise ValueError(f"{type(self).__name__}: target_modules is empty; leave it out to use the method's usual places.")
+
+
+def check_name(name: object) -> str:
+    """`name` if it can name an adapter and its folder.
+
+    Raises:
+        ValueError: it is empty, has a path separator or a character that the text form of compositions uses.
+    """
+    bad = sorted({c for c in str(name) if c in '/\\:*?"<>|+()' or c.isspace() or not c.isprintable()})
+    if not isinstance(name, str) or not name or bad or name[0] in ".-" or len(name) > 128 or _is_number(name):
+        why = f"; {', '.join(map(repr, bad))} cannot be in it" if bad else ""
+        raise ValueError(
+            f"{name!r} cannot name an adapter{why}. A name is also the name of its folder: letters, digits, '_', '-' "
+            "and '.', not starting with '-' or '.', at most 128 characters, and not a number."
+        )
+    return name
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case StrEnum():
+            return str(value)
+        case Path():
+            return str(value)
+        case Mapping():
+            return {str(k): _plain(v) for k, v in cast(Mapping[Any, Any], value).items()}
+        case list() | tuple():
+            return [_plain(v) for v in cast(Sequence[Any], value)]
+        case set() | frozenset():
+            return sorted(_plain(v) for v in cast(set[Any], value))
+        case _:
+            return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One field of a configuration class, as its source declares it."""
+
+    name: str
+    annotation: str
+    default: str
+    doc: str
+
+
+def declared_options(source: str) -> dict[str, list[Option]]:
+    """The configuration classes in a Python source text: class name -> fields with the text under each.
+
+    Read from the source and not by import, so that help texts need no torch.
+    """
+    return {
+        node.name: list(_options(node))
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
+    }
+
+
+def _options(node: ast.ClassDef) -> Iterable[Option]:
+    for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if not isinstance(field, ast.AnnAssign) or "ClassVar" in (kind := ast.unparse(field.annotation)):
+            continue
+        text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+        default = "" if field.value is None else ast.unparse(field.value)
+        yield Option(name=ast.unparse(field.target), annotation=kind, default=default, doc=" ".join(str(text).split()))

@@ -1,0 +1,172 @@
+"""An adapter: a name, a configuration, and one method at each of its places."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PeftConfig, TargetedConfig
+from . import target
+from .layer import Layer
+from .method import Method, ModuleMethod, WeightMethod, method_for
+from .target import Place
+
+
+class ModuleCopy(ModuleMethod):
+    """A full, trained copy of a module, called in its place: `modules_to_save`."""
+
+    config_class = PeftConfig
+
+    def __init__(self, config: PeftConfig, layer: Layer, shared: nn.Module | None = None) -> None:
+        super().__init__(config, layer, shared)
+        self.copy = copy.deepcopy(layer.module).requires_grad_(True)
+
+    @classmethod
+    def places(cls, config: PeftConfig, base: nn.Module) -> list[Place]:
+        found = target.by_name(
+            base, config.modules_to_save or (), f"{type(config).__name__}: modules_to_save"
+        )
+        return [Place(path, module) for path, module in found]
+
+    def forward(self, x: Tensor, base: Layer) -> Tensor:
+        return self.copy(x)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One method of an adapter, at one place."""
+
+    place: Place
+    method: Method
+    key: str
+    """Attribute path of the method below the adapter."""
+
+
+class Adapter(nn.Module):
+    """A named set of trained weights. Its parameters lie under `sites`, by the path of the module that they adapt."""
+
+    def __init__(self, name: str, config: PeftConfig) -> None:
+        super().__init__()
+        self.name, self.config = name, config
+        self.sites = nn.Module()
+        self.shared: nn.Module | None = None
+        self.parts: list[Part] = []
+        self.two_stacks = False
+        """Whether the base is an encoder-decoder."""
+        self.facts: dict[str, Any] = {}
+        """What the base told about itself for fields that the configuration left out."""
+
+    def add(self, place: Place, method: Method) -> None:
+        site = attribute(place.path.replace(".", "/"))
+        if not hasattr(self.sites, site):
+            self.sites.add_module(site, nn.Module())
+        kind = type(method).__name__.lower()
+        getattr(self.sites, site).add_module(kind, method)
+        self.parts.append(Part(place, method, f"sites.{site}.{kind}"))
+
+    @property
+    def weight(self) -> Tensor:
+        """All its parameters as one vector, with their gradients' graph."""
+        return torch.cat([p.reshape(-1) for p in self.parameters()])
+
+    @property
+    def attribute(self) -> str:
+        """What the view calls it."""
+        return attribute(self.name)
+
+    def extra_repr(self) -> str:
+        return f"{self.name!r}, {type(self.config).__name__}, {len(self.parts)} sites"
+
+
+def attribute(name: str) -> str:
+    """`name` as an attribute of a bare module: no dot, no name that modules use for themselves."""
+    safe = name.replace("%", "%25").replace(".", "%2E") or "/"
+    return f"%{safe}" if hasattr(nn.Module(), safe) else safe
+
+
+def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False) -> Adapter:
+    """A new adapter with its parameters, on the devices of the modules it adapts; `base` is not changed.
+
+    Args:
+        half: keep bf16 and fp16 for the adapter's parameters where the base has them; fp32 otherwise.
+
+    Raises:
+        ValueError: the configuration does not fit the model.
+    """
+    cls = method_for(config)
+    config = with_head(config, base)
+    adapter = Adapter(name, config)
+    adapter.two_stacks = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    adapter.facts = cls.facts(config, base)
+    places = cls.places(config, base)
+    with _seeded(config.init_seed):
+        adapter.shared = cls.shared(config, base, places)
+        for place in places:
+            adapter.add(place, make(cls, config, place, base, adapter.shared, half))
+        for companion in cls.companions(config, base, places):
+            for place in companion.places:
+                adapter.add(place, make(companion.method, companion.config, place, base, None, half))
+    for place in ModuleCopy.places(config, base):
+        adapter.add(place, make(ModuleCopy, config, place, base, None, half))
+    adapter.requires_grad_(not config.inference_mode)
+    return adapter
+
+
+def with_head(config: PeftConfig, base: nn.Module) -> PeftConfig:
+    """For classification, the newly made head is trained along, as in the field."""
+    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS") or config.modules_to_save is not None:
+        return config
+    heads = [name for name in target.HEADS if hasattr(base, name)]
+    targeted = isinstance(config, TargetedConfig) and isinstance(config.target_modules, Sequence)
+    heads = [h for h in heads if not targeted or h not in (config.target_modules or ())]  # type: ignore[attr-defined]
+    return replace_options(config, modules_to_save=heads) if heads else config
+
+
+def replace_options(config: PeftConfig, **changes: Any) -> PeftConfig:
+    """A configuration with some fields changed."""
+    return dataclasses.replace(config, **changes)
+
+
+def make(
+    cls: type[Method], config: PeftConfig, place: Place, base: nn.Module, shared: nn.Module | None, half: bool
+) -> Method:
+    """One method at one place, in the place's device and, unless that is half precision, its dtype."""
+    like = Layer(place.module, place.path).like()
+    made: Callable[..., Method] = cls
+    if place.reads is not None:
+        method = made(config, Layer(place.module, place.path), shared, Layer(place.reads[1], place.reads[0]))
+    elif issubclass(cls, WeightMethod | ModuleMethod):
+        method = made(config, Layer(place.module, place.path), shared)
+    else:
+        method = made(config, place, base, shared)
+    wide = like.dtype in (torch.float32, torch.float64) or half
+    dtype = like.dtype if wide else torch.float32
+    if like.is_meta:
+        return method.to(dtype=dtype)
+    return method.to(device=like.device, dtype=dtype)
+
+
+def _seeded(seed: int | None) -> AbstractContextManager[Any]:
+    if seed is None:
+        return nullcontext()
+    return _Seeded(seed)
+
+
+class _Seeded:
+    """Context: the global generator starts from `seed`, and goes on afterwards as if nothing had been drawn."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.before = torch.get_rng_state()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_rng_state(self.before)
+

@@ -1,0 +1,160 @@
+"""A composition around one call, for methods of any kind: the general path beside lowrank.py's fast one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .composition import Gate, Node, Seq, Weight, per_row
+from .frame import Frame
+from .layer import Adapted, Around, Known, Layer
+from .site import first_input
+
+Methods = Mapping[str, Sequence[nn.Module]]
+"""Adapter name -> its methods at one site, in the order in which they stand around the call."""
+
+
+def around(node: Node, layer: Layer, methods: Methods) -> Layer:
+    """`layer` seen through `node`. A name that has nothing here changes nothing."""
+    if isinstance(node, str):
+        for method in methods.get(node, ()):
+            layer = Adapted(layer, method)
+        return layer
+    if isinstance(node, Seq):
+        for child in node.children:
+            layer = around(child, layer, methods)
+        return layer
+    children = [
+        (c, w)
+        for c, w in zip(node.children, node.weights, strict=True)
+        if _has(c, methods) and not (isinstance(w, float) and w == 0)
+    ]
+    if not children:
+        return layer
+    if len(children) == 1 and isinstance(children[0][1], float) and children[0][1] == 1.0:
+        return around(children[0][0], layer, methods)
+    return _Summed(layer, children, methods)
+
+
+def _has(node: Node, methods: Methods) -> bool:
+    return node in methods if isinstance(node, str) else any(_has(c, methods) for c in node.children)
+
+
+class _Summed(Around):
+    """f + sum_i g_i (e_i(f) - f)"""
+
+    def __init__(self, inner: Layer, children: Sequence[tuple[Node, Weight]], methods: Methods) -> None:
+        super().__init__(inner)
+        self.terms = [(child, Gate().times(weight)) for child, weight in children]
+        self.methods = methods
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        known = Known(self.inner, x, y)
+        out = y
+        for child, gate in self.terms:
+            change = around(child, known, self.methods)(x) - y
+            out = out + _gated(gate.value(len(x), y), change)
+        return out
+
+    @property
+    def bias(self) -> Tensor | None:
+        inner = self.inner.bias
+        changed = [(around(c, self.inner, self.methods).bias, gate) for c, gate in self.terms]
+        if all(b is inner for b, _ in changed):
+            return inner
+        start = torch.zeros_like(next(b for b, _ in changed if b is not None)) if inner is None else inner
+        return start + sum(_number(g) * (start * 0 if b is None else b - start) for b, g in changed)
+
+    def weight(self) -> Tensor:
+        inner = self.inner.weight()
+        return inner + sum(
+            _number(g) * (around(c, self.inner, self.methods).weight() - inner) for c, g in self.terms
+        )
+
+
+def _gated(gate: float | Tensor, change: Tensor) -> Tensor:
+    if isinstance(gate, Tensor):
+        gate = gate.to(change.dtype)
+        return gate.view(-1, *[1] * (change.dim() - 1)) * change if gate.dim() else gate * change
+    return gate * change
+
+
+def _number(gate: Gate) -> float | Tensor:
+    if any(isinstance(f, Tensor) for f in gate.factors):
+        raise ValueError(
+            "A composition with a gate per row cannot be merged: its rows would need different weights."
+        )
+    return gate.value(1, torch.empty(0)) if gate.factors else gate.number
+
+
+class NodeCall:
+    """What a plan has at a module where not everything has factors."""
+
+    def __init__(self, layer: Layer, nodes: Sequence[Node], methods: Methods) -> None:
+        self.layer, self.nodes, self.methods = layer, tuple(nodes), methods
+
+    def __call__(
+        self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        x, call = first_input(forward, args, kwargs)
+        rest: tuple[Any, ...] | None = None
+
+        def frozen(z: Any) -> Tensor:
+            nonlocal rest
+            out = call(z)
+            if isinstance(out, tuple):
+                out, *others = out
+                rest = tuple(others)
+            return out
+
+        y = self.run(frame, x, Layer(self.layer.module, self.layer.path, frozen))
+        return y if rest is None else (y, *rest)
+
+    def run(self, frame: Frame, x: Any, layer: Layer) -> Tensor:
+        if frame.rows is None:
+            return around(self.nodes[0], layer, self.methods)(x)
+        y = layer(x)
+        known = Known(layer, x, y)
+        chosen = per_row(frame.rows, len(x)).to(y.device)
+        out = y
+        for c, node in enumerate(self.nodes):
+            adapted = around(node, known, self.methods)
+            if adapted is not known:
+                here = (chosen == c).view(-1, *[1] * (y.dim() - 1))
+                out = torch.where(here, adapted(x), out)
+        return out
+
+
+class SpanCall(NodeCall):
+    """As NodeCall, where the methods read the input of another module, further up in the same block."""
+
+    def __init__(self, layer: Layer, nodes: Sequence[Node], methods: Methods, reads: str, inner: Any) -> None:
+        super().__init__(layer, nodes, methods)
+        self.reads, self.inner = reads, inner
+
+    def __call__(
+        self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        x = frame.inputs.pop(self.reads)
+
+        def below(_: Any) -> Tensor:
+            return (
+                forward(*args, **kwargs) if self.inner is None else self.inner(frame, forward, args, kwargs)
+            )
+
+        return self.run(frame, x, Layer(self.layer.module, self.layer.path, below))
+
+
+class NotingCall:
+    """Notes a module's input for a SpanCall."""
+
+    def __init__(self, path: str, inner: Any) -> None:
+        self.path, self.inner = path, inner
+
+    def __call__(
+        self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        frame.inputs[self.path] = first_input(forward, args, kwargs)[0]
+        return forward(*args, **kwargs) if self.inner is None else self.inner(frame, forward, args, kwargs)

@@ -1,0 +1,116 @@
+"""What is known of a base model while adapters are attached to it: whose sites, what trained before, what is merged."""
+
+import hashlib
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import site
+from .frame import carry, uncarry
+
+_BASES: "weakref.WeakKeyDictionary[nn.Module, Base]" = weakref.WeakKeyDictionary()
+
+
+def base_of(model: nn.Module) -> "Base":
+    """The record of a base model; made for the first view, and gone with the last."""
+    if model not in _BASES:
+        _BASES[model] = Base(model)
+    return _BASES[model]
+
+
+class Base:
+    """One record per base model, shared by all of its views."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self.lock = threading.RLock()
+        self.views: set[int] = set()
+        self.sites: Counter[nn.Module] = Counter()
+        self.running: Counter[int] = Counter()
+        """How many calls each view is in."""
+        self.merged_by: int | None = None
+        self.trained: list[nn.Parameter] = []
+        self._fingerprint: str | None = None
+        self._checkpointing: list[nn.Module] | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        assert model is not None
+        return model
+
+    def enter(self, view: int) -> None:
+        """A view begins to use the base: the first freezes it."""
+        with self.lock:
+            if not self.views:
+                self.trained = [p for p in self.model.parameters() if p.requires_grad]
+                self.model.requires_grad_(False)
+            self.views.add(view)
+
+    def leave(self, view: int, modules: Iterable[nn.Module]) -> None:
+        """A view goes: its sites are taken off; the last one restores what trained before."""
+        with self.lock:
+            if view not in self.views:
+                return
+            self.detach(modules)
+            self.views.discard(view)
+            if self.merged_by == view:
+                self.merged_by = None
+            if not self.views:
+                for parameter in self.trained:
+                    parameter.requires_grad_(True)
+                if (model := self._model()) is not None:
+                    uncarry(model.modules())
+                    _BASES.pop(model, None)
+
+    def attach(self, modules: Iterable[nn.Module]) -> None:
+        """Makes modules sites, counting who needs them."""
+        with self.lock:
+            for module in modules:
+                self.sites[module] += 1
+                site.make(module)
+
+    def detach(self, modules: Iterable[nn.Module]) -> None:
+        """Takes away one need for each of `modules`; those that nobody needs are plain modules again."""
+        with self.lock:
+            for module in modules:
+                self.sites[module] -= 1
+                if self.sites[module] <= 0:
+                    del self.sites[module]
+                    site.unmake(module)
+
+    def carry_frames(self) -> None:
+        """Checkpointed layers take the frame along, also where checkpointing was enabled since the last call."""
+        if self._checkpointing is None:
+            self._checkpointing = [m for m in self.model.modules() if hasattr(m, "gradient_checkpointing")]
+        carry(self._checkpointing)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells bases apart: names and shapes of all weights, and a sample of their values rounded to bf16."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.model)
+        return self._fingerprint
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """`"<structure>-<values>"`, 16 hexadecimal digits each. The same in fp32 and bf16; unknown values are left out."""
+    structure, values = hashlib.sha256(), hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        structure.update(f"{name}:{tuple(parameter.shape)};".encode())
+        if parameter.is_floating_point() and not parameter.is_meta and parameter.numel():
+            values.update(_sample(parameter))
+    return f"{structure.hexdigest()[:16]}-{values.hexdigest()[:16]}"
+
+
+def _sample(parameter: Tensor, count: int = 64) -> bytes:
+    flat = parameter.detach().reshape(-1)
+    index = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long().to(flat.device)
+    chosen: Any = flat[index].to(torch.bfloat16).cpu().view(torch.int16)
+    return chosen.numpy().tobytes()

@@ -1,0 +1,103 @@
+"""What a call hands down to the sites below it, and takes along into recomputation."""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+
+class SiteCall(Protocol):
+    """What stands around one module's forward in one plan."""
+
+    def __call__(
+        self, frame: "Frame", forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any: ...
+
+
+class Frame:
+    """One call of a view: what stands at each site, and which composition each row of the batch uses."""
+
+    def __init__(
+        self, calls: Mapping[nn.Module, SiteCall], attention: Mapping[nn.Module, Any], rows: Tensor | None
+    ) -> None:
+        self.calls, self.attention = calls, attention
+        self.rows = rows
+        """(B,) indices into the plan's compositions, or None where there is one for all."""
+        self.inputs: dict[str, Any] = {}
+        """Inputs of modules that a site further on reads, by path; each is taken out when it is read."""
+
+
+class _Active(threading.local):
+    frame: Frame | None = None
+    carried: bool = False
+
+
+_active = _Active()
+
+
+def current() -> Frame | None:
+    """The frame of the call that is running on this thread."""
+    return _active.frame
+
+
+class entered:
+    """Context: `frame` is the current one. Nests; an exception leaves nothing behind."""
+
+    def __init__(self, frame: Frame | None, carried: bool = False) -> None:
+        self.frame, self.carried = frame, carried
+
+    def __enter__(self) -> None:
+        self.before = (_active.frame, _active.carried)
+        _active.frame, _active.carried = self.frame, self.carried
+
+    def __exit__(self, *_: object) -> None:
+        _active.frame, _active.carried = self.before
+
+
+def refuse_lost_frame() -> None:
+    """Called at a site that has no frame. Raises RuntimeError inside of a recomputation that did not take it along."""
+    if not torch.compiler.is_compiling() and not _active.carried and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "A part of the model is recomputed in the backward without knowing which adapters were active. "
+            "Where you call torch.utils.checkpoint.checkpoint yourself, call coadapt.checkpoint instead."
+        )
+
+
+class Carried:
+    """A checkpointing function that takes the frame of the forward along into the recomputation, on any thread."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        frame = current()
+
+        def again(*inputs: Any, **named: Any) -> Any:
+            with entered(frame, carried=True):
+                return function(*inputs, **named)
+
+        return self.checkpoint(again, *args, **kwargs)
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:
+    """`torch.utils.checkpoint.checkpoint`, for modules that call it themselves under a PeftModel."""
+    return Carried(torch.utils.checkpoint.checkpoint)(function, *args, use_reentrant=use_reentrant, **kwargs)
+
+
+def carry(modules: Iterable[nn.Module]) -> None:
+    """Lets every checkpointing function that is set on `modules` take the frame along."""
+    for module in modules:
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(function, Carried):
+            module.__dict__["_gradient_checkpointing_func"] = Carried(function)
+
+
+def uncarry(modules: Iterable[nn.Module]) -> None:
+    """Undoes `carry`."""
+    for module in modules:
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(function, Carried):
+            module.__dict__["_gradient_checkpointing_func"] = function.checkpoint

@@ -1,0 +1,324 @@
+"""The embedded input as a site: virtual tokens in front of it, and everything that has to move along with them.
+
+Masks, positions, packing, token types, caches, the length of the output, and what a decoder sees of its encoder.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .composition import Gate, Node, Seq, per_row
+from .frame import Frame
+from .method import InputMethod
+from .target import Place
+
+
+@dataclass(frozen=True)
+class Backbone(Place):
+    """The module that embeds its input and runs the layers; its role is "encoder" or "decoder"."""
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        module: Any = self.module
+        return module.get_input_embeddings()
+
+    @property
+    def width(self) -> int:
+        """D of the embedded sequence."""
+        return self.embedding.embedding_dim
+
+
+def backbones(base: Any) -> list[Backbone]:
+    """The encoder, then the decoder, that `base` has.
+
+    Raises:
+        ValueError: the model is none of transformers', so that nothing says where its input is embedded.
+    """
+    config = getattr(base, "config", None)
+    if config is None or not hasattr(base, "get_input_embeddings"):
+        raise ValueError(
+            f"Virtual tokens need a transformers model, whose input embedding can be found; this is a {type(base).__name__}. "
+            "Use a method that sits at layers or modules (LoraConfig, BottleneckConfig)."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        found = [("encoder", base.get_encoder()), ("decoder", base.get_decoder())]
+    else:
+        module = getattr(base, base.base_model_prefix, base)
+        causal = getattr(config, "is_decoder", False) or _is_causal(base)
+        found = [("decoder" if causal else "encoder", module)]
+    paths = {id(m): n for n, m in base.named_modules()}
+    return [Backbone(paths[id(m)], m, role=role) for role, m in found]
+
+
+def _is_causal(base: Any) -> bool:
+    marks = [getattr(m, "is_causal", None) for m in base.modules()]
+    return bool(getattr(base, "can_generate", lambda: False)()) or any(m is True for m in marks)
+
+
+def stack_facts(base: Any) -> dict[str, Any]:
+    """What files of prompts and prefixes restate of any model: its task, how many stacks and layers it has."""
+    stacks = backbones(base)
+    generates = getattr(base, "can_generate", lambda: False)()
+    found = ("SEQ_2_SEQ_LM" if len(stacks) == 2 else "CAUSAL_LM") if generates else None
+    layers = base.config.get_text_config().num_hidden_layers
+    return {"task_type": found, "num_transformer_submodules": len(stacks), "num_layers": layers}
+
+
+def takes_positions(base: Any) -> bool:
+    """Whether the positions of the input can be told to the model."""
+    return any("position_ids" in inspect.signature(b.module.forward).parameters for b in backbones(base))
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """The virtual tokens of one call: embeddings (B, N, D), which of them are real (B, N), and whether all are."""
+
+    embeds: Tensor
+    real: Tensor
+    full: bool
+
+    @property
+    def count(self) -> int:
+        return self.embeds.shape[1]
+
+
+class InputCall:
+    """What a plan has at a backbone: prompts, and the shift of positions that prefixes ask for."""
+
+    def __init__(
+        self,
+        place: Backbone,
+        nodes: Sequence[Node],
+        methods: Mapping[str, InputMethod],
+        offsets: Sequence[int],
+        encoder: "InputCall | None",
+    ) -> None:
+        self.place, self.nodes, self.methods = place, tuple(nodes), methods
+        self.offsets = tuple(offsets)
+        self.encoder = encoder
+        """The call at the encoder whose states this decoder reads, where that one has virtual tokens."""
+        self.names = [
+            n
+            for n in inspect.signature(place.module.forward).parameters
+            if n not in ("self", "args", "kwargs")
+        ]
+        self.cuts = place.role == "decoder" or not _feeds_a_decoder(place.module)
+        self.keeps = any(m.keeps_virtual_tokens for m in methods.values())
+
+    # ---- the virtual tokens ------------------------------------------------------------------------------------------
+
+    def virtual(self, frame: Frame, like: Tensor) -> Virtual | None:
+        """The prompts for a call with embeddings like `like`, (B, T, D); shorter ones are padded on the left."""
+        found = [self._tokens(node) for node in self.nodes]
+        longest = max((len(t) for t in found if t is not None), default=0)
+        if not longest:
+            return None
+        padded: list[Tensor] = []
+        for tokens in found:
+            tokens = (
+                like.new_zeros(0, like.shape[2])
+                if tokens is None
+                else tokens.to(device=like.device, dtype=like.dtype)
+            )
+            padded.append(F.pad(tokens, (0, 0, longest - len(tokens), 0)))
+        count = [0 if t is None else len(t) for t in found]
+        table, lengths = torch.stack(padded), torch.tensor(count, device=like.device)
+        rows = self._rows(frame, like)
+        real = torch.arange(longest, device=like.device) >= longest - lengths[rows, None]
+        return Virtual(table[rows], real, all(c == longest for c in count))
+
+    def _tokens(self, node: Node) -> Tensor | None:
+        """(N, D): in a Seq one after the other, in a Sum added. None where nothing of `node` is a prompt."""
+        if isinstance(node, str):
+            return self.methods[node].prompt() if node in self.methods else None
+        weights = getattr(node, "weights", (1.0,) * len(node.children))
+        pairs = [
+            (self._tokens(c), w)
+            for c, w in zip(node.children, weights, strict=True)
+            if not (isinstance(w, float) and w == 0)
+        ]
+        found = [(t, w) for t, w in pairs if t is not None]
+        if not found:
+            return None
+        if isinstance(node, Seq):
+            return torch.cat([t for t, _ in found])
+        lengths = sorted({len(t) for t, _ in found})
+        if len(lengths) > 1:
+            raise ValueError(
+                f"A Sum adds prompts token by token; these have {lengths} tokens. Put them in a Seq to join them."
+            )
+        if any(isinstance(w, Tensor) for _, w in found):
+            raise ValueError("A prompt cannot have a gate per row; say with adapter_names which rows use it.")
+        total = found[0][0] * 0
+        for tokens, weight in found:
+            gate = Gate().times(weight).value(1, tokens)
+            total = total + gate * tokens
+        return total
+
+    def _rows(self, frame: Frame, like: Tensor) -> Tensor:
+        if frame.rows is None:
+            return torch.zeros(len(like), dtype=torch.long, device=like.device)
+        return per_row(frame.rows.to(like.device), len(like))
+
+    def shift(self, frame: Frame, like: Tensor) -> Tensor | None:
+        """(B, 1) by how much prefixes move the positions, or None."""
+        if not any(self.offsets):
+            return None
+        return torch.tensor(self.offsets, device=like.device)[self._rows(frame, like)][:, None]
+
+    # ---- the call ----------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if self.encoder is not None:
+            self._widen_encoder_mask(frame, call)
+        if call.get("inputs_embeds") is None:
+            call["inputs_embeds"] = self.place.embedding(call["input_ids"])
+        call.pop("input_ids", None)
+        embeds: Tensor = call["inputs_embeds"]
+        virtual, shift = self.virtual(frame, embeds), self.shift(frame, embeds)
+        if virtual is None and shift is None:
+            return forward(**call)
+        past = _cached(call.get("past_key_values"))
+        keep: Tensor | None = None
+        if virtual is not None:
+            keep = self._insert(call, virtual, past)
+        self._move_positions(call, virtual, shift, past)
+        out = forward(**call)
+        return out if keep is None or self.keeps or not self.cuts else _cut(out, keep, self.place.module)
+
+    def _insert(self, call: dict[str, Any], virtual: Virtual, past: int) -> Tensor | None:
+        """Puts the virtual tokens in, where the cache does not hold them already. Returns where the real ones are, (B, T)."""
+        embeds, mask, positions = call["inputs_embeds"], call.get("attention_mask"), call.get("position_ids")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise ValueError(
+                "Virtual tokens need an attention mask of shape (batch, tokens); this call has "
+                f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}. Static caches make such masks: "
+                "use the dynamic cache with prompts."
+            )
+        batch, length, _ = embeds.shape
+        if mask is not None or not virtual.full:
+            seen = (
+                mask
+                if mask is not None
+                else virtual.real.new_ones(batch, past + length - (virtual.count if past else 0))
+            )
+            call["attention_mask"] = torch.cat([virtual.real.to(seen.dtype), seen], dim=1)
+        if past:
+            return None
+        if mask is None and positions is not None and (starts := _restarts(positions)) is not None:
+            return _pack(call, virtual, starts)
+        call["inputs_embeds"] = torch.cat([virtual.embeds, embeds], dim=1)
+        if call.get("token_type_ids") is not None:
+            call["token_type_ids"] = F.pad(call["token_type_ids"], (virtual.count, 0))
+        return torch.arange(length, device=embeds.device).expand(batch, -1) + virtual.count
+
+    def _move_positions(
+        self, call: dict[str, Any], virtual: Virtual | None, shift: Tensor | None, past: int
+    ) -> None:
+        """Shifts the real tokens' positions, and numbers the virtual ones from 0."""
+        positions = call.get("position_ids")
+        if "position_ids" not in self.names or call.pop("_packed", False) and shift is None:
+            return
+        embeds = call["inputs_embeds"]
+        new = virtual.count if virtual is not None and not past else 0
+        length = embeds.shape[1] - new
+        if positions is None and shift is None and (virtual is None or virtual.full):
+            return  # the model counts from the front, virtual tokens included
+        if positions is None:
+            before = past - (virtual.count if virtual is not None and past else 0)
+            positions = torch.arange(before, before + length, device=embeds.device)[None] + _first_position(
+                self.place.module
+            )
+        elif positions.shape[-1] == embeds.shape[1] and new:  # packed: they are in place already
+            call["position_ids"] = positions if shift is None else positions + shift
+            return
+        if virtual is not None:
+            positions = positions + virtual.real.sum(1, keepdim=True)
+            if new:
+                own = (virtual.real.long().cumsum(1) - 1).clamp(min=0) + _first_position(self.place.module)
+                positions = torch.cat([own, positions.expand(len(own), -1)], dim=1)
+        call["position_ids"] = positions if shift is None else positions + shift
+
+    def _widen_encoder_mask(self, frame: Frame, call: dict[str, Any]) -> None:
+        states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
+        assert self.encoder is not None
+        if states is None or mask is None or mask.shape[1] == states.shape[1]:
+            return
+        virtual = self.encoder.virtual(frame, states)
+        if virtual is not None and mask.shape[1] + virtual.count == states.shape[1]:
+            call["encoder_attention_mask"] = torch.cat([virtual.real.to(mask.dtype), mask], dim=1)
+
+
+def _feeds_a_decoder(module: Any) -> bool:
+    return bool(getattr(module.config, "is_encoder_decoder", False)) or "T5" in type(module).__name__
+
+
+def _first_position(module: Any) -> int:
+    """RoBERTa and its kin count positions from the padding index on."""
+    padding = getattr(getattr(module, "embeddings", None), "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
+
+
+def _cached(cache: Any) -> int:
+    """How many positions a cache holds."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def _restarts(positions: Tensor) -> Tensor | None:
+    """(B, T) which tokens begin a packed sequence, or None where every row is one sequence."""
+    starts = positions == 0
+    starts[..., 0] = True
+    return starts if bool(starts[..., 1:].any()) else None
+
+
+def _pack(call: dict[str, Any], virtual: Virtual, starts: Tensor) -> Tensor:
+    """Gives each packed sequence its own virtual tokens, so that it equals the sequence alone. Returns where the real ones are."""
+    if not virtual.full:
+        raise ValueError(
+            "Packed rows need virtual tokens of one length; these rows use prompts of unequal lengths."
+        )
+    embeds, positions, n = call["inputs_embeds"], call["position_ids"], virtual.count
+    batch, length, width = embeds.shape
+    starts, positions = starts.expand(batch, -1), positions.expand(batch, -1)
+    number = starts.long().cumsum(1)  # (B, T): which sequence of its row a token lies in, from 1
+    at = torch.arange(length, device=embeds.device) + number * n
+    total = length + int(number.max()) * n
+    out = embeds.new_zeros(batch, total, width).scatter(1, at[..., None].expand(-1, -1, width), embeds)
+    where = torch.zeros(batch, total, dtype=positions.dtype, device=embeds.device).scatter(
+        1, at, positions + n
+    )
+    rows, columns = starts.nonzero(as_tuple=True)
+    for j in range(n):
+        slots = at[rows, columns] - n + j
+        out = out.index_put((rows, slots), virtual.embeds[rows, j])
+        where = where.index_put((rows, slots), torch.full_like(slots, j))
+    call.update(inputs_embeds=out, position_ids=where, use_cache=False)
+    if call.get("token_type_ids") is not None:
+        raise ValueError("Packed rows with virtual tokens cannot have token_type_ids.")
+    return at
+
+
+def _cut(out: Any, keep: Tensor, module: Any) -> Any:
+    """The output without the virtual tokens' states: as long as the input."""
+
+    def cut(states: Tensor) -> Tensor:
+        return states.gather(1, keep[..., None].expand(-1, -1, states.shape[2]))
+
+    if isinstance(out, tuple):
+        return (cut(out[0]), *out[1:])
+    if isinstance(out, Tensor):
+        return cut(out)
+    out["last_hidden_state"] = cut(out["last_hidden_state"])
+    if out.get("hidden_states") is not None:
+        out["hidden_states"] = tuple(cut(s) for s in out["hidden_states"])
+    if out.get("pooler_output") is not None:
+        out["pooler_output"] = module.pooler(out["last_hidden_state"])
+    return out

@@ -1,0 +1,217 @@
+"""A layer as a method sees it: callable, with a float weight in (O, I, *K) order. The only file about dtype."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .store import store_of
+
+
+def _linear(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def _conv(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    return module._conv_forward(x, weight, None)
+
+
+def _embedding(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    y = F.embedding(x, weight.mT, module.padding_idx)
+    return y * module.embed_scale if hasattr(module, "embed_scale") else y  # transformers' scaled embeddings
+
+
+def _norm(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    return F.layer_norm(x, module.normalized_shape, weight, None, module.eps)
+
+
+def _same(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    return weight.mT
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one class of layers uses its weight."""
+
+    name: str
+    apply: Callable[[Any, Tensor, Tensor], Tensor]
+    """(module, x, weight in (O, I, *K) order) -> output without the bias."""
+    canonical: Callable[[Tensor], Tensor] = _same
+    """The stored weight to (O, I, *K); its own inverse."""
+    channel: int = -1
+    """The dim of O in the output."""
+    factors: bool = True
+    """Whether the weight is a matrix, or convolution kernels, that can be written as a product."""
+
+
+LINEAR = Kind("linear", _linear)
+KINDS: dict[type[nn.Module], Kind] = {
+    nn.Linear: LINEAR,
+    nn.Embedding: Kind("embedding", _embedding, _transposed),
+    nn.Conv1d: Kind("conv", _conv, channel=1),
+    nn.Conv2d: Kind("conv", _conv, channel=1),
+    nn.Conv3d: Kind("conv", _conv, channel=1),
+    nn.LayerNorm: Kind("norm", _norm, factors=False),
+}
+_CONV1D = Kind("linear", _linear, _transposed)  # GPT-2's: a linear layer whose weight is stored as (I, O)
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind of layer that `module` is, or None for a module that has no single weight."""
+    for cls, kind in KINDS.items():
+        if isinstance(module, cls):
+            return kind
+    shapes = sys.modules.get("transformers.pytorch_utils")
+    if shapes is not None and isinstance(module, shapes.Conv1D):
+        return _CONV1D
+    return LINEAR if hasattr(module, "in_features") and hasattr(module, "weight") else None
+
+
+class Layer:
+    """The frozen layer at `path`. Subclasses are the same layer seen through an adapter."""
+
+    def __init__(self, module: nn.Module, path: str = "", call: Callable[[Any], Any] | None = None) -> None:
+        self.module, self.path, self.call = module, path, call
+
+    @property
+    def kind(self) -> Kind:
+        """Raises TypeError for a module without a single weight."""
+        kind = kind_of(self.module)
+        if kind is None:
+            known = ", ".join(cls.__name__ for cls in KINDS)
+            raise TypeError(
+                f"{self.path!r} is a {type(self.module).__name__}, which has no single weight to adapt. Target one of its "
+                f"layers ({known}), or use a method that works on activations (BottleneckConfig)."
+            )
+        return kind
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(O, I, *K); (O,) for a norm."""
+        return tuple(self.kind.canonical(store_of(self.module).read(self.module)).shape)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self.module, "bias", None)
+
+    @property
+    def width(self) -> int | None:
+        """D of what the module returns, or None where its layers do not tell."""
+        if kind_of(self.module) is not None:
+            return self.shape[0]
+        inner = [
+            Layer(m) for m in self.module.modules() if (k := kind_of(m)) is not None and k.name != "embedding"
+        ]
+        return inner[-1].shape[0] if inner else None
+
+    @property
+    def input_width(self) -> int | None:
+        """D of what the module is given, or None where its layers do not tell."""
+        if (kind := kind_of(self.module)) is not None:
+            return self.shape[1] if kind.factors else self.shape[0]
+        inner = [Layer(m) for m in self.module.modules() if (k := kind_of(m)) is not None and k.name != "embedding"]
+        return inner[0].input_width if inner else None
+
+    def weight(self) -> Tensor:
+        """(O, I, *K), detached."""
+        return self.kind.canonical(store_of(self.module).read(self.module))
+
+    def __call__(self, x: Any) -> Any:
+        assert self.call is not None
+        return self.call(x)
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The layer's operation with another weight, (O, I, *K), and bias, (O,)."""
+        y = self.kind.apply(self.module, x, weight.to(x.dtype) if x.is_floating_point() else weight)
+        return y if bias is None else y + self.along_channels(bias.to(y.dtype), y)
+
+    def mix(self, y: Tensor, matrix: Tensor) -> Tensor:
+        """The channels of y multiplied by `matrix`, (O, R)."""
+        return F.linear(y, matrix) if self.kind.channel == -1 else torch.einsum("or,br...->bo...", matrix, y)
+
+    def along_channels(self, vector: Tensor, y: Tensor) -> Tensor:
+        """A vector over O, shaped to broadcast against y."""
+        return vector.view(-1, *[1] * (y.dim() - 2)) if self.kind.channel == 1 else vector
+
+    def like(self) -> Tensor:
+        """A tensor of the module's device and floating dtype, for making parameters beside it."""
+        floats = (t for t in self.module.parameters() if t.is_floating_point())
+        return next(floats, torch.empty(0))
+
+
+class Around(Layer):
+    """`inner`, changed."""
+
+    def __init__(self, inner: Layer) -> None:
+        super().__init__(inner.module, inner.path)
+        self.inner = inner
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.inner.bias
+
+    def __call__(self, x: Any) -> Any:
+        return self.inner(x)
+
+    def weight(self) -> Tensor:
+        return self.inner.weight()
+
+
+class Known(Around):
+    """`inner`, whose answer to x is known to be y: spares the frozen layer a second run."""
+
+    def __init__(self, inner: Layer, x: Any, y: Any) -> None:
+        super().__init__(inner)
+        self.x, self.y = x, y
+
+    def __call__(self, x: Any) -> Any:
+        return self.y if x is self.x else self.inner(x)
+
+
+class Cast(Around):
+    """`inner`, called with z in the adapter's dtype where the model passed x."""
+
+    def __init__(self, inner: Layer, z: Tensor, x: Tensor) -> None:
+        super().__init__(inner)
+        self.z, self.x = z, x
+
+    def __call__(self, x: Tensor) -> Any:
+        return self.inner(self.x if x is self.z else x.to(self.x.dtype))
+
+
+class Adapted(Around):
+    """`inner` with one method around it."""
+
+    def __init__(self, inner: Layer, method: Any) -> None:
+        super().__init__(inner)
+        self.method = method
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.method.merge_bias(self.inner.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        own = next((p.dtype for p in self.method.parameters() if p.is_floating_point()), None)
+        if own is None or not x.is_floating_point():
+            y = self.method(x, self.inner)
+            return y.to(self.module_dtype(y))
+        z = x.to(own)
+        return self.method(z, Cast(self.inner, z, x)).to(x.dtype)
+
+    def module_dtype(self, y: Tensor) -> torch.dtype:
+        return self.like().dtype if y.is_floating_point() else y.dtype
+
+    def weight(self) -> Tensor:
+        if not hasattr(self.method, "merge"):
+            raise TypeError(
+                f"{type(self.method).__name__} at {self.path!r} is not a map of a weight, so it cannot be merged."
+            )
+        return self.method.merge(self.inner.weight())

@@ -1,0 +1,140 @@
+"""Putting a composition into the base's weights, and taking it out again to the bit."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapter import Adapter, ModuleCopy, Part
+from .around import around
+from .composition import Node, names
+from .layer import Layer
+from .method import AttentionMethod, InputMethod, WeightMethod
+from .store import store_of
+
+
+@dataclass
+class Merged:
+    """What was merged, and what the base held before."""
+
+    node: Node
+    modules: frozenset[nn.Module]
+    originals: list[tuple[nn.Module, str, nn.Parameter | None]] = field(default_factory=list)
+    kept: bool = True
+
+
+@torch.no_grad()
+def merge(base: nn.Module, adapters: Mapping[str, Adapter], node: Node, keep_original: bool = True) -> Merged:
+    """Writes W' = node(W) into every layer of the base that `node` adapts; prompts and prefixes stay beside it.
+
+    All new weights are made and checked before the first is written.
+
+    Raises:
+        TypeError: a method in `node` is not a map of weights.
+        ValueError: nothing to merge, a gate per row, or a result that is not finite.
+    """
+    sites: dict[nn.Module, dict[str, list[Part]]] = {}
+    for name in names(node):
+        for part in adapters[name].parts:
+            if isinstance(part.method, AttentionMethod | InputMethod):
+                continue
+            if not isinstance(part.method, WeightMethod | ModuleCopy):
+                raise TypeError(
+                    f"Adapter {name!r} cannot be merged: {type(part.method).__name__} at {part.place.path!r} is not a map of "
+                    "weights. Nothing was changed."
+                )
+            sites.setdefault(part.place.module, {}).setdefault(name, []).append(part)
+    if not sites:
+        raise ValueError(f"{node!r} adapts no weight, so there is nothing to merge.")
+    writes: list[tuple[nn.Module, str, torch.Tensor | None]] = []
+    for module, parts in sites.items():
+        writes += _new_weights(module, parts, node)
+    for module, name, value in writes:
+        if value is not None and not torch.isfinite(value).all():
+            path = next(n for n, m in base.named_modules() if m is module)
+            raise ValueError(f"Merging {node!r} gives a {name} of {path!r} that is not finite. Nothing was changed.")
+    done = Merged(node, frozenset(sites), kept=keep_original)
+    for module, name, value in writes:
+        old = getattr(module, name)
+        if keep_original:
+            done.originals.append((module, name, old))
+        if name == "weight" and value is not None:
+            store_of(module).write(module, value)
+        else:
+            setattr(module, name, None if value is None else nn.Parameter(value, requires_grad=False))
+    if keep_original:
+        _to_cpu(base, done)
+    return done
+
+
+@torch.no_grad()
+def unmerge(done: Merged) -> None:
+    """Puts the very parameters back that stood there before, ties included."""
+    for module, name, old in reversed(done.originals):
+        now = getattr(module, name)
+        if old is not None and now is not None and old.device != now.device:
+            old.data = old.data.to(now.device)
+        setattr(module, name, old)
+
+
+def _new_weights(module: nn.Module, parts: Mapping[str, Sequence[Part]], node: Node) -> list[tuple[nn.Module, str, torch.Tensor | None]]:
+    path = next(iter(parts.values()))[0].place.path
+    if any(isinstance(p.method, ModuleCopy) for found in parts.values() for p in found):
+        return _copied(module, parts, node)
+    layer = around(node, Layer(module, path), {name: [p.method for p in found] for name, found in parts.items()})
+    stored = layer.kind.canonical(layer.weight())
+    out: list[tuple[nn.Module, str, torch.Tensor | None]] = [(module, "weight", stored.to(Layer(module, path).like().dtype))]
+    if layer.bias is not layer_bias(module):
+        bias = layer.bias
+        out.append((module, "bias", None if bias is None else bias.to(stored.device, Layer(module, path).like().dtype)))
+    return out
+
+
+def layer_bias(module: nn.Module) -> torch.Tensor | None:
+    """The bias of a layer, or None."""
+    return getattr(module, "bias", None)
+
+
+def _copied(module: nn.Module, parts: Mapping[str, Sequence[Part]], node: Node) -> list[tuple[nn.Module, str, torch.Tensor | None]]:
+    found = [p for own in parts.values() for p in own]
+    if len(found) != 1 or not isinstance(node, str) and len(names(node)) != 1 and not _is_plain_sum(node):
+        raise ValueError(f"{found[0].place.path!r} is a full copy in one adapter and changed by another; merge them one by one.")
+    source = found[0].method.copy
+    owners = {name: owner for name, owner in module.named_modules()}
+    return [
+        (owners[name.rpartition(".")[0]], name.rpartition(".")[2], value.detach().clone()) for name, value in source.named_parameters()
+    ]
+
+
+def _is_plain_sum(node: Node) -> bool:
+    return all(isinstance(c, str) for c in node.children) and all(w == 1.0 for w in getattr(node, "weights", (1.0,)))
+
+
+def _to_cpu(base: nn.Module, done: Merged) -> None:
+    """Originals wait on the CPU, but for those that another module still uses."""
+    used = {id(p) for p in base.parameters()}
+    for _, _, old in done.originals:
+        if old is not None and id(old) not in used:
+            old.data = old.data.cpu()
+
+
+def refuse_beside(adapters: Mapping[str, Adapter], node: Node) -> None:
+    """Raises TypeError where part of `node` cannot live in the base's weights and would be lost with the adapters."""
+    lost = [n for n in names(node) if any(isinstance(p.method, AttentionMethod | InputMethod) for p in adapters[n].parts)]
+    if lost:
+        raise TypeError(
+            f"{', '.join(map(repr, lost))} cannot be merged into weights (a prompt or a prefix) and would be lost. "
+            "Name the others: merge_and_unload(adapter_names=[...])."
+        )
+
+
+def untie(base: Any) -> None:
+    """Says in the configuration that embeddings and head differ, where a merge has made them differ, or a reload ties them."""
+    config = getattr(base, "config", None)
+    if config is None or not getattr(config, "tie_word_embeddings", False) or not hasattr(base, "get_output_embeddings"):
+        return
+    into, out = base.get_input_embeddings(), base.get_output_embeddings()
+    if into is not None and out is not None and into.weight is not out.weight:
+        config.tie_word_embeddings = False

@@ -1,0 +1,151 @@
+"""What a method is: a small trainable module around one call of the frozen model.
+
+Shape letters, used in every comment of core/ and methods/:
+B rows of the batch, T tokens, S keys, I in-features, O out-features, K kernel dims, R rank, N virtual tokens,
+D hidden size, H heads, C compositions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor, nn
+
+from ..config import PeftConfig
+from . import target
+from .layer import Layer
+from .target import Place
+
+METHODS: dict[str, type["Method"]] = {}
+"""Every method by its `peft_type`."""
+M = TypeVar("M", bound=type["Method"])
+
+
+@dataclass(frozen=True)
+class Companion:
+    """Another method that an adapter brings along, at places of its own (biases beside a LoRA)."""
+
+    method: type["Method"]
+    config: PeftConfig
+    places: Sequence[Place]
+
+
+def register(config: type[PeftConfig]) -> Callable[[M], M]:
+    """Class decorator: the method that `config` configures, known by its `peft_type` from now on."""
+
+    def add(cls: M) -> M:
+        name = str(config.kind)
+        if name in METHODS:
+            raise ValueError(f"Method {name!r} is already registered by {METHODS[name].__module__}.")
+        cls.config_class = config
+        METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def method_for(config: PeftConfig) -> type["Method"]:
+    """The class that makes what `config` describes."""
+    if not isinstance(config, PeftConfig):
+        raise TypeError(
+            f"A configuration of coadapt is needed (LoraConfig, PromptTuningConfig ...); got a {type(config).__module__}."
+            f"{type(config).__name__}. Import it from coadapt instead."
+        )
+    if str(config.peft_type) not in METHODS:
+        raise ValueError(f"{type(config).__name__} names no method; known: {', '.join(METHODS)}.")
+    return METHODS[str(config.peft_type)]
+
+
+class Method(nn.Module, ABC):
+    """Around one call. `base` is that call: frozen, or already adapted by what stands below it."""
+
+    config_class: ClassVar[type[PeftConfig]]
+
+    @classmethod
+    @abstractmethod
+    def places(cls, config: Any, base: nn.Module) -> list[Place]:
+        """Where an adapter of this configuration sits in `base`. Raises ValueError where that is nowhere."""
+
+    @classmethod
+    def shared(cls, config: Any, base: nn.Module, places: list[Place]) -> nn.Module | None:
+        """What all sites of one adapter have in common; built once. Default: nothing."""
+        return None
+
+    @classmethod
+    def facts(cls, config: Any, base: nn.Module) -> dict[str, Any]:
+        """Fields that restate the model, as files give them. Default: none."""
+        return {}
+
+    @classmethod
+    def companions(cls, config: Any, base: nn.Module, places: list[Place]) -> list[Companion]:
+        """Other methods that belong to the same adapter. Default: none."""
+        return []
+
+
+class WeightMethod(Method):
+    """A method on a layer that is a map W -> W'. `merge` defines it; `forward` may say the same thing faster.
+
+    Merge law, tested for every registered method: forward(x, base) == base.apply(x, merge(W), merge_bias(b)).
+    """
+
+    def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
+        super().__init__()
+
+    @classmethod
+    def places(cls, config: Any, base: nn.Module) -> list[Place]:
+        return [Place(path, module) for path, module in target.layers(config, base)]
+
+    @abstractmethod
+    def merge(self, weight: Tensor) -> Tensor:
+        """(O, I, *K) -> (O, I, *K). Pure: does not write into `weight`."""
+
+    def merge_bias(self, bias: Tensor | None) -> Tensor | None:
+        """(O,) or None -> (O,) or None. Pure."""
+        return bias
+
+    def forward(self, x: Tensor, base: Layer) -> Tensor:
+        return base.apply(x, self.merge(base.weight()), self.merge_bias(base.bias))
+
+
+class ModuleMethod(Method):
+    """Around any module: x is its first input, (B, T, D) as a rule, `base(x)` its first output."""
+
+    def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, x: Tensor, base: Layer) -> Tensor:
+        """What the adapted module gives for x."""
+
+
+class AttentionMethod(Method):
+    """Keys and values joined to those of one attention call, after any rotary embedding and outside of the cache."""
+
+    joint: bool = True
+    """True: in the same softmax as the call's own. False: a second attention, added with the weight `strength()`."""
+    position_offset: int = 0
+    """By how much the real tokens' positions are shifted while this is active."""
+
+    @abstractmethod
+    def prefix(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, each (H, N, D) with the H and D of the call's own keys."""
+
+    def position_bias(self, queries: int, keys: int) -> Tensor | None:
+        """What relative positions add to the scores, (1, H, queries, N), for `keys` real keys; None for nothing."""
+        return None
+
+    def strength(self) -> Tensor | None:
+        """The weight of a decoupled prefix, a scalar."""
+        return None
+
+
+class InputMethod(Method):
+    """Virtual tokens in front of the embedded sequence. The core sees to masks, positions, packing and caches."""
+
+    keeps_virtual_tokens: bool = False
+    """True: the output holds the virtual tokens' states too."""
+
+    @abstractmethod
+    def prompt(self) -> Tensor:
+        """(N, D)"""

@@ -1,0 +1,149 @@
+"""A composition, written out: what stands at each site. Made once for each composition, and kept."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapter import Adapter, Part
+from .around import Methods, NodeCall, NotingCall, SpanCall
+from .attention import AttentionCall, AttentionTerm
+from .composition import Gate, Node, names, terms
+from .frame import Frame, SiteCall
+from .input import Backbone, InputCall, backbones
+from .layer import Layer
+from .lowrank import LowRankCall, LowRankMethod, Term, is_plain
+from .method import AttentionMethod, InputMethod
+
+_Sites = dict[nn.Module, dict[str, list[Part]]]
+
+
+class Plan:
+    """What a set of compositions (one, or one for each kind of row) does at each site of the base.
+
+    Args:
+        adapters: the view's adapters by name.
+        nodes: the compositions; a frame's `rows` are indices into them.
+        skip: modules whose adapters are in the weights already (merged).
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        adapters: Mapping[str, Adapter],
+        nodes: Sequence[Node],
+        skip: frozenset[nn.Module] = frozenset(),
+    ) -> None:
+        self.nodes = tuple(nodes)
+        self.used = list(dict.fromkeys(n for node in nodes for n in names(node)))
+        self.calls: dict[nn.Module, SiteCall] = {}
+        self.attention: dict[nn.Module, AttentionCall] = {}
+        at_modules: _Sites = {}
+        spans: _Sites = {}
+        at_attention: _Sites = {}
+        at_input: _Sites = {}
+        for name in self.used:
+            for part in adapters[name].parts:
+                if part.place.module in skip:
+                    continue
+                match part.method:
+                    case AttentionMethod():
+                        sites = at_attention
+                    case InputMethod():
+                        sites = at_input
+                    case _:
+                        sites = spans if part.place.reads else at_modules
+                sites.setdefault(part.place.module, {}).setdefault(name, []).append(part)
+        for module, parts in at_modules.items():
+            if (call := self._layer_call(module, parts)) is not None:
+                self.calls[module] = call
+        for module, parts in spans.items():
+            self._span(module, parts)
+        for module, parts in at_attention.items():
+            methods = {name: part.method for name, found in parts.items() for part in found}
+            self.attention[module] = AttentionCall(
+                module, [AttentionTerm(m, g) for m, g in self._terms(methods)]
+            )  # type: ignore[arg-type]
+        self._inputs(base, at_input, adapters)
+
+    def frame(self, rows: Tensor | None) -> Frame:
+        """For one call."""
+        return Frame(self.calls, self.attention, rows)
+
+    def _terms(self, methods: Mapping[str, Any]) -> list[tuple[Any, tuple[Gate | None, ...]]]:
+        """Every method that some composition uses, with its gate in each; one that is used twice stands twice."""
+        written = [list(terms(node, methods.__contains__)) for node in self.nodes]
+        out: list[tuple[Any, tuple[Gate | None, ...]]] = []
+        for c, found in enumerate(written):
+            for name, gate in found:
+                free = next(
+                    (i for i, (m, gates) in enumerate(out) if m is methods[name] and gates[c] is None), None
+                )
+                blank: tuple[Gate | None, ...] = (None,) * len(self.nodes) if free is None else out[free][1]
+                row = (methods[name], (*blank[:c], gate, *blank[c + 1 :]))
+                if free is None:
+                    out.append(row)
+                else:
+                    out[free] = row
+        return out
+
+    def _layer_call(self, module: nn.Module, parts: Mapping[str, Sequence[Part]]) -> SiteCall | None:
+        layer = Layer(module, next(iter(parts.values()))[0].place.path)
+        if all(
+            len(found) == 1 and isinstance(found[0].method, LowRankMethod) for found in parts.values()
+        ) and is_plain(module):
+            return LowRankCall(
+                layer,
+                [Term(m, g) for m, g in self._terms({n: found[0].method for n, found in parts.items()})],
+            )
+        return NodeCall(layer, self.nodes, _methods(parts))
+
+    def _span(self, module: nn.Module, parts: Mapping[str, Sequence[Part]]) -> None:
+        place = next(iter(parts.values()))[0].place
+        assert place.reads is not None
+        path, first = place.reads
+        self.calls[module] = SpanCall(
+            Layer(module, place.path), self.nodes, _methods(parts), path, self.calls.get(module)
+        )
+        self.calls[first] = NotingCall(path, self.calls.get(first))
+
+    def _inputs(self, base: Any, at_input: _Sites, adapters: Mapping[str, Adapter]) -> None:
+        """Prompts, and the shift of positions that prefixes ask for, at the backbones."""
+        shifts = [self._offset(node, adapters) for node in self.nodes]
+        if not at_input and not any(shifts):
+            return
+        encoder: InputCall | None = None
+        for place in backbones(base):
+            methods = {
+                n: part.method for n, found in at_input.get(place.module, {}).items() for part in found
+            }
+            moved = shifts if self._counts_positions(place) else [0] * len(shifts)
+            if methods or any(moved) or encoder is not None:
+                call = InputCall(place, self.nodes, methods, moved, encoder)  # type: ignore[arg-type]
+                self.calls[place.module] = call
+                encoder = call if place.role == "encoder" and methods else None
+
+    @staticmethod
+    def _counts_positions(place: Backbone) -> bool:
+        import inspect
+
+        return "position_ids" in inspect.signature(place.module.forward).parameters
+
+    def _offset(self, node: Node, adapters: Mapping[str, Adapter]) -> int:
+        """The sum of the offsets of the prefixes that a composition uses."""
+        offsets = {
+            name: next(
+                (
+                    p.method.position_offset
+                    for p in adapters[name].parts
+                    if isinstance(p.method, AttentionMethod)
+                ),
+                0,
+            )
+            for name in names(node)
+        }
+        return sum(offsets[name] for name, _ in terms(node, lambda n: bool(offsets[n])))
+
+
+def _methods(parts: Mapping[str, Sequence[Part]]) -> Methods:
+    return {name: [part.method for part in found] for name, found in parts.items()}

@@ -1,0 +1,36 @@
+"""Reading and writing the weight of a layer, whatever holds it. Quantisers add a row from quant/."""
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Store(Protocol):
+    """How one class of modules holds its weight."""
+
+    def read(self, module: nn.Module) -> Tensor: ...
+
+    def write(self, module: nn.Module, weight: Tensor) -> None: ...
+
+
+class Plain:
+    """A weight that is a parameter of floats, as PyTorch's own layers have it."""
+
+    def read(self, module: nn.Module) -> Tensor:
+        return module.get_parameter("weight").detach()
+
+    def write(self, module: nn.Module, weight: Tensor) -> None:
+        """A new Parameter: the old one may be shared with another module, which must keep its value."""
+        old = module.get_parameter("weight")
+        module.weight = nn.Parameter(
+            weight.to(dtype=old.dtype, device=old.device).contiguous(), requires_grad=False
+        )
+
+
+STORES: dict[type[nn.Module], Store] = {}
+_PLAIN = Plain()
+
+
+def store_of(module: nn.Module) -> Store:
+    """The store of the first class in STORES that `module` is an instance of, else the plain one."""
+    return next((store for cls, store in STORES.items() if isinstance(module, cls)), _PLAIN)

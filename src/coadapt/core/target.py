@@ -1,0 +1,328 @@
+"""Which modules of a model become sites: by name, by regular expression, by role, by layer."""
+
+import inspect
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..config import TargetedConfig, did_you_mean, nearest
+from .layer import LINEAR, kind_of
+
+_QUERY_OR_VALUE = frozenset({"q_proj", "q", "query", "q_lin", "v_proj", "v", "value", "v_lin"})
+_FUSED = frozenset({"c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "W_pack", "in_proj"})
+
+
+@dataclass(frozen=True)
+class Place:
+    """One module of the base at which an adapter sits."""
+
+    path: str
+    module: nn.Module
+    reads: tuple[str, nn.Module] | None = None
+    """The module whose input the method gets, where that is not `module` itself (a block that has no module)."""
+    role: str = ""
+    """Which of several alike this is: "encoder", "decoder" or "cross"."""
+
+
+def linears(base: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every linear layer that can be adapted, in the model's order."""
+    return [(n, m) for n, m in base.named_modules() if _is_linear(m) and bypass(base, n) is None]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    kind = kind_of(module)
+    return kind is not None and kind.name == LINEAR.name
+
+
+def bypass(base: nn.Module, path: str) -> str | None:
+    """Why an adapter at `path` would never be called: a module above it that reads its weight directly; or None."""
+    parent = path
+    while "." in parent:
+        parent = parent.rpartition(".")[0]
+        module = base.get_submodule(parent)
+        if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+            return f"{parent} ({type(module).__name__}) uses the weights of its layers without calling them"
+    return None
+
+
+def suffix_match(path: str, name: str) -> bool:
+    """Whether `name` is the end of `path`, in whole parts."""
+    return path == name or path.endswith("." + name)
+
+
+def layer_index(path: str, patterns: Sequence[str] | str | None = None) -> int | None:
+    """The number of the layer that `path` lies in: the first number after one of `patterns`, or the first of all."""
+    names = [patterns] if isinstance(patterns, str) else list(patterns or [r"[^.]+"])
+    for name in names:
+        if found := re.search(rf"(?:^|\.){name}\.(\d+)(?:\.|$)", path):
+            return int(found[1])
+    return None
+
+
+def layers(
+    config: TargetedConfig, base: nn.Module, usual: Sequence[str] | None = None
+) -> list[tuple[str, nn.Module]]:
+    """The layers (modules with a weight of their own) that `config` targets.
+
+    Args:
+        usual: paths to take where the configuration names no target; by default the projections that make queries
+            and values in every attention block.
+
+    Raises:
+        ValueError: something asked for matches nothing, or matches what cannot be adapted.
+    """
+    found = modules(config, base, usual if usual is not None else query_and_value(base))
+    for path, module in found:
+        if kind_of(module) is None:
+            inside = [f"{path}.{n}" for n, m in module.named_modules() if kind_of(m) is not None][:4]
+            raise ValueError(
+                f"{type(config).__name__} adapts layers, but target {path!r} is a {type(module).__name__}. "
+                + (f"Layers inside of it: {', '.join(inside)}." if inside else "It has no layer inside.")
+            )
+    return found
+
+
+def modules(config: TargetedConfig, base: nn.Module, usual: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """As `layers`, for modules of any class."""
+    every = {n: m for n, m in base.named_modules() if n}
+    wanted = config.target_modules
+    match wanted:
+        case None:
+            paths = list(usual)
+            if not paths:
+                raise ValueError(
+                    f"{_who(config)} found no usual place in {type(base).__name__}; name target_modules. {_some(base)}"
+                )
+        case "all-linear":
+            paths = [n for n, _ in linears(base) if not _is_head(base, n)]
+        case str():
+            paths = [n for n in every if re.fullmatch(wanted, n)]
+            if not paths:
+                raise ValueError(
+                    f"{_who(config)}: the regular expression target_modules={wanted!r} matches no module. {_some(base)}"
+                )
+        case _:
+            paths = _by_names(config, wanted, every, base)
+    paths = _without_excluded(config, paths)
+    paths = _in_layers(config, paths)
+    for path in paths:
+        if why := bypass(base, path):
+            raise ValueError(
+                f"{_who(config)}: {path!r} cannot be adapted: {why}, so an adapter there would never run."
+            )
+    if both := sorted({p for p in paths for name in config.modules_to_save or () if suffix_match(p, name)}):
+        raise ValueError(f"{_who(config)}: {both} are in target_modules and in modules_to_save; choose one.")
+    return [(p, every[p]) for p in paths]
+
+
+def _by_names(
+    config: TargetedConfig, names: Sequence[str], every: dict[str, nn.Module], base: nn.Module
+) -> list[str]:
+    missing = [name for name in names if not any(suffix_match(path, name) for path in every)]
+    if missing:
+        ends = {path.rpartition(".")[2] for path in every} | set(every)
+        hints = "; ".join(f"{m!r}: nearest {', '.join(nearest(m, ends)) or 'nothing'}" for m in missing)
+        raise ValueError(
+            f"{_who(config)}: target_modules matches no module for {missing} ({hints}). {_some(base)}"
+        )
+    return [path for path in every if any(suffix_match(path, name) for name in names)]
+
+
+def _without_excluded(config: TargetedConfig, paths: list[str]) -> list[str]:
+    excluded = config.exclude_modules
+    if excluded is None:
+        return paths
+    if isinstance(excluded, str):
+        gone = {p for p in paths if re.fullmatch(excluded, p)}
+        idle = [] if gone else [excluded]
+    else:
+        gone = {p for p in paths if any(suffix_match(p, name) for name in excluded)}
+        idle = [name for name in excluded if not any(suffix_match(p, name) for p in paths)]
+    if idle:
+        raise ValueError(
+            f"{_who(config)}: exclude_modules {idle} leaves nothing out: no target has such a name."
+        )
+    if len(gone) == len(paths):
+        raise ValueError(f"{_who(config)}: exclude_modules={excluded!r} leaves no target over.")
+    return [p for p in paths if p not in gone]
+
+
+def _in_layers(config: TargetedConfig, paths: list[str]) -> list[str]:
+    if config.layers_to_transform is None:
+        return paths
+    asked = config.layers_to_transform
+    wanted = {asked} if isinstance(asked, int) else set(asked)
+    numbered = {p: layer_index(p, config.layers_pattern) for p in paths}
+    there = {n for n in numbered.values() if n is not None}
+    if lost := sorted(wanted - there):
+        raise ValueError(
+            f"{_who(config)}: layers_to_transform {lost} hold no target; the targets lie in layers {sorted(there)}."
+        )
+    return [p for p, n in numbered.items() if n in wanted]
+
+
+def _who(config: TargetedConfig) -> str:
+    return type(config).__name__
+
+
+def _some(base: nn.Module) -> str:
+    ends = dict.fromkeys(path.rpartition(".")[2] for path, _ in linears(base))
+    return f"Linear layers of this {type(base).__name__}: {', '.join(ends) or 'none'}."
+
+
+def _is_head(base: Any, path: str) -> bool:
+    """The output head, or the classifier that a task has put on top: never part of "all-linear"."""
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    return base.get_submodule(path) is head or path in HEADS
+
+
+HEADS = ("classifier", "score", "qa_outputs")
+"""Names of the heads that a task puts on a pretrained model."""
+
+
+def by_name(base: nn.Module, names: Iterable[str], what: str) -> list[tuple[str, nn.Module]]:
+    """The modules whose path ends in one of `names`. Raises ValueError for a name that matches nothing."""
+    every = {n: m for n, m in base.named_modules() if n}
+    for name in names:
+        if not any(suffix_match(path, name) for path in every):
+            ends = {path.rpartition(".")[2] for path in every}
+            raise ValueError(
+                f"{what}: no module of {type(base).__name__} is called {name!r}.{did_you_mean(name, ends)}"
+            )
+    return [(p, m) for p, m in every.items() if any(suffix_match(p, name) for name in names)]
+
+
+# ---- roles, found from the structure -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """One repeated layer of a model: where its attention and its feed-forward part begin and end."""
+
+    path: str
+    attention: tuple[tuple[str, nn.Module], ...]
+    """The projection that ends each attention of the block (self-attention, then cross-attention)."""
+    feed_forward: tuple[tuple[str, nn.Module], tuple[str, nn.Module]] | None
+    """The first and the last linear layer of the feed-forward part."""
+
+
+def blocks(base: nn.Module) -> list[Block]:
+    """The repeated layers: the members of the outermost lists that hold an attention module."""
+    found: list[Block] = []
+    for path, module in base.named_modules():
+        inside = any(path.startswith(b.path + ".") for b in found)
+        if isinstance(module, nn.ModuleList) and not inside and bypass(base, path + ".x") is None:
+            found += [b for name, child in module.named_children() if (b := _block(f"{path}.{name}", child))]
+    return found
+
+
+def _block(path: str, module: nn.Module) -> Block | None:
+    roots: list[str] = []
+    for name, part in module.named_modules():
+        nested = any(name.startswith(root + ".") for root in roots)
+        if (
+            name
+            and not nested
+            and "attention" in type(part).__name__.lower()
+            and any(map(_is_linear, part.modules()))
+        ):
+            roots.append(name)
+    if not roots:
+        return None
+    inside = [(f"{path}.{n}", m) for n, m in module.named_modules() if _is_linear(m)]
+    ends = tuple([(p, m) for p, m in inside if p.startswith(f"{path}.{root}.")][-1] for root in roots)
+    rest = [(p, m) for p, m in inside if not any(p.startswith(f"{path}.{root}.") for root in roots)]
+    many = any(re.search(r"experts?\.\d", p) for p, _ in rest)
+    return Block(path, ends, (rest[0], rest[-1]) if len(rest) > 1 and not many else None)
+
+
+def query_and_value(base: nn.Module) -> list[str]:
+    """The projections that make queries and values, or the one that makes them all, of every attention module."""
+    named = [(p, p.rpartition(".")[2]) for p, _ in linears(base)]
+    split = [p for p, end in named if end in _QUERY_OR_VALUE]
+    return split or [p for p, end in named if end in _FUSED]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Place):
+    """One attention call of the model, as a prefix sees it; its role is "encoder", "decoder" (causal) or "cross"."""
+
+    heads: int
+    """H of the keys and values."""
+    head_dim: int
+
+
+def attentions(base: nn.Module) -> list[Attention]:
+    """Every attention module that goes through transformers' attention interface, in the model's order."""
+    return [a for path, m in base.named_modules() if (a := _attention(base, path, m))]
+
+
+def without_interface(base: nn.Module) -> list[str]:
+    """Classes of attention modules that do not go through the interface (BLOOM's, for one)."""
+    return sorted(
+        {
+            type(m).__name__
+            for _, m in base.named_modules()
+            if re.search(r"Attention$", type(m).__name__)
+            and any(_is_linear(c) for c in m.children())
+            and not _has_interface(m)
+        }
+    )
+
+
+def _has_interface(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    names = code.co_names if code is not None else ()
+    return "ALL_ATTENTION_FUNCTIONS" in names or hasattr(type(module), "_coadapt_has_interface")
+
+
+def _attention(base: Any, path: str, module: Any) -> Attention | None:
+    if not _has_interface(module) or not hasattr(module, "config"):
+        return None
+    config = module.config
+    dim = next(
+        (
+            getattr(module, n)
+            for n in ("head_dim", "attention_head_size", "key_value_proj_dim")
+            if hasattr(module, n)
+        ),
+        None,
+    )
+    named = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+    heads = next(
+        (getattr(o, n) for o in (module, config) for n in named if isinstance(getattr(o, n, None), int)), None
+    )
+    if heads is None:
+        return None
+    dim = dim or config.hidden_size // heads
+    keys = next((getattr(module, n) for n in ("k_proj", "k", "key", "k_lin") if hasattr(module, n)), None)
+    if keys is not None and hasattr(keys, "out_features"):
+        kv = keys.out_features // dim
+    else:
+        kv = (
+            getattr(module, "num_key_value_heads", None)
+            or getattr(config, "num_key_value_heads", None)
+            or heads
+        )
+    role = _attention_role(base, path, module)
+    return Attention(path, module, role=role, heads=int(kv), head_dim=int(dim))
+
+
+def _attention_role(base: Any, path: str, module: Any) -> str:
+    parts = path.lower()
+    if re.search(r"encdecattention|encoder_attn|crossattention|cross_attn", parts) or getattr(
+        module, "is_cross_attention", False
+    ):
+        return "cross"
+    if re.search(r"(^|\.)encoder(\.|$)", parts):
+        return "encoder" if not getattr(module, "is_causal", False) else "decoder"
+    return "decoder" if getattr(module, "is_causal", True) else "encoder"
+
+
+def with_bias(base: nn.Module) -> list[str]:
+    """The layers that have a bias and can be adapted."""
+    found = ((p, m) for p, m in base.named_modules() if kind_of(m) is not None and bypass(base, p) is None)
+    return [path for path, module in found if getattr(module, "bias", None) is not None]

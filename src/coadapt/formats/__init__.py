@@ -1,0 +1,1 @@
+"""Files: the only place that knows how tensors are called in them."""

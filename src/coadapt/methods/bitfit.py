@@ -1,0 +1,44 @@
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PeftType, TargetedConfig
+from ..core import target
+from ..core.layer import Layer
+from ..core.method import Place, WeightMethod, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFitConfig(TargetedConfig):
+    """b' = b + delta at the layers that have a bias."""
+
+    kind = PeftType.BITFIT
+
+
+@register(BitFitConfig)
+class BitFit(WeightMethod):
+    """b' = b + delta
+
+    BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models, Ben Zaken et al. 2021,
+    arXiv:2106.10199. The change is stored, not the bias, so that several add up. Parameters per site: O.
+    """
+
+    def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
+        super().__init__(config, layer, shared)
+        self.delta = nn.Parameter(torch.zeros(layer.shape[0]))  # (O,)
+
+    @classmethod
+    def places(cls, config: BitFitConfig, base: nn.Module) -> list[Place]:
+        return [Place(p, m) for p, m in target.layers(config, base, target.with_bias(base))]
+
+    def merge(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def merge_bias(self, bias: Tensor | None) -> Tensor | None:
+        return self.delta if bias is None else bias + self.delta
+
+    def forward(self, x: Tensor, base: Layer) -> Tensor:
+        y = base(x)
+        return y + base.along_channels(self.delta.to(y.dtype), y)

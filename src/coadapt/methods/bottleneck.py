@@ -1,0 +1,99 @@
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from ..config import PeftType, TargetedConfig
+from ..core import target
+from ..core.layer import Layer
+from ..core.method import ModuleMethod, register
+from ..core.target import Place
+
+
+@dataclass(frozen=True, kw_only=True)
+class BottleneckConfig(TargetedConfig):
+    """Two dense layers and a residual inside of each Transformer layer."""
+
+    kind = PeftType.BOTTLENECK
+
+    placement: str = "pfeiffer"
+    """"houlsby": after attention and after the feed-forward part. "pfeiffer": after the feed-forward part only.
+    "parallel": beside the feed-forward part, reading its input."""
+    bottleneck_size: int | None = None
+    """Width between the two layers."""
+    reduction_factor: float | None = None
+    """The same as hidden size / width; 16 if neither is given."""
+    non_linearity: str = "relu"
+    """Between the two layers; any activation that transformers knows by name."""
+    scaling: float | str = 1.0
+    """What the output is multiplied by: a number (4 in He et al.), or "learned"."""
+    adapter_layer_norm: str | None = None
+    """A trained LayerNorm "before" the first layer, or "after" the second."""
+    adapter_dropout: float = 0.0
+    """Share of the adapter's outputs that are dropped while training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("bottleneck_size")
+        self.choice("placement", ("houlsby", "pfeiffer", "parallel"))
+        self.choice("adapter_layer_norm", (None, "before", "after"))
+        self.choice("non_linearity", tuple(ACT2FN))
+        self.probability("adapter_dropout")
+        if self.bottleneck_size is not None and self.reduction_factor is not None:
+            raise ValueError("BottleneckConfig: give bottleneck_size or reduction_factor, not both.")
+        if self.reduction_factor is not None and not self.reduction_factor > 0:
+            raise ValueError(f"BottleneckConfig: reduction_factor={self.reduction_factor} must be above 0.")
+        if isinstance(self.scaling, str):
+            self.choice("scaling", ("learned",))
+
+
+@register(BottleneckConfig)
+class Bottleneck(ModuleMethod):
+    """y + s U act(D y), y = base(x); in the parallel form y + s U act(D x)
+
+    Parameter-Efficient Transfer Learning for NLP, Houlsby et al. 2019, arXiv:1902.00751; after the feed-forward part only:
+    AdapterFusion, Pfeiffer et al. 2020, arXiv:2005.00247; parallel and scaled: Towards a Unified View of
+    Parameter-Efficient Transfer Learning, He et al. 2021, arXiv:2110.04366. Serial ones sit right at the projection that
+    ends the part, before the block's residual. U starts at zero. Parameters per site: 2 D m + D + m.
+    """
+
+    def __init__(self, config: BottleneckConfig, layer: Layer, shared: nn.Module | None = None, reads: Layer | None = None) -> None:
+        super().__init__(config, layer, shared)
+        self.parallel = config.placement == "parallel"
+        out = _width(layer.width, layer)
+        inner = _width((reads or layer).input_width, reads or layer) if self.parallel else out
+        size = config.bottleneck_size or max(1, round(out / (config.reduction_factor or 16)))
+        self.down, self.up = nn.Linear(inner, size), nn.Linear(size, out)
+        nn.init.zeros_(self.up.weight), nn.init.zeros_(self.up.bias)
+        self.act = ACT2FN[config.non_linearity]
+        self.before = nn.LayerNorm(inner) if config.adapter_layer_norm == "before" else nn.Identity()
+        self.after = nn.LayerNorm(out) if config.adapter_layer_norm == "after" else nn.Identity()
+        self.dropout = nn.Dropout(config.adapter_dropout)
+        self.scale: Any = nn.Parameter(torch.ones(())) if config.scaling == "learned" else config.scaling
+
+    @classmethod
+    def places(cls, config: BottleneckConfig, base: nn.Module) -> list[Place]:
+        if config.target_modules is not None:
+            return [Place(path, module) for path, module in target.modules(config, base, ())]
+        blocks = target.blocks(base)
+        if any(block.feed_forward is None for block in blocks):
+            raise ValueError(f"BottleneckConfig: the feed-forward part of {blocks[0].path!r} is not one (experts?); name target_modules.")
+        ends = [block.feed_forward for block in blocks if block.feed_forward]
+        paths = [last[0] for _, last in ends]
+        if config.placement == "houlsby":
+            paths = [p for block in blocks for p, _ in (*block.attention, *(e[1:][0] for e in [block.feed_forward] if e))]
+        reads = {last[0]: first for first, last in ends} if config.placement == "parallel" else {}
+        return [Place(path, module, reads.get(path)) for path, module in target.modules(config, base, paths)]
+
+    def forward(self, x: Tensor, base: Layer) -> Tensor:
+        y = base(x)
+        h = self.before(x if self.parallel else y.to(x.dtype))
+        return y + self.scale * self.dropout(self.after(self.up(self.act(self.down(h)))))
+
+
+def _width(width: int | None, layer: Layer) -> int:
+    if width is None:
+        raise ValueError(f"BottleneckConfig: the width of {layer.path!r} ({type(layer.module).__name__}) cannot be found; target a linear layer.")
+    return width

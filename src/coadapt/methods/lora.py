@@ -1,0 +1,120 @@
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PeftType, TargetedConfig
+from ..core import target
+from ..core.layer import Layer, kind_of
+from ..core.lowrank import LowRankMethod
+from ..core.method import Companion, Place, register
+from .bitfit import BitFit, BitFitConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(TargetedConfig):
+    """W' = W + (alpha / r) B A at the layers that are targeted."""
+
+    kind = PeftType.LORA
+    foreign: ClassVar[Mapping[str, Any]] = {"megatron_core": "megatron.core", "qalora_group_size": 16}
+
+    r: int = 8
+    """Rank of the change."""
+    lora_alpha: int | float = 8
+    """Scale of the change: it is multiplied by alpha / r, or by alpha / sqrt(r) with `use_rslora`."""
+    lora_dropout: float = 0.0
+    """Share of the inputs to A that are dropped while training."""
+    fan_in_fan_out: bool = False
+    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
+    bias: str = "none"
+    """Biases to train along: "none", "lora_only" (of the targeted layers) or "all"."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) (arXiv:2312.03732)."""
+    init_lora_weights: bool | str = True
+    """True: A random, B zero, so that nothing changes at the start; "gaussian": A normal; False: both random."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Other ranks for some layers: end of a module's name, or a regular expression for it -> rank."""
+    alpha_pattern: Mapping[str, int | float] = field(default_factory=dict)
+    """Other alphas for some layers, in the same way."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("r")
+        self.probability("lora_dropout")
+        self.choice("bias", ("none", "lora_only", "all"))
+        self.choice("init_lora_weights", (True, False, "gaussian"))
+        for name, rank in self.rank_pattern.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"LoraConfig: rank_pattern[{name!r}]={rank!r} must be a whole number of at least 1.")
+
+
+@register(LoraConfig)
+class LoRA(LowRankMethod):
+    """W' = W + (alpha / r) B A
+
+    LoRA: Low-Rank Adaptation of Large Language Models, Hu et al. 2021, arXiv:2106.09685.
+    On an embedding A starts at zero and B random. Parameters per site: r (O + I K).
+    """
+
+    def __init__(self, config: LoraConfig, layer: Layer, shared: nn.Module | None = None) -> None:
+        super().__init__(config, layer, shared)
+        if not layer.kind.factors:
+            raise ValueError(f"LoRA needs a weight matrix; {layer.path!r} is a {type(layer.module).__name__}. Leave it out of target_modules.")
+        out_features, *in_dims = layer.shape
+        r = _pattern(config.rank_pattern, layer.path, config.r)
+        alpha = _pattern(config.alpha_pattern, layer.path, config.lora_alpha)
+        self.scale = alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.dropout = config.lora_dropout
+        self.A = nn.Parameter(torch.empty(r, *in_dims))  # (R, I, *K)
+        self.B = nn.Parameter(torch.zeros(out_features, r))  # (O, R)
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(self.A, std=1 / r)
+        else:
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        if layer.kind.name == "embedding":
+            nn.init.zeros_(self.A)
+            nn.init.normal_(self.B)
+        if config.init_lora_weights is False:
+            nn.init.normal_(self.A if layer.kind.name == "embedding" else self.B, std=0.02)
+
+    @classmethod
+    def places(cls, config: LoraConfig, base: nn.Module) -> list[Place]:
+        places = super().places(config, base)
+        for field_name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(config, field_name):
+                if not any(_matches(key, place.path) for place in places):
+                    raise ValueError(f"LoraConfig: {field_name} key {key!r} matches none of the {len(places)} targets, {places[0].path!r} among them.")
+        if config.fan_in_fan_out and not any("Conv1D" in type(p.module).__name__ for p in places):
+            raise ValueError("LoraConfig: fan_in_fan_out=True, but no target stores its weight transposed. Leave it out: it is found.")
+        return places
+
+    @classmethod
+    def companions(cls, config: LoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
+        if config.bias == "none":
+            return []
+        with_bias = set(target.with_bias(base))
+        found = [Place(p, base.get_submodule(p)) for p in target.with_bias(base)] if config.bias == "all" else places
+        found = [p for p in found if p.path in with_bias and kind_of(p.module) is not None]
+        if not found:
+            raise ValueError(f"LoraConfig: bias={config.bias!r}, but none of the layers concerned has a bias.")
+        return [Companion(BitFit, BitFitConfig(), found)]
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        return self.A, self.B, self.scale
+
+
+def _matches(key: str, path: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({key})", path) is not None
+
+
+def _pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+    return next((value for key, value in pattern.items() if _matches(key, path)), default)
+
+
+def targets_of(places: Sequence[Place]) -> list[str]:
+    """The last parts of the names of places, each once: what adapter files list as target_modules."""
+    return sorted({p.path.rpartition(".")[2] for p in places})

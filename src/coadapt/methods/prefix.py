@@ -1,0 +1,198 @@
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PeftConfig, PeftType
+from ..core import attention, target
+from ..core.input import stack_facts, takes_positions
+from ..core.method import AttentionMethod, Place, register
+from ..core.target import Attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuningConfig(PeftConfig):
+    """Trained keys and values in front of every attention's own."""
+
+    kind = PeftType.PREFIX_TUNING
+
+    num_virtual_tokens: int
+    """N, the length of the prefix."""
+    prefix_projection: bool = False
+    """Train the prefix through an MLP, tanh between two linear layers, as the paper does."""
+    encoder_hidden_size: int | None = None
+    """Width inside of that MLP (left out: the model's hidden size). Without the MLP a check: the model's hidden size."""
+    prefix_sites: Sequence[str] | None = None
+    """Any of "encoder", "decoder" (self-attention) and "cross"; all that the model has, if left out."""
+    prefix_type: str = "joint"
+    """"joint": one softmax over prefix and input, as published. "decoupled": g softmax(q P_k) P_v is added, g zero at the start."""
+    prefix_layout: str = "own"
+    """"peft" for an encoder-decoder: as the field's library reads it, in the decoder's self-attention only, half of the
+    blocks unused and the others used twice. Kept when such a folder is loaded."""
+    position_offset: int | None = None
+    """By how much the input's positions are shifted: N if left out (as the field's files assume), 0 for stacks and sums."""
+    init_weights: str | None = None
+    """Only None: the prefix starts normal with a spread of 0.02."""
+    token_dim: int | None = None
+    """A check: the width of the keys of one layer (or the hidden size)."""
+    num_transformer_submodules: int | None = None
+    """A check: 2 for an encoder-decoder, 1 otherwise."""
+    num_attention_heads: int | None = None
+    """A check: the model's attention heads (or its key and value heads)."""
+    num_layers: int | None = None
+    """A check: the model's layers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("num_virtual_tokens", "encoder_hidden_size")
+        self.choice("prefix_type", ("joint", "decoupled"))
+        self.choice("init_weights", (None,))
+        self.choice("prefix_layout", ("own", "peft"))
+        if self.prefix_layout == "peft" and (self.prefix_sites or self.prefix_projection or self.prefix_type != "joint"):
+            raise ValueError("PrefixTuningConfig: prefix_layout='peft' is the field's own form; it takes no prefix_sites, prefix_projection or prefix_type.")
+        if self.position_offset is not None and self.position_offset < 0:
+            raise ValueError(f"PrefixTuningConfig: position_offset={self.position_offset} must not be below 0.")
+        if self.prefix_type == "decoupled" and self.position_offset:
+            raise ValueError("PrefixTuningConfig: position_offset has no meaning for a decoupled prefix, which is added beside the input.")
+
+
+class Projection(nn.Module):
+    """P = W_2 tanh(W_1 E): one embedding for all layers, and a slice of the output for each (the paper's section 4.3)."""
+
+    def __init__(self, tokens: int, width: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(tokens, width))  # (N, D)
+        self.first, self.second = nn.Linear(width, hidden), nn.Linear(hidden, outputs)
+
+    def forward(self, start: int, stop: int) -> Tensor:
+        """(N, stop - start)"""
+        inner = torch.tanh(self.first(self.embedding))
+        return nn.functional.linear(inner, self.second.weight[start:stop], self.second.bias[start:stop])
+
+
+class Blocks(nn.Module):
+    """The field's layout for encoder-decoders: one block per layer, of which decoder layer i uses number 2i modulo layers."""
+
+    def __init__(self, tokens: int, outputs: int) -> None:
+        super().__init__()
+        self.P = nn.Parameter(0.02 * torch.randn(tokens, outputs))  # (N, layers 2 H D)
+
+    def forward(self, start: int, stop: int) -> Tensor:
+        """(N, stop - start)"""
+        return self.P[:, start:stop]
+
+
+@register(PrefixTuningConfig)
+class PrefixTuning(AttentionMethod):
+    """base(q, [P_k; k], [P_v; v])
+
+    Prefix-Tuning: Optimizing Continuous Prompts for Generation, Li & Liang 2021, arXiv:2101.00190. For encoder-decoders
+    in encoder, decoder and cross-attention, as there. The decoupled form is LLaMA-Adapter's, arXiv:2303.16199.
+    Parameters per site: 2 N H D.
+    """
+
+    def __init__(self, config: PrefixTuningConfig, place: Attention, base: Any, shared: Projection | Blocks | None = None) -> None:
+        super().__init__()
+        n = config.num_virtual_tokens
+        self.shape = (n, 2, place.heads, place.head_dim)
+        self.joint = config.prefix_type == "joint"
+        self.position_offset = _offset(config, base)
+        places = places_of(config, base)
+        self.projection = (shared, _slices(places, config.prefix_layout)[place.path]) if shared is not None else None
+        first: Any = places[0].module
+        self.bias_of = (first,) if config.prefix_layout == "peft" and hasattr(first, "compute_bias") else ()
+        if shared is None:
+            self.P = nn.Parameter(0.02 * torch.randn(self.shape))  # (N, 2, H, D): keys, then values
+        if not self.joint:
+            self.gate = nn.Parameter(torch.zeros(()))
+
+    @classmethod
+    def places(cls, config: PrefixTuningConfig, base: nn.Module) -> list[Place]:
+        return list(places_of(config, base))
+
+    @classmethod
+    def shared(cls, config: PrefixTuningConfig, base: Any, places: list[Any]) -> nn.Module | None:
+        outputs = sum(2 * p.heads * p.head_dim for p in places)
+        if _is_field_layout(config, base):
+            return Blocks(config.num_virtual_tokens, outputs)
+        if not config.prefix_projection:
+            return None
+        width = base.config.get_text_config().hidden_size
+        return Projection(config.num_virtual_tokens, width, config.encoder_hidden_size or width, outputs)
+
+    @classmethod
+    def facts(cls, config: PrefixTuningConfig, base: Any) -> dict[str, Any]:
+        one = places_of(config, base)[0]
+        inner = config.encoder_hidden_size or base.config.get_text_config().hidden_size
+        sizes = {"token_dim": one.heads * one.head_dim, "num_attention_heads": one.heads, "encoder_hidden_size": inner}
+        return {**stack_facts(base), **sizes}
+
+    def prefix(self) -> tuple[Tensor, Tensor]:
+        if self.projection is None:
+            both = self.P
+        else:
+            shared, (start, stop) = self.projection
+            both = shared(start, stop).view(self.shape)
+        keys, values = both.permute(1, 2, 0, 3)  # each (H, N, D)
+        return keys, values
+
+    def position_bias(self, queries: int, keys: int) -> Tensor | None:
+        if not self.bias_of:
+            return None
+        n = self.shape[0]
+        return self.bias_of[0].compute_bias(queries, n + keys, past_seen_tokens=n + keys - queries)[..., :n]
+
+    def strength(self) -> Tensor | None:
+        return None if self.joint else self.gate
+
+
+def places_of(config: PrefixTuningConfig, base: Any) -> list[Attention]:
+    """The attention calls that this prefix joins."""
+    found = target.attentions(base)
+    if not found:
+        classes = target.without_interface(base)
+        raise ValueError(
+            f"PrefixTuningConfig: {type(base).__name__} does not go through transformers' attention interface"
+            f"{f' (its {classes[0]} computes attention itself)' if classes else ''}, so a prefix cannot be joined to it. "
+            "Prompt tuning, LoRA and bottleneck adapters work on this model."
+        )
+    attention.prepare([p.module for p in found])
+    facts = base.config.get_text_config()
+    two = bool(getattr(facts, "is_encoder_decoder", False))
+    config.restates(num_transformer_submodules=2 if two else 1, num_layers=facts.num_hidden_layers)
+    sizes = {"token_dim": (found[0].heads * found[0].head_dim, facts.hidden_size), "num_attention_heads": (found[0].heads, facts.num_attention_heads)}
+    for name, allowed in sizes.items():
+        if getattr(config, name) not in allowed:
+            config.restates(**{name: allowed[0]})
+    if not config.prefix_projection:
+        config.restates(encoder_hidden_size=facts.hidden_size)
+    if _is_field_layout(config, base):
+        return [p for p in found if p.role == "decoder"]
+    roles = list(dict.fromkeys(p.role for p in found))
+    if wrong := [role for role in config.prefix_sites or () if role not in roles]:
+        raise ValueError(f"PrefixTuningConfig: prefix_sites {wrong} are not in this model; it has {roles}.")
+    return [p for p in found if p.role in (config.prefix_sites or roles)]
+
+
+def _is_field_layout(config: PrefixTuningConfig, base: Any) -> bool:
+    """On a model that is one stack, both layouts are the same."""
+    return config.prefix_layout == "peft" and bool(getattr(base.config, "is_encoder_decoder", False))
+
+
+def _slices(places: Sequence[Attention], layout: str) -> dict[str, tuple[int, int]]:
+    """Where each site's keys and values lie in what is shared."""
+    widths = [2 * p.heads * p.head_dim for p in places]
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    number = [(2 * i) % len(places) if layout == "peft" else i for i in range(len(places))]
+    return {p.path: (starts[n], starts[n] + widths[n]) for p, n in zip(places, number, strict=True)}
+
+
+def _offset(config: PrefixTuningConfig, base: Any) -> int:
+    counts = takes_positions(base)
+    if config.position_offset and not counts:
+        raise ValueError(f"PrefixTuningConfig: position_offset has no effect on {type(base).__name__}, which takes no position_ids.")
+    if config.position_offset is not None:
+        return config.position_offset
+    return config.num_virtual_tokens if counts and config.prefix_type == "joint" else 0

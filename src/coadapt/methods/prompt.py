@@ -1,0 +1,118 @@
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PeftConfig, PeftType
+from ..core.input import Backbone, backbones, stack_facts
+from ..core.method import InputMethod, Place, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuningConfig(PeftConfig):
+    """Trained virtual tokens in front of the embedded input."""
+
+    kind = PeftType.PROMPT_TUNING
+
+    num_virtual_tokens: int
+    """N, the length of the prompt."""
+    prompt_tuning_init: str = "RANDOM"
+    """"RANDOM" (normal, with the spread of the model's own embeddings), "SAMPLE_VOCAB" (embeddings of tokens drawn from
+    the vocabulary) or "TEXT" (embeddings of `prompt_tuning_init_text`, repeated or cut to N)."""
+    prompt_tuning_init_text: str | None = None
+    """The text to start from."""
+    tokenizer_name_or_path: str | None = None
+    """The tokenizer for that text; left out, the one at the base's `name_or_path`."""
+    tokenizer_kwargs: Mapping[str, Any] | None = None
+    """Passed on to the tokenizer's `from_pretrained`."""
+    prompt_sites: Sequence[str] | None = None
+    """For encoder-decoders: in front of the "encoder"'s input (as published, and the default), the "decoder"'s, or both."""
+    output_virtual_tokens: bool = False
+    """Also return the virtual tokens' states; otherwise the output is as long as the input."""
+    token_dim: int | None = None
+    """A check: the width of the model's embeddings."""
+    num_transformer_submodules: int | None = None
+    """A check: 2 for an encoder-decoder, 1 otherwise."""
+    num_attention_heads: int | None = None
+    """A check: the model's attention heads."""
+    num_layers: int | None = None
+    """A check: the model's layers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("num_virtual_tokens")
+        object.__setattr__(self, "prompt_tuning_init", str(self.prompt_tuning_init).rpartition(".")[2])
+        self.choice("prompt_tuning_init", ("RANDOM", "SAMPLE_VOCAB", "TEXT"))
+        by_text = self.prompt_tuning_init == "TEXT"
+        if by_text and not self.prompt_tuning_init_text:
+            raise ValueError("PromptTuningConfig: prompt_tuning_init='TEXT' needs prompt_tuning_init_text.")
+        for name in ("prompt_tuning_init_text", "tokenizer_kwargs"):
+            if getattr(self, name) and not by_text:
+                raise ValueError(f"PromptTuningConfig: {name} has no effect with prompt_tuning_init={self.prompt_tuning_init!r}.")
+
+
+@register(PromptTuningConfig)
+class PromptTuning(InputMethod):
+    """base([P; e]), without the first N outputs
+
+    The Power of Scale for Parameter-Efficient Prompt Tuning, Lester et al. 2021, arXiv:2104.08691.
+    Parameters per site: N D.
+    """
+
+    def __init__(self, config: PromptTuningConfig, place: Backbone, base: Any, shared: nn.Module | None = None) -> None:
+        super().__init__()
+        self.keeps_virtual_tokens = config.output_virtual_tokens
+        self.P = nn.Parameter(_start(config, place.embedding.weight, base))  # (N, D)
+
+    @classmethod
+    def places(cls, config: PromptTuningConfig, base: Any) -> list[Place]:
+        found = backbones(base)
+        roles = [b.role for b in found]
+        facts = base.config.get_text_config()
+        config.restates(
+            token_dim=found[0].width, num_transformer_submodules=len(found), num_layers=facts.num_hidden_layers,
+            num_attention_heads=facts.num_attention_heads,
+        )  # fmt: skip
+        wanted = config.prompt_sites or roles[:1]
+        if wrong := [role for role in wanted if role not in roles]:
+            raise ValueError(f"PromptTuningConfig: prompt_sites {wrong} are not in this model; it has {roles}.")
+        return [b for b in found if b.role in wanted]
+
+    @classmethod
+    def facts(cls, config: PromptTuningConfig, base: Any) -> dict[str, Any]:
+        heads = base.config.get_text_config().num_attention_heads
+        return {**stack_facts(base), "token_dim": backbones(base)[0].width, "num_attention_heads": heads}
+
+    def prompt(self) -> Tensor:
+        return self.P
+
+
+def _start(config: PromptTuningConfig, vocabulary: Tensor, base: Any) -> Tensor:
+    """(N, D), from (V, D)"""
+    n = config.num_virtual_tokens
+    if vocabulary.is_meta:
+        return torch.empty(n, vocabulary.shape[1], device="meta")
+    vocabulary = vocabulary.detach().float()
+    match config.prompt_tuning_init:
+        case "SAMPLE_VOCAB":
+            return vocabulary[torch.randint(len(vocabulary), (n,))].clone()
+        case "TEXT":
+            ids = _text_ids(config, base)
+            return vocabulary[(ids * (n // len(ids) + 1))[:n]].clone()
+        case _:
+            return torch.randn(n, vocabulary.shape[1]) * vocabulary.std().cpu()
+
+
+def _text_ids(config: PromptTuningConfig, base: Any) -> list[int]:
+    from transformers import AutoTokenizer
+
+    where = config.tokenizer_name_or_path or getattr(base, "name_or_path", "")
+    if not where:
+        raise ValueError("PromptTuningConfig: a start from a text needs tokenizer_name_or_path; this model does not say where its own is.")
+    tokenizer = AutoTokenizer.from_pretrained(where, **(config.tokenizer_kwargs or {}))
+    ids = tokenizer(config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"PromptTuningConfig: prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens.")
+    return list(ids)
