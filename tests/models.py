@@ -24,8 +24,17 @@ _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 def llama(**options: Any) -> LlamaForCausalLM:
     """Grouped-query attention, rotary positions, RMSNorm, no biases."""
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return _made(LlamaForCausalLM, LlamaConfig(**{"vocab_size": VOCABULARY, **sizes, "max_position_embeddings": 128, **_TOKENS, **options}))
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return _made(
+        LlamaForCausalLM,
+        LlamaConfig(**{"vocab_size": VOCABULARY, **sizes, "max_position_embeddings": 128, **_TOKENS, **options}),
+    )
 
 
 def gpt2(**options: Any) -> GPT2LMHeadModel:
@@ -50,7 +59,13 @@ def t5(**options: Any) -> T5ForConditionalGeneration:
 
 def bert(**options: Any) -> BertForSequenceClassification:
     """An encoder with a pooler and a classifier."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40, "num_labels": 3}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 40,
+        "num_labels": 3,
+    }
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return _made(BertForSequenceClassification, BertConfig(**{"vocab_size": VOCABULARY, **sizes, **quiet, **options}))
 

@@ -14,11 +14,17 @@ class _AutoPeftModel:
     loader: ClassVar[str]
 
     def __init__(self) -> None:
-        raise TypeError(f"{type(self).__name__} is not made directly; call {type(self).__name__}.from_pretrained(folder).")
+        raise TypeError(
+            f"{type(self).__name__} is not made directly; call {type(self).__name__}.from_pretrained(folder)."
+        )
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, adapter_name: str | None = None, is_trainable: bool = False, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        adapter_name: str | None = None,
+        is_trainable: bool = False,
+        **kwargs: Any,
     ) -> PeftModel:
         """Loads the base that the adapter's folder names, and the adapter onto it.
 
@@ -31,7 +37,10 @@ class _AutoPeftModel:
         folder = Path(pretrained_model_name_or_path)
         config = PeftConfig.from_pretrained(_first_adapter(folder))
         if not config.base_model_name_or_path:
-            raise ValueError(f"{folder} does not say which base it is for. Load that yourself, and use PeftModel.from_pretrained(base, folder).")
+            raise ValueError(
+                f"{folder} does not say which base it is for. Load that yourself, and use "
+                "PeftModel.from_pretrained(base, folder)."
+            )
         if config.revision is not None:
             kwargs.setdefault("revision", config.revision)
         loader: Any = getattr(transformers, cls.loader)

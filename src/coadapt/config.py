@@ -86,7 +86,8 @@ class PeftConfig:
         for option in options:
             if option not in known:
                 raise TypeError(
-                    f"{cls.__name__} has no option {option!r}.{did_you_mean(option, known)} It reads: {', '.join(known)}."
+                    f"{cls.__name__} has no option {option!r}.{did_you_mean(option, known)} "
+                    f"It reads: {', '.join(known)}."
                 )
         return super().__new__(cls)
 
@@ -98,7 +99,9 @@ class PeftConfig:
     def __post_init__(self) -> None:
         own = None if self.kind is None else str(self.kind)
         if self.peft_type is not None and own is not None and str(self.peft_type) != own:
-            raise ValueError(f"{type(self).__name__} is of type {own}, but peft_type={str(self.peft_type)!r} was given.")
+            raise ValueError(
+                f"{type(self).__name__} is of type {own}, but peft_type={str(self.peft_type)!r} was given."
+            )
         object.__setattr__(self, "peft_type", own or self.peft_type)
         if self.task_type is not None and str(self.task_type) not in TaskType.__members__:
             raise ValueError(
@@ -157,20 +160,27 @@ class PeftConfig:
         """
         kind = str(values.get("peft_type"))
         if kind not in CONFIGS:
-            raise ValueError(f"peft_type={kind!r} is not known here.{did_you_mean(kind, CONFIGS)} Known: {', '.join(CONFIGS)}.")
+            raise ValueError(
+                f"peft_type={kind!r} is not known here.{did_you_mean(kind, CONFIGS)} Known: {', '.join(CONFIGS)}."
+            )
         target = CONFIGS[kind]
         if not issubclass(target, cls):
-            raise ValueError(f"This configuration is of type {kind}, which {cls.__name__} does not read; use PeftConfig.")
+            raise ValueError(
+                f"This configuration is of type {kind}, which {cls.__name__} does not read; use PeftConfig."
+            )
         known = {f.name for f in fields(target)}
         lost = {
             k: v
             for k, v in values.items()
-            if k not in known and k not in _NOTES and v not in (None, False, {}, [], "") and target.foreign.get(k, MISSING) != v
+            if k not in known
+            and k not in _NOTES
+            and v not in (None, False, {}, [], "")
+            and target.foreign.get(k, MISSING) != v
         }
         if lost:
             raise ValueError(
-                f"This {kind} configuration sets {', '.join(f'{k}={v!r}' for k, v in lost.items())}, which coadapt does not "
-                "read; leaving it out would give other results. Remove it only if you know that it had no effect."
+                f"This {kind} file sets {', '.join(f'{k}={v!r}' for k, v in lost.items())}, which coadapt does "
+                "not read; leaving it out would give other results. Remove it only if you know that it had no effect."
             )
         return target(**{k: v for k, v in values.items() if k in known})
 
@@ -219,7 +229,9 @@ class TargetedConfig(PeftConfig):
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError(f"{type(self).__name__}: layers_pattern has no effect without layers_to_transform.")
         if isinstance(self.target_modules, Sequence) and not self.target_modules:
-            raise ValueError(f"{type(self).__name__}: target_modules is empty; leave it out to use the method's usual places.")
+            raise ValueError(
+                f"{type(self).__name__}: target_modules is empty; leave it out to use the method's usual places."
+            )
 
 
 def check_name(name: object) -> str:

@@ -1,32 +1,20 @@
-"""PeftModel: a view of a frozen base, with adapters of its own, and its verbs."""
+"""PeftModel: a view of a frozen base, and its verbs."""
 
-import functools
-import inspect
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from .config import PeftConfig, check_name
 from .core import composition, merging
-from .core.adapter import Adapter, attribute, build, replace_options
-from .core.base import Base, base_of
-from .core.composition import Node, as_node
-from .core.frame import entered
-from .core.plan import Plan
-from .core.site import plain_class
+from .core.adapter import build, replace_options, start_from
+from .core.composition import Node
+from .core.view import View
 from .formats import checkpoint, folder
 
-_PLANS_KEPT = 64
-_using = threading.local()
 
-
-class PeftModel(nn.Module):
+class PeftModel(View):
     """A view of a base model: adapters of its own, a composition of them that is active, and the base's interface.
 
     The base keeps its class, keys, weights and behaviour; several views can share it. What is active in a call is the
@@ -40,87 +28,32 @@ class PeftModel(nn.Module):
 
     _hf_peft_config_loaded = True  # what transformers' Trainer asks of a model with a frozen, quantised base
 
-    def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> Self:
-        return super().__new__(_view_class(cls, plain_class(type(model))))
-
     def __init__(
-        self, model: nn.Module, peft_config: PeftConfig | None = None, adapter_name: str | None = None, autocast_adapter_dtype: bool = True
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | None = None,
+        adapter_name: str | None = None,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
-        super().__init__()
-        if isinstance(model, nn.DataParallel):
-            raise TypeError("DataParallel copies its model to threads, which would lose the adapters. Use DistributedDataParallel.")
-        self.base = model
-        self.adapters = nn.Module()
-        self.gates = nn.ModuleList()
-        self._names: dict[str, Adapter] = {}
-        self._node: Node = composition.Sum()
-        self._merged: merging.Merged | None = None
-        self.half_adapters = not autocast_adapter_dtype
-        self._begin()
-        self.train(model.training)
+        super().__init__(model)
         if peft_config is not None:
-            name = self._add(_name_for(peft_config, adapter_name), peft_config)
+            name = _name_for(peft_config, adapter_name)
+            self._add(name, peft_config, half=not autocast_adapter_dtype)
             self.set_adapter(name)
-
-    def _begin(self) -> None:
-        self._plans: dict[Any, Plan] = {}
-        self._record: Base = base_of(self.base)
-        self._record.enter(id(self))
-        self._finalizer = weakref.finalize(self, _leave, self._record, id(self), self._names)
-
-    # ---- what it is --------------------------------------------------------------------------------------------------
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "_modules" not in self.__dict__ or "base" not in self._modules:
-                raise
-            return getattr(self._modules["base"], name)
 
     @property
     def base_model(self) -> "BaseModel":
         """The base's attributes and the view's verbs: what `model.base_model.set_adapter([...])` in the field needs."""
         return BaseModel(self)
 
-    def get_base_model(self) -> nn.Module:
-        """The base itself: the same object that was given."""
-        return self.base
-
-    @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """The configurations of all attached adapters, by name."""
-        return {name: adapter.config for name, adapter in self._names.items()}
-
-    @property
-    def composition(self) -> Node:
-        """What is active in a call on this thread that does not say otherwise."""
-        stack = getattr(_using, "stack", None)
-        found = None if stack is None else stack.get(id(self))
-        return found[-1] if found else self._node
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The names in `composition`."""
-        return composition.names(self.composition)
-
-    @property
-    def active_adapter(self) -> str:
-        """The one active adapter. Raises ValueError where there are none or several: ask for `active_adapters`."""
-        names = self.active_adapters
-        if len(names) != 1:
-            raise ValueError(f"{len(names)} adapters are active ({self.composition!r}); read active_adapters.")
-        return names[0]
-
-    def get_adapter(self, adapter_name: str) -> Adapter:
-        """The module that holds an adapter's parameters; its `weight` is all of them as one vector."""
-        composition.check_known(_literal(adapter_name, self._names), self._names)
-        return self._names[adapter_name]
-
     # ---- attaching and taking away -----------------------------------------------------------------------------------
 
     def add_adapter(
-        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Attaches a new adapter. What is active and what trains stay as they are.
 
@@ -130,36 +63,23 @@ class PeftModel(nn.Module):
         Raises:
             ValueError: the name is taken or cannot be one, or the configuration does not fit the model.
         """
-        before, self.half_adapters = self.half_adapters, not autocast_adapter_dtype
-        try:
-            self._add(_name_for(peft_config, adapter_name), peft_config)
-        finally:
-            self.half_adapters = before
+        self._add(_name_for(peft_config, adapter_name), peft_config, half=not autocast_adapter_dtype)
 
-    def _add(self, name: str, config: PeftConfig) -> str:
+    def _add(self, name: str, config: PeftConfig, half: bool) -> None:
         check_name(name)
         if name in self._names:
-            raise ValueError(f"There is an adapter {name!r} already. Pick another name, or delete_adapter({name!r}) first.")
+            raise ValueError(
+                f"There is an adapter {name!r} already. Pick another name, or delete_adapter({name!r}) first."
+            )
         if self._merged is not None:
             raise RuntimeError("Adapters are merged into the base; unmerge_adapter() before another one is attached.")
-        source = None
-        if config.init_from is not None:
-            source = self.get_adapter(config.init_from)
-        adapter = build(name, config, self.base, self.half_adapters)
+        source = None if config.init_from is None else self.get_adapter(config.init_from)
+        where = config.base_model_name_or_path or getattr(self.base, "name_or_path", None) or None
+        adapter = build(name, config, self.base, half)
+        adapter.config = replace_options(adapter.config, base_model_name_or_path=where)
         if source is not None:
-            _start_from(adapter, source)
-        adapter.config = replace_options(adapter.config, base_model_name_or_path=config.base_model_name_or_path or self._base_name())
+            start_from(adapter, source)
         self._install(adapter)
-        return name
-
-    def _base_name(self) -> str | None:
-        return getattr(self.base, "name_or_path", None) or None
-
-    def _install(self, adapter: Adapter) -> None:
-        self._record.attach(_modules_of(adapter, self.base))
-        self.adapters.add_module(attribute(adapter.name), adapter.train(self.training))
-        self._names[adapter.name] = adapter
-        self._plans.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes an adapter away; a composition that uses it goes on without it.
@@ -167,29 +87,17 @@ class PeftModel(nn.Module):
         Raises:
             RuntimeError: adapters are merged into the base.
         """
-        adapter = self.get_adapter(adapter_name)
+        self.get_adapter(adapter_name)
         if self._merged is not None:
             raise RuntimeError("Adapters are merged into the base; unmerge_adapter() before one is deleted.")
-        self._record.detach(_modules_of(adapter, self.base))
-        delattr(self.adapters, attribute(adapter_name))
-        del self._names[adapter_name]
-        self._plans.clear()
-        self.set_adapter(_without(self._node, adapter_name))
+        self._take_away(adapter_name)
+        self.set_adapter(composition.without(self._node, adapter_name))
 
     def unload(self) -> nn.Module:
-        """Takes all adapters away and gives the base back, to the bit as it was (merged weights are taken out first)."""
+        """Takes all adapters away and gives the base back, to the bit as it was (what is merged is taken out first)."""
         if self._merged is not None:
             self.unmerge_adapter()
         return self._end()
-
-    def _end(self) -> nn.Module:
-        self._finalizer()
-        self._names.clear()
-        self.adapters = nn.Module()
-        self._node, self._plans = composition.Sum(), {}
-        return self.base
-
-    # ---- what is active ----------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: Any) -> None:
         """Makes a composition active: a name, a list (their sum), a text ("task + 0.5*style", "a >> b"), Seq or Sum.
@@ -198,90 +106,11 @@ class PeftModel(nn.Module):
         """
         node = self._checked(adapter_name)
         if self._merged is not None and composition.key(node) != composition.key(self._merged.node):
-            raise RuntimeError(f"{self._merged.node!r} is merged into the base; unmerge_adapter() before another is made active.")
+            raise RuntimeError(
+                f"{self._merged.node!r} is merged into the base; unmerge_adapter() before another is made active."
+            )
         self._node = node
         self.gates = nn.ModuleList(composition.learned(node))
-
-    def _checked(self, adapters: Any) -> Node:
-        node = adapters if isinstance(adapters, str) and adapters in self._names else as_node(adapters)
-        composition.check_known(node, self._names)
-        return node
-
-    @contextmanager
-    def using(self, adapters: Any) -> Iterator[Self]:
-        """Context: `adapters` is active, on this thread only."""
-        node = self._checked(adapters)
-        stacks: dict[int, list[Node]] = _using.__dict__.setdefault("stack", {})
-        stacks.setdefault(id(self), []).append(node)
-        try:
-            yield self
-        finally:
-            stacks[id(self)].pop()
-            if not stacks[id(self)]:
-                del stacks[id(self)]
-
-    def disable_adapter(self) -> AbstractContextManager[Self]:
-        """Context: nothing is active, on this thread only; calls give the base's own results."""
-        return self.using(composition.Sum())
-
-    # ---- calling -----------------------------------------------------------------------------------------------------
-
-    def forward(self, *args: Any, adapters: Any = None, adapter_names: Sequence[Any] | None = None, **kwargs: Any) -> Any:
-        """The base's forward, adapted.
-
-        Args:
-            adapters: a composition for this call.
-            adapter_names: one composition for each row of the batch (None or "__base__" for a row without any).
-        """
-        with self._call(adapters, adapter_names, args, kwargs):
-            return self.base(*args, **kwargs)
-
-    def generate(self, *args: Any, adapters: Any = None, adapter_names: Sequence[Any] | None = None, **kwargs: Any) -> Any:
-        """The base's `generate`, adapted; arguments as in `forward`. Beams and repeats follow the adapter of their row."""
-        base: Any = self.base
-        with self._call(adapters, adapter_names, args, kwargs):
-            return base.generate(*args, **kwargs)
-
-    def _call(self, adapters: Any, names: Sequence[Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        record = self._record
-        if record.merged_by not in (None, id(self)):
-            raise RuntimeError("Another view has merged its adapters into this base; unmerge_adapter() there before calling this one.")
-        if names is None:
-            node = self.composition if adapters is None else self._checked(adapters)
-            plan, rows = self._plan([node]), None
-        elif adapters is not None:
-            raise ValueError("Give adapters (for the whole call) or adapter_names (one for each row), not both.")
-        else:
-            plan, rows = self._plan_rows(names, args, kwargs)
-        if torch.compiler.is_compiling():
-            return entered(plan.frame(rows))
-        record.carry_frames()
-        return _Running(record, id(self), entered(plan.frame(rows)))
-
-    def _plan_rows(self, names: Sequence[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Plan, Tensor]:
-        if isinstance(names, str):
-            raise TypeError(f"adapter_names is a list with one composition for each row; {names!r} is one string. Did you mean adapters=?")
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
-        if tensors and len(tensors[0]) != len(names):
-            raise ValueError(f"adapter_names has {len(names)} entries, but the batch has {len(tensors[0])} rows; it needs one for each row.")
-        nodes = [composition.Sum() if n is None or n == "__base__" else self._checked(n) for n in names]
-        distinct = {composition.key(n): n for n in nodes}
-        where = {k: i for i, k in enumerate(sorted(distinct, key=str))}
-        plan = self._plan([distinct[k] for k in where])
-        return plan, torch.tensor([where[composition.key(n)] for n in nodes])
-
-    def _plan(self, nodes: Sequence[Node]) -> Plan:
-        merged = self._merged
-        if merged is not None and any(composition.key(n) != composition.key(merged.node) for n in nodes):
-            raise RuntimeError(f"{merged.node!r} is merged into the base; unmerge_adapter() before calling with {nodes[0]!r}.")
-        key = tuple(composition.key(n) for n in nodes)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = Plan(self.base, self._names, nodes, merged.modules if merged else frozenset())
-            if len(self._plans) >= _PLANS_KEPT:
-                self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = plan
-        return plan
 
     # ---- what trains -------------------------------------------------------------------------------------------------
 
@@ -305,7 +134,9 @@ class PeftModel(nn.Module):
         return [name for name, adapter in self._names.items() if any(p.requires_grad for p in adapter.parameters())]
 
     def param_groups(self, options: Mapping[str, float | Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
-        """One optimiser group for each adapter that trains, and one for learned gates: `AdamW(model.param_groups({...}))`.
+        """One optimiser group for each adapter that trains, and one for learned gates.
+
+        `torch.optim.AdamW(model.param_groups({"lora": 2e-4, "task": 5e-3}))`
 
         Args:
             options: adapter name -> learning rate, or a dict of the optimiser's options. `"gates"` names the gates.
@@ -315,17 +146,23 @@ class PeftModel(nn.Module):
         """
         given = dict(options or {})
         members = {name: [p for p in adapter.parameters() if p.requires_grad] for name, adapter in self._names.items()}
-        members["gates"] = [p for p in self.gates.parameters() if p.requires_grad] if "gates" not in self._names else members["gates"]
+        members["gates"] = (
+            [p for p in self.gates.parameters() if p.requires_grad] if "gates" not in self._names else members["gates"]
+        )
         for name in given:
             if name != "gates":
                 self.get_adapter(name)
             if not members.get(name):
-                raise ValueError(f"param_groups: {name!r} has nothing that trains, so its options would have no effect. unfreeze it first.")
+                raise ValueError(
+                    f"param_groups: {name!r} has nothing that trains, so its options would have no effect. Unfreeze it."
+                )
         groups: list[dict[str, Any]] = []
         for name, parameters in members.items():
             if parameters:
                 own = given.get(name, {})
-                groups.append({"params": parameters, "name": name, **(own if isinstance(own, Mapping) else {"lr": own})})
+                groups.append(
+                    {"params": parameters, "name": name, **(own if isinstance(own, Mapping) else {"lr": own})}
+                )
         return groups
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
@@ -374,12 +211,16 @@ class PeftModel(nn.Module):
         if self._merged is None:
             raise RuntimeError("Nothing is merged.")
         if not self._merged.kept:
-            raise RuntimeError("merge_adapter(keep_original=False) gave the base's own weights up; they cannot be put back.")
+            raise RuntimeError(
+                "merge_adapter(keep_original=False) gave the base's own weights up; they cannot be put back."
+            )
         merging.unmerge(self._merged)
         self._merged, self._record.merged_by = None, None
         self._plans.clear()
 
-    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Any = None) -> nn.Module:
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Any = None
+    ) -> nn.Module:
         """Merges a composition for good and gives the base back, without adapters.
 
         Raises:
@@ -396,9 +237,13 @@ class PeftModel(nn.Module):
     # ---- files -------------------------------------------------------------------------------------------------------
 
     def save_pretrained(
-        self, save_directory: str | Path, safe_serialization: bool = True, selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: bool | str = "auto", is_main_process: bool = True, state_dict: Mapping[str, Tensor] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+    ) -> None:
         """Writes the adapters: one that is called "default" into the folder itself, others into sub-folders by name.
 
         With several, or another composition than one adapter alone, `composition.json` says what is active.
@@ -409,7 +254,9 @@ class PeftModel(nn.Module):
         if not safe_serialization:
             raise ValueError("safe_serialization=False asks for a pickle; coadapt writes safetensors only.")
         if save_embedding_layers not in ("auto", False):
-            raise ValueError("save_embedding_layers: resized embeddings are not written yet; put them in modules_to_save.")
+            raise ValueError(
+                "save_embedding_layers: resized embeddings are not written yet; put them in modules_to_save."
+            )
         if not is_main_process:
             return
         chosen = list(selected_adapters or self._names)
@@ -419,9 +266,16 @@ class PeftModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, model: nn.Module, model_id: str | Path, adapter_name: str | None = None, is_trainable: bool = False,
-        config: PeftConfig | None = None, autocast_adapter_dtype: bool = True, subfolder: str | None = None, **kwargs: Any,
-    ) -> Self:  # fmt: skip
+        cls,
+        model: nn.Module,
+        model_id: str | Path,
+        adapter_name: str | None = None,
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        subfolder: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
         """A view of `model` with what a folder holds: one adapter, a composition, or a Trainer's checkpoint.
 
         Args:
@@ -436,10 +290,10 @@ class PeftModel(nn.Module):
         unused = {k: v for k, v in kwargs.items() if k not in ("low_cpu_mem_usage", "torch_device", "revision") and v}
         if unused:
             raise TypeError(f"from_pretrained has no option {', '.join(unused)}.")
-        view = model if isinstance(model, PeftModel) else cls(model, None, autocast_adapter_dtype=autocast_adapter_dtype)
+        view = model if isinstance(model, PeftModel) else cls(model)
         where = Path(model_id, subfolder or "")
         try:
-            node = view._load(where, adapter_name, is_trainable, config)
+            node = view._load(where, adapter_name, is_trainable, config, half=not autocast_adapter_dtype)
         except BaseException:
             if view is not model:
                 view._end()
@@ -449,22 +303,27 @@ class PeftModel(nn.Module):
             view.eval()
         return view  # type: ignore[return-value]
 
-    def load_adapter(self, model_id: str | Path, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> None:
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        **kwargs: Any,
+    ) -> None:
         """Attaches an adapter from its folder. What is active stays as it is. Raises as `from_pretrained`."""
-        if unused := {k for k, v in kwargs.items() if k not in ("low_cpu_mem_usage", "torch_device", "autocast_adapter_dtype") and v}:
+        if unused := {k for k, v in kwargs.items() if k not in ("low_cpu_mem_usage", "torch_device") and v}:
             raise TypeError(f"load_adapter has no option {', '.join(unused)}.")
-        self._load(Path(model_id), adapter_name, is_trainable, None)
+        self._load(Path(model_id), adapter_name, is_trainable, None, half=not autocast_adapter_dtype)
 
-    def _load(self, where: Path, name: str | None, is_trainable: bool, config: PeftConfig | None) -> Node:
-        found = folder.load(where, self.base, self._record.fingerprint, name, config, is_trainable, self.half_adapters)
+    def _load(self, where: Path, name: str | None, is_trainable: bool, config: PeftConfig | None, half: bool) -> Node:
+        found = folder.load(where, self.base, self._record.fingerprint, name, config, is_trainable, half)
         for adapter in found.adapters:
             if adapter.name in self._names:
                 raise ValueError(f"There is an adapter {adapter.name!r} already; load it under another adapter_name.")
         for adapter in found.adapters:
             self._install(adapter)
         return found.node
-
-    # ---- state: adapters only ----------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
         """Configurations, composition and fingerprint, as JSON in a uint8 tensor."""
@@ -473,41 +332,6 @@ class PeftModel(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Checks that the state is of a view like this one. Raises ValueError where it is not."""
         checkpoint.compare(state, self._names)
-
-    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> dict[str, Any]:
-        """The adapters and learned gates only, under attribute paths of this view."""
-        destination = {} if destination is None else destination
-        self.adapters.state_dict(destination=destination, prefix=f"{prefix}adapters.", keep_vars=keep_vars)
-        self.gates.state_dict(destination=destination, prefix=f"{prefix}gates.", keep_vars=keep_vars)
-        destination[f"{prefix}_extra_state"] = self.get_extra_state()
-        return destination
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads what `state_dict` gave; the base is not touched. Raises RuntimeError as PyTorch does."""
-        state = dict(state_dict)
-        extra = state.pop("_extra_state", None)
-        if extra is not None:
-            self.set_extra_state(extra)
-        holder = nn.Module()
-        holder.adapters, holder.gates = self.adapters, self.gates
-        return holder.load_state_dict(state, strict=strict, assign=assign)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_record", "_plans", "_finalizer")}
-        names = {id(p): n for n, p in self.base.named_parameters()}
-        state["_trained"] = [names[id(p)] for p in self._record.trained if id(p) in names]
-        base = plain_class(type(self.base))
-        return _rebuild, (type(self).__mro__[1], base), state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        trained = state.pop("_trained")
-        self.__dict__.update(state)
-        self._begin()
-        self._record.trained = [self.base.get_parameter(name) for name in trained]
-        for adapter in self._names.values():
-            self._record.attach(_modules_of(adapter, self.base))
-        if self._merged is not None:
-            self._record.merged_by = id(self)
 
 
 class BaseModel:
@@ -518,7 +342,7 @@ class BaseModel:
 
     def __getattr__(self, name: str) -> Any:
         view: PeftModel = self.__dict__["_view"]
-        return getattr(view if name in PeftModel.__dict__ else view.base, name)
+        return getattr(view if hasattr(PeftModel, name) else view.base, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__["_view"](*args, **kwargs)
@@ -527,27 +351,15 @@ class BaseModel:
         return repr(self.__dict__["_view"].base)
 
 
-class _Running:
-    """Context: a view is in a call, which keeps others from merging; and its frame is the current one."""
-
-    def __init__(self, record: Base, view: int, frame: entered) -> None:
-        self.record, self.view, self.frame = record, view, frame
-
-    def __enter__(self) -> None:
-        with self.record.lock:
-            self.record.running[self.view] += 1
-        self.frame.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        self.frame.__exit__(*error)
-        with self.record.lock:
-            self.record.running[self.view] -= 1
-
-
 def get_peft_model(
-    model: nn.Module, peft_config: PeftConfig, adapter_name: str | None = None, mixed: bool = False, autocast_adapter_dtype: bool = True,
-    revision: str | None = None, low_cpu_mem_usage: bool = False,
-) -> PeftModel:  # fmt: skip
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str | None = None,
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
     """A view of `model` with one adapter; given a view, that view with the adapter added to what is active.
 
     Args:
@@ -578,73 +390,3 @@ def _name_for(config: PeftConfig, given: str | None) -> str:
     if own is not None and given is not None and own != given:
         raise ValueError(f"The configuration names its adapter {own!r}, the call {given!r}. Give one name.")
     return given or own or "default"
-
-
-def _literal(name: Any, known: Mapping[str, Any]) -> Node:
-    """A name that is to be taken as it is, for an error that says what there is."""
-    if not isinstance(name, str):
-        raise TypeError(f"An adapter's name is a string; got a {type(name).__name__}.")
-    return name
-
-
-def _without(node: Node, name: str) -> Node:
-    if isinstance(node, str):
-        return composition.Sum() if node == name else node
-    left = [(c, w) for c, w in zip(node.children, getattr(node, "weights", node.children), strict=True) if c != name]
-    children = [_without(c, name) for c, _ in left]
-    if isinstance(node, composition.Seq):
-        return composition.Seq(*children)
-    return composition.Sum(*children, weights=[w for _, w in left])
-
-
-def _modules_of(adapter: Adapter, base: nn.Module) -> list[nn.Module]:
-    """Every module that an adapter needs as a site."""
-    from .core.input import backbones
-    from .core.method import AttentionMethod
-
-    found = [p.place.module for p in adapter.parts]
-    found += [p.place.reads[1] for p in adapter.parts if p.place.reads]
-    if any(isinstance(p.method, AttentionMethod) and p.method.position_offset for p in adapter.parts):
-        found += [b.module for b in backbones(base)]
-    if any(p.place.role == "encoder" for p in adapter.parts):  # a decoder sees the virtual tokens of its encoder
-        found += [b.module for b in backbones(base)]
-    return list(dict.fromkeys(found))
-
-
-def _start_from(adapter: Adapter, source: Adapter) -> None:
-    own, other = adapter.state_dict(), source.state_dict()
-    wrong = [k for k in own.keys() | other.keys() if k not in own or k not in other or own[k].shape != other[k].shape]
-    if wrong:
-        raise ValueError(
-            f"init_from={source.name!r}: its parameters are not of the same names and shapes; {len(wrong)} differ, {sorted(wrong)[0]!r} among them."
-        )
-    adapter.load_state_dict(other)
-
-
-def _leave(record: Base, view: int, adapters: Mapping[str, Adapter]) -> None:
-    modules = [m for adapter in adapters.values() for m in _modules_of(adapter, record.model)] if adapters else []
-    record.leave(view, modules)
-
-
-@functools.cache
-def _view_class(cls: type[PeftModel], base: type[nn.Module]) -> type[PeftModel]:
-    """`cls` with a forward whose signature is the base's, plus ours: Trainer, TRL and accelerate read it."""
-
-    def forward(self: PeftModel, *args: Any, adapters: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
-        return PeftModel.forward(self, *args, adapters=adapters, adapter_names=adapter_names, **kwargs)
-
-    forward.__doc__ = cls.forward.__doc__
-    forward.__signature__ = _signature(base.forward)  # type: ignore[attr-defined]
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
-
-
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    theirs = list(inspect.signature(forward).parameters.values())
-    ours = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("adapters", "adapter_names")]
-    at = next((i for i, p in enumerate(theirs) if p.kind is inspect.Parameter.VAR_KEYWORD), len(theirs))
-    return inspect.Signature([*theirs[:at], *ours, *theirs[at:]])
-
-
-def _rebuild(cls: type[PeftModel], base: type[nn.Module]) -> PeftModel:
-    made = _view_class(cls, base)
-    return nn.Module.__new__(made)

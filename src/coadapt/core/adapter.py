@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig, TargetedConfig
 from . import target
+from .input import backbones
 from .layer import Layer
-from .method import Method, ModuleMethod, WeightMethod, method_for
+from .method import AttentionMethod, Method, ModuleMethod, WeightMethod, method_for
 from .target import Place
 
 
@@ -28,9 +29,7 @@ class ModuleCopy(ModuleMethod):
 
     @classmethod
     def places(cls, config: PeftConfig, base: nn.Module) -> list[Place]:
-        found = target.by_name(
-            base, config.modules_to_save or (), f"{type(config).__name__}: modules_to_save"
-        )
+        found = target.by_name(base, config.modules_to_save or (), f"{type(config).__name__}: modules_to_save")
         return [Place(path, module) for path, module in found]
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
@@ -170,3 +169,25 @@ class _Seeded:
     def __exit__(self, *_: object) -> None:
         torch.set_rng_state(self.before)
 
+
+def sites_of(adapter: Adapter, base: nn.Module) -> list[nn.Module]:
+    """Every module that an adapter needs as a site."""
+    found = [p.place.module for p in adapter.parts]
+    found += [p.place.reads[1] for p in adapter.parts if p.place.reads]
+    if any(isinstance(p.method, AttentionMethod) and p.method.position_offset for p in adapter.parts):
+        found += [b.module for b in backbones(base)]
+    if any(p.place.role == "encoder" for p in adapter.parts):  # a decoder sees the virtual tokens of its encoder
+        found += [b.module for b in backbones(base)]
+    return list(dict.fromkeys(found))
+
+
+def start_from(adapter: Adapter, source: Adapter) -> None:
+    """Copies `source`'s weights. Raises ValueError where names or shapes differ."""
+    own, other = adapter.state_dict(), source.state_dict()
+    wrong = [k for k in own.keys() | other.keys() if k not in own or k not in other or own[k].shape != other[k].shape]
+    if wrong:
+        raise ValueError(
+            f"init_from={source.name!r}: its parameters are not of the same names and shapes; {len(wrong)} differ, "
+            f"{sorted(wrong)[0]!r} among them."
+        )
+    adapter.load_state_dict(other)

@@ -69,9 +69,7 @@ class _Summed(Around):
 
     def weight(self) -> Tensor:
         inner = self.inner.weight()
-        return inner + sum(
-            _number(g) * (around(c, self.inner, self.methods).weight() - inner) for c, g in self.terms
-        )
+        return inner + sum(_number(g) * (around(c, self.inner, self.methods).weight() - inner) for c, g in self.terms)
 
 
 def _gated(gate: float | Tensor, change: Tensor) -> Tensor:
@@ -83,9 +81,7 @@ def _gated(gate: float | Tensor, change: Tensor) -> Tensor:
 
 def _number(gate: Gate) -> float | Tensor:
     if any(isinstance(f, Tensor) for f in gate.factors):
-        raise ValueError(
-            "A composition with a gate per row cannot be merged: its rows would need different weights."
-        )
+        raise ValueError("A composition with a gate per row cannot be merged: its rows would need different weights.")
     return gate.value(1, torch.empty(0)) if gate.factors else gate.number
 
 
@@ -95,9 +91,7 @@ class NodeCall:
     def __init__(self, layer: Layer, nodes: Sequence[Node], methods: Methods) -> None:
         self.layer, self.nodes, self.methods = layer, tuple(nodes), methods
 
-    def __call__(
-        self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def __call__(self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, call = first_input(forward, args, kwargs)
         rest: tuple[Any, ...] | None = None
 
@@ -134,15 +128,11 @@ class SpanCall(NodeCall):
         super().__init__(layer, nodes, methods)
         self.reads, self.inner = reads, inner
 
-    def __call__(
-        self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def __call__(self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = frame.inputs.pop(self.reads)
 
         def below(_: Any) -> Tensor:
-            return (
-                forward(*args, **kwargs) if self.inner is None else self.inner(frame, forward, args, kwargs)
-            )
+            return forward(*args, **kwargs) if self.inner is None else self.inner(frame, forward, args, kwargs)
 
         return self.run(frame, x, Layer(self.layer.module, self.layer.path, below))
 
@@ -153,8 +143,6 @@ class NotingCall:
     def __init__(self, path: str, inner: Any) -> None:
         self.path, self.inner = path, inner
 
-    def __call__(
-        self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def __call__(self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         frame.inputs[self.path] = first_input(forward, args, kwargs)[0]
         return forward(*args, **kwargs) if self.inner is None else self.inner(frame, forward, args, kwargs)

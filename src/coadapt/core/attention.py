@@ -60,16 +60,18 @@ class AttentionCall:
         mask: Any,
         **kw: Any,
     ) -> Any:
-        """q (B, H, T, D), k and v (B, H, S, D), mask: None, bool or added, (B, 1 or H, T, S). Returns (B, T, H, D), weights."""
+        """Returns the attention's output, (B, T, H, D), and its weights.
+
+        Args:
+            q: (B, H, T, D). k and v: (B, H, S, D), H of the keys. mask: None, bool or added, (B, 1 or H, T, S).
+        """
         frame = current()
         assert frame is not None
         joint = [t for t in self.terms if t.method.joint]
         apart = [t for t in self.terms if not t.method.joint]
         out, weights = self.joined(joint, frame.rows, attend, module, q, k, v, mask, kw)
         free = (
-            {**kw, "is_causal": False, "position_bias": None}
-            if "position_bias" in kw
-            else {**kw, "is_causal": False}
+            {**kw, "is_causal": False, "position_bias": None} if "position_bias" in kw else {**kw, "is_causal": False}
         )
         for term in apart:
             keys, values = (p.to(q.dtype).expand(len(q), -1, -1, -1) for p in term.method.prefix())
@@ -88,14 +90,13 @@ class AttentionCall:
         causal = kw.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if mask is None and causal and q.shape[2] > 1:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(
-                k.shape[2] - q.shape[2]
-            )[None, None]
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])[
+                None, None
+            ]
             mask = mask if self.kind == "sdpa" else _as_added(mask, q)
         pairs = [t.method.prefix() for t in terms]
         keys, values = (
-            torch.cat([pair[i].to(q.dtype) for pair in pairs], dim=1).expand(len(q), -1, -1, -1)
-            for i in (0, 1)
+            torch.cat([pair[i].to(q.dtype) for pair in pairs], dim=1).expand(len(q), -1, -1, -1) for i in (0, 1)
         )
         lengths = [pair[0].shape[1] for pair in pairs]
         mask = self._widened(terms, lengths, rows, q, k, mask)
@@ -113,7 +114,7 @@ class AttentionCall:
         k: Tensor,
         mask: Any,
     ) -> Any:
-        """The mask with columns for the prefixes in front: log g is added to their scores, so that a gate of 0 removes them."""
+        """The mask with columns for the prefixes in front; log g on their scores, so that a gate of 0 removes them."""
         n = sum(lengths)
         if all(t.is_one for t in terms):
             if mask is None:
@@ -125,13 +126,9 @@ class AttentionCall:
                 "A joint prefix cannot have a gate below 0: its gate is a bias log g. Use a decoupled prefix."
             )
         lowest = torch.finfo(q.dtype).min
-        columns = [
-            g.log().clamp(min=lowest)[:, None].expand(-1, m) for g, m in zip(gates, lengths, strict=True)
-        ]
+        columns = [g.log().clamp(min=lowest)[:, None].expand(-1, m) for g, m in zip(gates, lengths, strict=True)]
         count = max(len(c) for c in columns)
-        bias = torch.cat([c.expand(count, -1) for c in columns], dim=1).to(q.dtype)[
-            :, None, None
-        ]  # (B or 1, 1, 1, N)
+        bias = torch.cat([c.expand(count, -1) for c in columns], dim=1).to(q.dtype)[:, None, None]  # (B or 1, 1, 1, N)
         if mask is None:
             mask = q.new_zeros(1, 1, 1, k.shape[2])
         mask = _as_added(mask, q)
@@ -148,16 +145,16 @@ def _biased(bias: Tensor, terms: Sequence[AttentionTerm], lengths: Sequence[int]
     columns: list[Tensor] = []
     for term, n in zip(terms, lengths, strict=True):
         own = term.method.position_bias(queries, keys)
-        columns.append(bias.new_zeros(*bias.shape[:3], n) if own is None else own.to(bias.dtype).expand(len(bias), -1, -1, -1))
+        columns.append(
+            bias.new_zeros(*bias.shape[:3], n) if own is None else own.to(bias.dtype).expand(len(bias), -1, -1, -1)
+        )
     return torch.cat([*columns, bias], dim=3)
 
 
 def _as_added(mask: Tensor, q: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(
-        ~mask, torch.finfo(q.dtype).min
-    )
+    return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
 
 
 def _attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *args: Any, **kwargs: Any) -> Any:

@@ -78,14 +78,10 @@ def _weight(gate: Any) -> Weight:
         return gate
     if isinstance(gate, Tensor):
         if gate.dim() > 1:
-            raise ValueError(
-                f"A gate per row is a vector with one number a row; got the shape {tuple(gate.shape)}."
-            )
+            raise ValueError(f"A gate per row is a vector with one number a row; got the shape {tuple(gate.shape)}.")
         return gate if gate.dim() else float(gate)
     if isinstance(gate, bool) or not isinstance(gate, int | float) or not math.isfinite(gate):
-        raise ValueError(
-            f"A gate is a finite number, a Learned() or a tensor with one number per row; got {gate!r}."
-        )
+        raise ValueError(f"A gate is a finite number, a Learned() or a tensor with one number per row; got {gate!r}.")
     return float(gate)
 
 
@@ -115,16 +111,12 @@ def as_node(composition: Any) -> Node:
         case list() | tuple():
             return Sum(*composition) if len(composition) != 1 else as_node(composition[0])
         case _:
-            raise TypeError(
-                f"A composition is a name, a text, a list, Seq or Sum; got a {type(composition).__name__}."
-            )
+            raise TypeError(f"A composition is a name, a text, a list, Seq or Sum; got a {type(composition).__name__}.")
 
 
 def names(node: Node) -> list[str]:
     """The adapters in a composition, each once, in order."""
-    return (
-        [node] if isinstance(node, str) else list(dict.fromkeys(n for c in node.children for n in names(c)))
-    )
+    return [node] if isinstance(node, str) else list(dict.fromkeys(n for c in node.children for n in names(c)))
 
 
 def learned(node: Node) -> list[Learned]:
@@ -289,5 +281,16 @@ def terms(node: Node, has: Callable[[str], bool], gate: Gate | None = None) -> I
         return
     weights: Sequence[Weight] = getattr(node, "weights", (1.0,) * len(node.children))
     for child, weight in zip(node.children, weights, strict=True):
-        if weight != 0.0 or not isinstance(weight, float):
+        if not (isinstance(weight, float) and weight == 0.0):
             yield from terms(child, has, gate.times(weight))
+
+
+def without(node: Node, name: str) -> Node:
+    """The composition with one adapter taken out."""
+    if isinstance(node, str):
+        return Sum() if node == name else node
+    left = [(c, w) for c, w in zip(node.children, getattr(node, "weights", node.children), strict=True) if c != name]
+    children = [without(c, name) for c, _ in left]
+    if isinstance(node, Seq):
+        return Seq(*children)
+    return Sum(*children, weights=[w for _, w in left])

@@ -42,8 +42,8 @@ def backbones(base: Any) -> list[Backbone]:
     config = getattr(base, "config", None)
     if config is None or not hasattr(base, "get_input_embeddings"):
         raise ValueError(
-            f"Virtual tokens need a transformers model, whose input embedding can be found; this is a {type(base).__name__}. "
-            "Use a method that sits at layers or modules (LoraConfig, BottleneckConfig)."
+            f"Virtual tokens need a transformers model, whose input embedding can be found; this is a "
+            f"{type(base).__name__}. Use a method that sits at layers or modules (LoraConfig, BottleneckConfig)."
         )
     if getattr(config, "is_encoder_decoder", False):
         found = [("encoder", base.get_encoder()), ("decoder", base.get_decoder())]
@@ -103,9 +103,7 @@ class InputCall:
         self.encoder = encoder
         """The call at the encoder whose states this decoder reads, where that one has virtual tokens."""
         self.names = [
-            n
-            for n in inspect.signature(place.module.forward).parameters
-            if n not in ("self", "args", "kwargs")
+            n for n in inspect.signature(place.module.forward).parameters if n not in ("self", "args", "kwargs")
         ]
         self.cuts = place.role == "decoder" or not _feeds_a_decoder(place.module)
         self.keeps = any(m.keeps_virtual_tokens for m in methods.values())
@@ -115,18 +113,16 @@ class InputCall:
     def virtual(self, frame: Frame, like: Tensor) -> Virtual | None:
         """The prompts for a call with embeddings like `like`, (B, T, D); shorter ones are padded on the left."""
         found = [self._tokens(node) for node in self.nodes]
-        longest = max((len(t) for t in found if t is not None), default=0)
+        count = [0 if t is None else len(t) for t in found]
+        longest = max(count)
         if not longest:
             return None
         padded: list[Tensor] = []
         for tokens in found:
             tokens = (
-                like.new_zeros(0, like.shape[2])
-                if tokens is None
-                else tokens.to(device=like.device, dtype=like.dtype)
+                like.new_zeros(0, like.shape[2]) if tokens is None else tokens.to(device=like.device, dtype=like.dtype)
             )
             padded.append(F.pad(tokens, (0, 0, longest - len(tokens), 0)))
-        count = [0 if t is None else len(t) for t in found]
         table, lengths = torch.stack(padded), torch.tensor(count, device=like.device)
         rows = self._rows(frame, like)
         real = torch.arange(longest, device=like.device) >= longest - lengths[rows, None]
@@ -173,9 +169,7 @@ class InputCall:
 
     # ---- the call ----------------------------------------------------------------------------------------------------
 
-    def __call__(
-        self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def __call__(self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if self.encoder is not None:
             self._widen_encoder_mask(frame, call)
@@ -195,13 +189,13 @@ class InputCall:
         return out if keep is None or self.keeps or not self.cuts else _cut(out, keep, self.place.module)
 
     def _insert(self, call: dict[str, Any], virtual: Virtual, past: int) -> Tensor | None:
-        """Puts the virtual tokens in, where the cache does not hold them already. Returns where the real ones are, (B, T)."""
+        """Puts the virtual tokens in, unless the cache holds them. Returns where the real ones are, (B, T)."""
         embeds, mask, positions = call["inputs_embeds"], call.get("attention_mask"), call.get("position_ids")
         if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
             raise ValueError(
                 "Virtual tokens need an attention mask of shape (batch, tokens); this call has "
-                f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}. Static caches make such masks: "
-                "use the dynamic cache with prompts."
+                f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}. Static caches make such "
+                "masks: use the dynamic cache with prompts."
             )
         batch, length, _ = embeds.shape
         if mask is not None or not virtual.full:
@@ -220,12 +214,10 @@ class InputCall:
             call["token_type_ids"] = F.pad(call["token_type_ids"], (virtual.count, 0))
         return torch.arange(length, device=embeds.device).expand(batch, -1) + virtual.count
 
-    def _move_positions(
-        self, call: dict[str, Any], virtual: Virtual | None, shift: Tensor | None, past: int
-    ) -> None:
+    def _move_positions(self, call: dict[str, Any], virtual: Virtual | None, shift: Tensor | None, past: int) -> None:
         """Shifts the real tokens' positions, and numbers the virtual ones from 0."""
         positions = call.get("position_ids")
-        if "position_ids" not in self.names or call.pop("_packed", False) and shift is None:
+        if "position_ids" not in self.names or (call.pop("_packed", False) and shift is None):
             return
         embeds = call["inputs_embeds"]
         new = virtual.count if virtual is not None and not past else 0
@@ -250,10 +242,14 @@ class InputCall:
     def _widen_encoder_mask(self, frame: Frame, call: dict[str, Any]) -> None:
         states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
         assert self.encoder is not None
-        if states is None or mask is None or mask.shape[1] == states.shape[1]:
+        if states is None or (mask is not None and mask.shape[1] == states.shape[1]):
             return
         virtual = self.encoder.virtual(frame, states)
-        if virtual is not None and mask.shape[1] + virtual.count == states.shape[1]:
+        if virtual is None or (mask is None and virtual.full):
+            return
+        if mask is None:  # the padding of shorter prompts must not be seen
+            mask = virtual.real.new_ones(len(states), states.shape[1] - virtual.count)
+        if mask.shape[1] + virtual.count == states.shape[1]:
             call["encoder_attention_mask"] = torch.cat([virtual.real.to(mask.dtype), mask], dim=1)
 
 
@@ -280,11 +276,9 @@ def _restarts(positions: Tensor) -> Tensor | None:
 
 
 def _pack(call: dict[str, Any], virtual: Virtual, starts: Tensor) -> Tensor:
-    """Gives each packed sequence its own virtual tokens, so that it equals the sequence alone. Returns where the real ones are."""
+    """Each packed sequence gets virtual tokens, so that it equals itself alone. Returns where the real ones are."""
     if not virtual.full:
-        raise ValueError(
-            "Packed rows need virtual tokens of one length; these rows use prompts of unequal lengths."
-        )
+        raise ValueError("Packed rows need virtual tokens of one length; these rows use prompts of unequal lengths.")
     embeds, positions, n = call["inputs_embeds"], call["position_ids"], virtual.count
     batch, length, width = embeds.shape
     starts, positions = starts.expand(batch, -1), positions.expand(batch, -1)
@@ -292,9 +286,7 @@ def _pack(call: dict[str, Any], virtual: Virtual, starts: Tensor) -> Tensor:
     at = torch.arange(length, device=embeds.device) + number * n
     total = length + int(number.max()) * n
     out = embeds.new_zeros(batch, total, width).scatter(1, at[..., None].expand(-1, -1, width), embeds)
-    where = torch.zeros(batch, total, dtype=positions.dtype, device=embeds.device).scatter(
-        1, at, positions + n
-    )
+    where = torch.zeros(batch, total, dtype=positions.dtype, device=embeds.device).scatter(1, at, positions + n)
     rows, columns = starts.nonzero(as_tuple=True)
     for j in range(n):
         slots = at[rows, columns] - n + j

@@ -88,8 +88,8 @@ class Layer:
         if kind is None:
             known = ", ".join(cls.__name__ for cls in KINDS)
             raise TypeError(
-                f"{self.path!r} is a {type(self.module).__name__}, which has no single weight to adapt. Target one of its "
-                f"layers ({known}), or use a method that works on activations (BottleneckConfig)."
+                f"{self.path!r} is a {type(self.module).__name__}, which has no single weight to adapt. Target one of "
+                f"its layers ({known}), or use a method that works on activations (BottleneckConfig)."
             )
         return kind
 
@@ -107,9 +107,7 @@ class Layer:
         """D of what the module returns, or None where its layers do not tell."""
         if kind_of(self.module) is not None:
             return self.shape[0]
-        inner = [
-            Layer(m) for m in self.module.modules() if (k := kind_of(m)) is not None and k.name != "embedding"
-        ]
+        inner = [Layer(m) for m in self.module.modules() if (k := kind_of(m)) is not None and k.name != "embedding"]
         return inner[-1].shape[0] if inner else None
 
     @property

@@ -107,14 +107,10 @@ def _plus(layer: Layer, y: Tensor, z: Tensor, up: Tensor, scale: float) -> Tenso
 def _per_rank(scales: Sequence[float | Tensor], ranks: Sequence[int], z: Tensor, channel: int) -> Tensor:
     """The gates of all terms, repeated over their ranks and shaped to multiply z."""
     parts = [torch.as_tensor(s, dtype=z.dtype, device=z.device) for s in scales]
-    rows = max((p.numel() for p in parts if p.dim()), default=1)
+    rows = max([1, *(p.numel() for p in parts if p.dim())])
     columns = [p.reshape(-1, 1).expand(rows, r) for p, r in zip(parts, ranks, strict=True)]
     gates = torch.cat(columns, dim=1)  # (B or 1, R)
-    return (
-        gates.view(rows, *[1] * (z.dim() - 2), -1)
-        if channel == -1
-        else gates.view(rows, -1, *[1] * (z.dim() - 2))
-    )
+    return gates.view(rows, *[1] * (z.dim() - 2), -1) if channel == -1 else gates.view(rows, -1, *[1] * (z.dim() - 2))
 
 
 class LowRankCall:
@@ -123,9 +119,7 @@ class LowRankCall:
     def __init__(self, layer: Layer, terms: Sequence[Term]) -> None:
         self.layer, self.terms = layer, tuple(terms)
 
-    def __call__(
-        self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def __call__(self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, call = first_input(forward, args, kwargs)
         return added(self.layer, x, call(x), self.terms, frame.rows)
 

@@ -42,8 +42,8 @@ def merge(base: nn.Module, adapters: Mapping[str, Adapter], node: Node, keep_ori
                 continue
             if not isinstance(part.method, WeightMethod | ModuleCopy):
                 raise TypeError(
-                    f"Adapter {name!r} cannot be merged: {type(part.method).__name__} at {part.place.path!r} is not a map of "
-                    "weights. Nothing was changed."
+                    f"Adapter {name!r} cannot be merged: {type(part.method).__name__} at {part.place.path!r} is no map "
+                    "of weights. Nothing was changed."
                 )
             sites.setdefault(part.place.module, {}).setdefault(name, []).append(part)
     if not sites:
@@ -79,16 +79,26 @@ def unmerge(done: Merged) -> None:
         setattr(module, name, old)
 
 
-def _new_weights(module: nn.Module, parts: Mapping[str, Sequence[Part]], node: Node) -> list[tuple[nn.Module, str, torch.Tensor | None]]:
+def _new_weights(
+    module: nn.Module, parts: Mapping[str, Sequence[Part]], node: Node
+) -> list[tuple[nn.Module, str, torch.Tensor | None]]:
     path = next(iter(parts.values()))[0].place.path
     if any(isinstance(p.method, ModuleCopy) for found in parts.values() for p in found):
         return _copied(module, parts, node)
     layer = around(node, Layer(module, path), {name: [p.method for p in found] for name, found in parts.items()})
     stored = layer.kind.canonical(layer.weight())
-    out: list[tuple[nn.Module, str, torch.Tensor | None]] = [(module, "weight", stored.to(Layer(module, path).like().dtype))]
+    out: list[tuple[nn.Module, str, torch.Tensor | None]] = [
+        (module, "weight", stored.to(Layer(module, path).like().dtype))
+    ]
     if layer.bias is not layer_bias(module):
         bias = layer.bias
-        out.append((module, "bias", None if bias is None else bias.to(stored.device, Layer(module, path).like().dtype)))
+        out.append(
+            (
+                module,
+                "bias",
+                None if bias is None else bias.to(stored.device, Layer(module, path).like().dtype),
+            )
+        )
     return out
 
 
@@ -97,14 +107,19 @@ def layer_bias(module: nn.Module) -> torch.Tensor | None:
     return getattr(module, "bias", None)
 
 
-def _copied(module: nn.Module, parts: Mapping[str, Sequence[Part]], node: Node) -> list[tuple[nn.Module, str, torch.Tensor | None]]:
+def _copied(
+    module: nn.Module, parts: Mapping[str, Sequence[Part]], node: Node
+) -> list[tuple[nn.Module, str, torch.Tensor | None]]:
     found = [p for own in parts.values() for p in own]
-    if len(found) != 1 or not isinstance(node, str) and len(names(node)) != 1 and not _is_plain_sum(node):
-        raise ValueError(f"{found[0].place.path!r} is a full copy in one adapter and changed by another; merge them one by one.")
+    if len(found) != 1 or (not isinstance(node, str) and len(names(node)) != 1 and not _is_plain_sum(node)):
+        raise ValueError(
+            f"{found[0].place.path!r} is a full copy in one adapter and changed by another; merge them one by one."
+        )
     source = found[0].method.copy
-    owners = {name: owner for name, owner in module.named_modules()}
+    owners = dict(module.named_modules())
     return [
-        (owners[name.rpartition(".")[0]], name.rpartition(".")[2], value.detach().clone()) for name, value in source.named_parameters()
+        (owners[name.rpartition(".")[0]], name.rpartition(".")[2], value.detach().clone())
+        for name, value in source.named_parameters()
     ]
 
 
@@ -122,7 +137,9 @@ def _to_cpu(base: nn.Module, done: Merged) -> None:
 
 def refuse_beside(adapters: Mapping[str, Adapter], node: Node) -> None:
     """Raises TypeError where part of `node` cannot live in the base's weights and would be lost with the adapters."""
-    lost = [n for n in names(node) if any(isinstance(p.method, AttentionMethod | InputMethod) for p in adapters[n].parts)]
+    lost = [
+        n for n in names(node) if any(isinstance(p.method, AttentionMethod | InputMethod) for p in adapters[n].parts)
+    ]
     if lost:
         raise TypeError(
             f"{', '.join(map(repr, lost))} cannot be merged into weights (a prompt or a prefix) and would be lost. "
@@ -131,9 +148,13 @@ def refuse_beside(adapters: Mapping[str, Adapter], node: Node) -> None:
 
 
 def untie(base: Any) -> None:
-    """Says in the configuration that embeddings and head differ, where a merge has made them differ, or a reload ties them."""
+    """Says in the configuration that embeddings and head differ where a merge made them differ (a reload would tie)."""
     config = getattr(base, "config", None)
-    if config is None or not getattr(config, "tie_word_embeddings", False) or not hasattr(base, "get_output_embeddings"):
+    if (
+        config is None
+        or not getattr(config, "tie_word_embeddings", False)
+        or not hasattr(base, "get_output_embeddings")
+    ):
         return
     into, out = base.get_input_embeddings(), base.get_output_embeddings()
     if into is not None and out is not None and into.weight is not out.weight:

@@ -49,8 +49,8 @@ def method_for(config: PeftConfig) -> type["Method"]:
     """The class that makes what `config` describes."""
     if not isinstance(config, PeftConfig):
         raise TypeError(
-            f"A configuration of coadapt is needed (LoraConfig, PromptTuningConfig ...); got a {type(config).__module__}."
-            f"{type(config).__name__}. Import it from coadapt instead."
+            f"A configuration of coadapt is needed (LoraConfig, PromptTuningConfig ...); got a "
+            f"{type(config).__module__}.{type(config).__name__}. Import it from coadapt instead."
         )
     if str(config.peft_type) not in METHODS:
         raise ValueError(f"{type(config).__name__} names no method; known: {', '.join(METHODS)}.")

@@ -3,16 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .adapter import Adapter, Part
 from .around import Methods, NodeCall, NotingCall, SpanCall
 from .attention import AttentionCall, AttentionTerm
-from .composition import Gate, Node, names, terms
+from .composition import Gate, Node, key, names, terms
 from .frame import Frame, SiteCall
 from .input import Backbone, InputCall, backbones
 from .layer import Layer
 from .lowrank import LowRankCall, LowRankMethod, Term, is_plain
+from .merging import Merged
 from .method import AttentionMethod, InputMethod
 
 _Sites = dict[nn.Module, dict[str, list[Part]]]
@@ -61,9 +63,7 @@ class Plan:
             self._span(module, parts)
         for module, parts in at_attention.items():
             methods = {name: part.method for name, found in parts.items() for part in found}
-            self.attention[module] = AttentionCall(
-                module, [AttentionTerm(m, g) for m, g in self._terms(methods)]
-            )  # type: ignore[arg-type]
+            self.attention[module] = AttentionCall(module, [AttentionTerm(m, g) for m, g in self._terms(methods)])  # type: ignore[arg-type]
         self._inputs(base, at_input, adapters)
 
     def frame(self, rows: Tensor | None) -> Frame:
@@ -76,9 +76,7 @@ class Plan:
         out: list[tuple[Any, tuple[Gate | None, ...]]] = []
         for c, found in enumerate(written):
             for name, gate in found:
-                free = next(
-                    (i for i, (m, gates) in enumerate(out) if m is methods[name] and gates[c] is None), None
-                )
+                free = next((i for i, (m, gates) in enumerate(out) if m is methods[name] and gates[c] is None), None)
                 blank: tuple[Gate | None, ...] = (None,) * len(self.nodes) if free is None else out[free][1]
                 row = (methods[name], (*blank[:c], gate, *blank[c + 1 :]))
                 if free is None:
@@ -89,9 +87,9 @@ class Plan:
 
     def _layer_call(self, module: nn.Module, parts: Mapping[str, Sequence[Part]]) -> SiteCall | None:
         layer = Layer(module, next(iter(parts.values()))[0].place.path)
-        if all(
-            len(found) == 1 and isinstance(found[0].method, LowRankMethod) for found in parts.values()
-        ) and is_plain(module):
+        if all(len(found) == 1 and isinstance(found[0].method, LowRankMethod) for found in parts.values()) and is_plain(
+            module
+        ):
             return LowRankCall(
                 layer,
                 [Term(m, g) for m, g in self._terms({n: found[0].method for n, found in parts.items()})],
@@ -114,9 +112,7 @@ class Plan:
             return
         encoder: InputCall | None = None
         for place in backbones(base):
-            methods = {
-                n: part.method for n, found in at_input.get(place.module, {}).items() for part in found
-            }
+            methods = {n: part.method for n, found in at_input.get(place.module, {}).items() for part in found}
             moved = shifts if self._counts_positions(place) else [0] * len(shifts)
             if methods or any(moved) or encoder is not None:
                 call = InputCall(place, self.nodes, methods, moved, encoder)  # type: ignore[arg-type]
@@ -133,11 +129,7 @@ class Plan:
         """The sum of the offsets of the prefixes that a composition uses."""
         offsets = {
             name: next(
-                (
-                    p.method.position_offset
-                    for p in adapters[name].parts
-                    if isinstance(p.method, AttentionMethod)
-                ),
+                (p.method.position_offset for p in adapters[name].parts if isinstance(p.method, AttentionMethod)),
                 0,
             )
             for name in names(node)
@@ -147,3 +139,42 @@ class Plan:
 
 def _methods(parts: Mapping[str, Sequence[Part]]) -> Methods:
     return {name: [part.method for part in found] for name, found in parts.items()}
+
+
+class Plans:
+    """The plans of one view, kept by composition, so that switching back costs a look-up."""
+
+    KEPT = 64
+
+    def __init__(self, base: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+        self.base, self.adapters = base, adapters
+        self._plans: dict[Any, Plan] = {}
+
+    def clear(self) -> None:
+        """To be called when adapters come or go, or weights are merged."""
+        self._plans.clear()
+
+    def one(self, node: Node, merged: Merged | None) -> Plan:
+        """For a call with one composition for all rows."""
+        return self._made([node], merged)
+
+    def rows(self, nodes: Sequence[Node], merged: Merged | None) -> tuple[Plan, Tensor]:
+        """For a call with one composition per row, and (B,) which of the plan's each row uses."""
+        distinct = {key(n): n for n in nodes}
+        where = {k: i for i, k in enumerate(sorted(distinct, key=str))}
+        plan = self._made([distinct[k] for k in where], merged)
+        return plan, torch.tensor([where[key(n)] for n in nodes])
+
+    def _made(self, nodes: Sequence[Node], merged: Merged | None) -> Plan:
+        if merged is not None and any(key(n) != key(merged.node) for n in nodes):
+            raise RuntimeError(
+                f"{merged.node!r} is merged into the base; unmerge_adapter() before calling with {nodes[0]!r}."
+            )
+        found = tuple(key(n) for n in nodes)
+        plan = self._plans.get(found)
+        if plan is None:
+            plan = Plan(self.base, self.adapters, nodes, merged.modules if merged else frozenset())
+            if len(self._plans) >= self.KEPT:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[found] = plan
+        return plan

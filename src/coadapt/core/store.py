@@ -22,9 +22,7 @@ class Plain:
     def write(self, module: nn.Module, weight: Tensor) -> None:
         """A new Parameter: the old one may be shared with another module, which must keep its value."""
         old = module.get_parameter("weight")
-        module.weight = nn.Parameter(
-            weight.to(dtype=old.dtype, device=old.device).contiguous(), requires_grad=False
-        )
+        module.weight = nn.Parameter(weight.to(dtype=old.dtype, device=old.device).contiguous(), requires_grad=False)
 
 
 STORES: dict[type[nn.Module], Store] = {}

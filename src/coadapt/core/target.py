@@ -39,6 +39,12 @@ def _is_linear(module: nn.Module) -> bool:
 
 def bypass(base: nn.Module, path: str) -> str | None:
     """Why an adapter at `path` would never be called: a module above it that reads its weight directly; or None."""
+    module = base.get_submodule(path)
+    if path.rpartition(".")[2] == "shared" and isinstance(module, nn.Embedding):
+        others = [p for p, m in base.named_modules() if isinstance(m, nn.Embedding) and m is not module]
+        tied = [p for p in others if base.get_submodule(p).weight is module.weight]
+        if tied:
+            return f"it only holds the weight of {' and '.join(tied)} and is never called; adapt those"
     parent = path
     while "." in parent:
         parent = parent.rpartition(".")[0]
@@ -62,9 +68,7 @@ def layer_index(path: str, patterns: Sequence[str] | str | None = None) -> int |
     return None
 
 
-def layers(
-    config: TargetedConfig, base: nn.Module, usual: Sequence[str] | None = None
-) -> list[tuple[str, nn.Module]]:
+def layers(config: TargetedConfig, base: nn.Module, usual: Sequence[str] | None = None) -> list[tuple[str, nn.Module]]:
     """The layers (modules with a weight of their own) that `config` targets.
 
     Args:
@@ -110,24 +114,18 @@ def modules(config: TargetedConfig, base: nn.Module, usual: Sequence[str]) -> li
     paths = _in_layers(config, paths)
     for path in paths:
         if why := bypass(base, path):
-            raise ValueError(
-                f"{_who(config)}: {path!r} cannot be adapted: {why}, so an adapter there would never run."
-            )
+            raise ValueError(f"{_who(config)}: {path!r} cannot be adapted: {why}, so an adapter there would never run.")
     if both := sorted({p for p in paths for name in config.modules_to_save or () if suffix_match(p, name)}):
         raise ValueError(f"{_who(config)}: {both} are in target_modules and in modules_to_save; choose one.")
     return [(p, every[p]) for p in paths]
 
 
-def _by_names(
-    config: TargetedConfig, names: Sequence[str], every: dict[str, nn.Module], base: nn.Module
-) -> list[str]:
+def _by_names(config: TargetedConfig, names: Sequence[str], every: dict[str, nn.Module], base: nn.Module) -> list[str]:
     missing = [name for name in names if not any(suffix_match(path, name) for path in every)]
     if missing:
         ends = {path.rpartition(".")[2] for path in every} | set(every)
         hints = "; ".join(f"{m!r}: nearest {', '.join(nearest(m, ends)) or 'nothing'}" for m in missing)
-        raise ValueError(
-            f"{_who(config)}: target_modules matches no module for {missing} ({hints}). {_some(base)}"
-        )
+        raise ValueError(f"{_who(config)}: target_modules matches no module for {missing} ({hints}). {_some(base)}")
     return [path for path in every if any(suffix_match(path, name) for name in names)]
 
 
@@ -142,9 +140,7 @@ def _without_excluded(config: TargetedConfig, paths: list[str]) -> list[str]:
         gone = {p for p in paths if any(suffix_match(p, name) for name in excluded)}
         idle = [name for name in excluded if not any(suffix_match(p, name) for p in paths)]
     if idle:
-        raise ValueError(
-            f"{_who(config)}: exclude_modules {idle} leaves nothing out: no target has such a name."
-        )
+        raise ValueError(f"{_who(config)}: exclude_modules {idle} leaves nothing out: no target has such a name.")
     if len(gone) == len(paths):
         raise ValueError(f"{_who(config)}: exclude_modules={excluded!r} leaves no target over.")
     return [p for p in paths if p not in gone]
@@ -214,7 +210,7 @@ def blocks(base: nn.Module) -> list[Block]:
     found: list[Block] = []
     for path, module in base.named_modules():
         inside = any(path.startswith(b.path + ".") for b in found)
-        if isinstance(module, nn.ModuleList) and not inside and bypass(base, path + ".x") is None:
+        if isinstance(module, nn.ModuleList) and not inside and bypass(base, path) is None:
             found += [b for name, child in module.named_children() if (b := _block(f"{path}.{name}", child))]
     return found
 
@@ -223,12 +219,7 @@ def _block(path: str, module: nn.Module) -> Block | None:
     roots: list[str] = []
     for name, part in module.named_modules():
         nested = any(name.startswith(root + ".") for root in roots)
-        if (
-            name
-            and not nested
-            and "attention" in type(part).__name__.lower()
-            and any(map(_is_linear, part.modules()))
-        ):
+        if name and not nested and "attention" in type(part).__name__.lower() and any(map(_is_linear, part.modules())):
             roots.append(name)
     if not roots:
         return None
@@ -284,17 +275,11 @@ def _attention(base: Any, path: str, module: Any) -> Attention | None:
         return None
     config = module.config
     dim = next(
-        (
-            getattr(module, n)
-            for n in ("head_dim", "attention_head_size", "key_value_proj_dim")
-            if hasattr(module, n)
-        ),
+        (getattr(module, n) for n in ("head_dim", "attention_head_size", "key_value_proj_dim") if hasattr(module, n)),
         None,
     )
     named = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-    heads = next(
-        (getattr(o, n) for o in (module, config) for n in named if isinstance(getattr(o, n, None), int)), None
-    )
+    heads = next((getattr(o, n) for o in (module, config) for n in named if isinstance(getattr(o, n, None), int)), None)
     if heads is None:
         return None
     dim = dim or config.hidden_size // heads
@@ -302,11 +287,7 @@ def _attention(base: Any, path: str, module: Any) -> Attention | None:
     if keys is not None and hasattr(keys, "out_features"):
         kv = keys.out_features // dim
     else:
-        kv = (
-            getattr(module, "num_key_value_heads", None)
-            or getattr(config, "num_key_value_heads", None)
-            or heads
-        )
+        kv = getattr(module, "num_key_value_heads", None) or getattr(config, "num_key_value_heads", None) or heads
     role = _attention_role(base, path, module)
     return Attention(path, module, role=role, heads=int(kv), head_dim=int(dim))
 

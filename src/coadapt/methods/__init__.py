@@ -2,6 +2,6 @@
 
 from ..config import CONFIGS, PeftConfig
 from ..core.method import METHODS
-from . import bitfit, bottleneck, lora, prefix, prompt  # pyright: ignore[reportUnusedImport]
+from . import bitfit, bottleneck, lora, prefix, prompt
 
-__all__ = ["CONFIGS", "METHODS", "PeftConfig"]
+__all__ = ["CONFIGS", "METHODS", "PeftConfig", "bitfit", "bottleneck", "lora", "prefix", "prompt"]

@@ -27,6 +27,10 @@ class BitFit(WeightMethod):
 
     def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
+        if not hasattr(layer.module, "bias"):
+            raise ValueError(
+                f"BitFit changes biases; {layer.path!r} is a {type(layer.module).__name__}, which cannot have one."
+            )
         self.delta = nn.Parameter(torch.zeros(layer.shape[0]))  # (O,)
 
     @classmethod

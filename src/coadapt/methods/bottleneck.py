@@ -53,13 +53,19 @@ class BottleneckConfig(TargetedConfig):
 class Bottleneck(ModuleMethod):
     """y + s U act(D y), y = base(x); in the parallel form y + s U act(D x)
 
-    Parameter-Efficient Transfer Learning for NLP, Houlsby et al. 2019, arXiv:1902.00751; after the feed-forward part only:
-    AdapterFusion, Pfeiffer et al. 2020, arXiv:2005.00247; parallel and scaled: Towards a Unified View of
-    Parameter-Efficient Transfer Learning, He et al. 2021, arXiv:2110.04366. Serial ones sit right at the projection that
-    ends the part, before the block's residual. U starts at zero. Parameters per site: 2 D m + D + m.
+    Parameter-Efficient Transfer Learning for NLP, Houlsby et al. 2019, arXiv:1902.00751; after the feed-forward part
+    only: AdapterFusion, Pfeiffer et al. 2020, arXiv:2005.00247; parallel and scaled: Towards a Unified View of
+    Parameter-Efficient Transfer Learning, He et al. 2021, arXiv:2110.04366. Serial ones sit right at the projection
+    that ends the part, before the block's residual. U starts at zero. Parameters per site: 2 D m + D + m.
     """
 
-    def __init__(self, config: BottleneckConfig, layer: Layer, shared: nn.Module | None = None, reads: Layer | None = None) -> None:
+    def __init__(
+        self,
+        config: BottleneckConfig,
+        layer: Layer,
+        shared: nn.Module | None = None,
+        reads: Layer | None = None,
+    ) -> None:
         super().__init__(config, layer, shared)
         self.parallel = config.placement == "parallel"
         out = _width(layer.width, layer)
@@ -79,11 +85,15 @@ class Bottleneck(ModuleMethod):
             return [Place(path, module) for path, module in target.modules(config, base, ())]
         blocks = target.blocks(base)
         if any(block.feed_forward is None for block in blocks):
-            raise ValueError(f"BottleneckConfig: the feed-forward part of {blocks[0].path!r} is not one (experts?); name target_modules.")
+            raise ValueError(
+                f"BottleneckConfig: the feed-forward part of {blocks[0].path!r} is not one; name target_modules."
+            )
         ends = [block.feed_forward for block in blocks if block.feed_forward]
         paths = [last[0] for _, last in ends]
         if config.placement == "houlsby":
-            paths = [p for block in blocks for p, _ in (*block.attention, *(e[1:][0] for e in [block.feed_forward] if e))]
+            paths = [
+                p for block in blocks for p, _ in (*block.attention, *(e[1:][0] for e in [block.feed_forward] if e))
+            ]
         reads = {last[0]: first for first, last in ends} if config.placement == "parallel" else {}
         return [Place(path, module, reads.get(path)) for path, module in target.modules(config, base, paths)]
 
@@ -95,5 +105,8 @@ class Bottleneck(ModuleMethod):
 
 def _width(width: int | None, layer: Layer) -> int:
     if width is None:
-        raise ValueError(f"BottleneckConfig: the width of {layer.path!r} ({type(layer.module).__name__}) cannot be found; target a linear layer.")
+        raise ValueError(
+            f"BottleneckConfig: the width of {layer.path!r} ({type(layer.module).__name__}) cannot be found; "
+            "target a linear layer."
+        )
     return width

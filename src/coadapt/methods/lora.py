@@ -63,7 +63,10 @@ class LoRA(LowRankMethod):
     def __init__(self, config: LoraConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
         if not layer.kind.factors:
-            raise ValueError(f"LoRA needs a weight matrix; {layer.path!r} is a {type(layer.module).__name__}. Leave it out of target_modules.")
+            raise ValueError(
+                f"LoRA needs a weight matrix; {layer.path!r} is a {type(layer.module).__name__}. "
+                "Leave it out of target_modules."
+            )
         out_features, *in_dims = layer.shape
         r = _pattern(config.rank_pattern, layer.path, config.r)
         alpha = _pattern(config.alpha_pattern, layer.path, config.lora_alpha)
@@ -87,9 +90,15 @@ class LoRA(LowRankMethod):
         for field_name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(config, field_name):
                 if not any(_matches(key, place.path) for place in places):
-                    raise ValueError(f"LoraConfig: {field_name} key {key!r} matches none of the {len(places)} targets, {places[0].path!r} among them.")
+                    raise ValueError(
+                        f"LoraConfig: {field_name} key {key!r} matches none of the {len(places)} targets, "
+                        f"{places[0].path!r} among them."
+                    )
         if config.fan_in_fan_out and not any("Conv1D" in type(p.module).__name__ for p in places):
-            raise ValueError("LoraConfig: fan_in_fan_out=True, but no target stores its weight transposed. Leave it out: it is found.")
+            raise ValueError(
+                "LoraConfig: fan_in_fan_out=True, but no target stores its weight transposed. "
+                "Leave it out: it is found."
+            )
         return places
 
     @classmethod

@@ -23,16 +23,17 @@ class PrefixTuningConfig(PeftConfig):
     prefix_projection: bool = False
     """Train the prefix through an MLP, tanh between two linear layers, as the paper does."""
     encoder_hidden_size: int | None = None
-    """Width inside of that MLP (left out: the model's hidden size). Without the MLP a check: the model's hidden size."""
+    """Width inside of that MLP (the model's hidden size, if left out). Without the MLP, a check: that size."""
     prefix_sites: Sequence[str] | None = None
     """Any of "encoder", "decoder" (self-attention) and "cross"; all that the model has, if left out."""
     prefix_type: str = "joint"
-    """"joint": one softmax over prefix and input, as published. "decoupled": g softmax(q P_k) P_v is added, g zero at the start."""
+    """"joint": one softmax over prefix and input, as published. "decoupled": g softmax(q P_k) P_v is added, g zero at
+    the start."""
     prefix_layout: str = "own"
     """"peft" for an encoder-decoder: as the field's library reads it, in the decoder's self-attention only, half of the
     blocks unused and the others used twice. Kept when such a folder is loaded."""
     position_offset: int | None = None
-    """By how much the input's positions are shifted: N if left out (as the field's files assume), 0 for stacks and sums."""
+    """By how much the input's positions are shifted: N if left out, as the field's files assume. 0 suits stacks."""
     init_weights: str | None = None
     """Only None: the prefix starts normal with a spread of 0.02."""
     token_dim: int | None = None
@@ -50,16 +51,24 @@ class PrefixTuningConfig(PeftConfig):
         self.choice("prefix_type", ("joint", "decoupled"))
         self.choice("init_weights", (None,))
         self.choice("prefix_layout", ("own", "peft"))
-        if self.prefix_layout == "peft" and (self.prefix_sites or self.prefix_projection or self.prefix_type != "joint"):
-            raise ValueError("PrefixTuningConfig: prefix_layout='peft' is the field's own form; it takes no prefix_sites, prefix_projection or prefix_type.")
+        if self.prefix_layout == "peft" and (
+            self.prefix_sites or self.prefix_projection or self.prefix_type != "joint"
+        ):
+            raise ValueError(
+                "PrefixTuningConfig: prefix_layout='peft' is the field's own form; it takes no prefix_sites, "
+                "prefix_projection or prefix_type."
+            )
         if self.position_offset is not None and self.position_offset < 0:
             raise ValueError(f"PrefixTuningConfig: position_offset={self.position_offset} must not be below 0.")
         if self.prefix_type == "decoupled" and self.position_offset:
-            raise ValueError("PrefixTuningConfig: position_offset has no meaning for a decoupled prefix, which is added beside the input.")
+            raise ValueError(
+                "PrefixTuningConfig: position_offset has no meaning for a decoupled prefix, which is added beside "
+                "the input."
+            )
 
 
 class Projection(nn.Module):
-    """P = W_2 tanh(W_1 E): one embedding for all layers, and a slice of the output for each (the paper's section 4.3)."""
+    """P = W_2 tanh(W_1 E): one embedding for all layers, a slice of the output for each (the paper's section 4.3)."""
 
     def __init__(self, tokens: int, width: int, hidden: int, outputs: int) -> None:
         super().__init__()
@@ -73,7 +82,7 @@ class Projection(nn.Module):
 
 
 class Blocks(nn.Module):
-    """The field's layout for encoder-decoders: one block per layer, of which decoder layer i uses number 2i modulo layers."""
+    """The field's layout for encoder-decoders: a block per layer; decoder layer i uses number 2i modulo layers."""
 
     def __init__(self, tokens: int, outputs: int) -> None:
         super().__init__()
@@ -93,7 +102,13 @@ class PrefixTuning(AttentionMethod):
     Parameters per site: 2 N H D.
     """
 
-    def __init__(self, config: PrefixTuningConfig, place: Attention, base: Any, shared: Projection | Blocks | None = None) -> None:
+    def __init__(
+        self,
+        config: PrefixTuningConfig,
+        place: Attention,
+        base: Any,
+        shared: Projection | Blocks | None = None,
+    ) -> None:
         super().__init__()
         n = config.num_virtual_tokens
         self.shape = (n, 2, place.heads, place.head_dim)
@@ -126,7 +141,11 @@ class PrefixTuning(AttentionMethod):
     def facts(cls, config: PrefixTuningConfig, base: Any) -> dict[str, Any]:
         one = places_of(config, base)[0]
         inner = config.encoder_hidden_size or base.config.get_text_config().hidden_size
-        sizes = {"token_dim": one.heads * one.head_dim, "num_attention_heads": one.heads, "encoder_hidden_size": inner}
+        sizes = {
+            "token_dim": one.heads * one.head_dim,
+            "num_attention_heads": one.heads,
+            "encoder_hidden_size": inner,
+        }
         return {**stack_facts(base), **sizes}
 
     def prefix(self) -> tuple[Tensor, Tensor]:
@@ -155,14 +174,17 @@ def places_of(config: PrefixTuningConfig, base: Any) -> list[Attention]:
         classes = target.without_interface(base)
         raise ValueError(
             f"PrefixTuningConfig: {type(base).__name__} does not go through transformers' attention interface"
-            f"{f' (its {classes[0]} computes attention itself)' if classes else ''}, so a prefix cannot be joined to it. "
-            "Prompt tuning, LoRA and bottleneck adapters work on this model."
+            f"{f' (its {classes[0]} computes attention itself)' if classes else ''}, so a prefix cannot be joined "
+            "to it. Prompt tuning, LoRA and bottleneck adapters work on this model."
         )
     attention.prepare([p.module for p in found])
     facts = base.config.get_text_config()
     two = bool(getattr(facts, "is_encoder_decoder", False))
     config.restates(num_transformer_submodules=2 if two else 1, num_layers=facts.num_hidden_layers)
-    sizes = {"token_dim": (found[0].heads * found[0].head_dim, facts.hidden_size), "num_attention_heads": (found[0].heads, facts.num_attention_heads)}
+    sizes = {
+        "token_dim": (found[0].heads * found[0].head_dim, facts.hidden_size),
+        "num_attention_heads": (found[0].heads, facts.num_attention_heads),
+    }
     for name, allowed in sizes.items():
         if getattr(config, name) not in allowed:
             config.restates(**{name: allowed[0]})
@@ -192,7 +214,9 @@ def _slices(places: Sequence[Attention], layout: str) -> dict[str, tuple[int, in
 def _offset(config: PrefixTuningConfig, base: Any) -> int:
     counts = takes_positions(base)
     if config.position_offset and not counts:
-        raise ValueError(f"PrefixTuningConfig: position_offset has no effect on {type(base).__name__}, which takes no position_ids.")
+        raise ValueError(
+            f"PrefixTuningConfig: position_offset has no effect on {type(base).__name__}, which takes no position_ids."
+        )
     if config.position_offset is not None:
         return config.position_offset
     return config.num_virtual_tokens if counts and config.prefix_type == "joint" else 0

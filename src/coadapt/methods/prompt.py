@@ -28,7 +28,7 @@ class PromptTuningConfig(PeftConfig):
     tokenizer_kwargs: Mapping[str, Any] | None = None
     """Passed on to the tokenizer's `from_pretrained`."""
     prompt_sites: Sequence[str] | None = None
-    """For encoder-decoders: in front of the "encoder"'s input (as published, and the default), the "decoder"'s, or both."""
+    """For encoder-decoders: in front of the "encoder"'s input (as published; the default), the "decoder"'s, or both."""
     output_virtual_tokens: bool = False
     """Also return the virtual tokens' states; otherwise the output is as long as the input."""
     token_dim: int | None = None
@@ -50,7 +50,9 @@ class PromptTuningConfig(PeftConfig):
             raise ValueError("PromptTuningConfig: prompt_tuning_init='TEXT' needs prompt_tuning_init_text.")
         for name in ("prompt_tuning_init_text", "tokenizer_kwargs"):
             if getattr(self, name) and not by_text:
-                raise ValueError(f"PromptTuningConfig: {name} has no effect with prompt_tuning_init={self.prompt_tuning_init!r}.")
+                raise ValueError(
+                    f"PromptTuningConfig: {name} has no effect with prompt_tuning_init={self.prompt_tuning_init!r}."
+                )
 
 
 @register(PromptTuningConfig)
@@ -110,9 +112,14 @@ def _text_ids(config: PromptTuningConfig, base: Any) -> list[int]:
 
     where = config.tokenizer_name_or_path or getattr(base, "name_or_path", "")
     if not where:
-        raise ValueError("PromptTuningConfig: a start from a text needs tokenizer_name_or_path; this model does not say where its own is.")
+        raise ValueError(
+            "PromptTuningConfig: a start from a text needs tokenizer_name_or_path; this model does not say "
+            "where its own is."
+        )
     tokenizer = AutoTokenizer.from_pretrained(where, **(config.tokenizer_kwargs or {}))
     ids = tokenizer(config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise ValueError(f"PromptTuningConfig: prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens.")
+        raise ValueError(
+            f"PromptTuningConfig: prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens."
+        )
     return list(ids)

@@ -1,0 +1,297 @@
+"""A view of a base: what it owns, what is active in its calls, and how it looks to others (Trainer, TRL, pickle)."""
+
+import functools
+import inspect
+import threading
+import weakref
+from abc import ABC
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PeftConfig
+from . import composition
+from .adapter import Adapter, attribute, sites_of
+from .base import Base, base_of
+from .composition import Node, as_node
+from .frame import entered
+from .merging import Merged
+from .plan import Plans
+from .site import plain_class
+
+_using = threading.local()
+
+
+class View(nn.Module, ABC):
+    """Adapters of its own on a base that others may share; `PeftModel` adds the verbs."""
+
+    def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> Self:
+        return super().__new__(_view_class(cls, plain_class(type(model))))
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if isinstance(model, nn.DataParallel):
+            raise TypeError(
+                "DataParallel copies its model to threads, which would lose the adapters. Use DistributedDataParallel."
+            )
+        self.base = model
+        self.adapters = nn.Module()
+        self.gates = nn.ModuleList()
+        self._names: dict[str, Adapter] = {}
+        self._node: Node = composition.Sum()
+        self._merged: Merged | None = None
+        self._begin()
+        self.train(model.training)
+
+    def _begin(self) -> None:
+        self._plans = Plans(self.base, self._names)
+        self._sites: dict[str, list[nn.Module]] = {}
+        self._record: Base = base_of(self.base)
+        self._record.enter(id(self))
+        self._finalizer = weakref.finalize(self, _leave, self._record, id(self), self._sites)
+
+    def _install(self, adapter: Adapter) -> None:
+        self._attach(adapter)
+        self.adapters.add_module(attribute(adapter.name), adapter.train(self.training))
+        self._names[adapter.name] = adapter
+        self._plans.clear()
+
+    def _attach(self, adapter: Adapter) -> None:
+        self._sites[adapter.name] = sites_of(adapter, self.base)
+        self._record.attach(self._sites[adapter.name])
+
+    def _take_away(self, name: str) -> None:
+        self._record.detach(self._sites.pop(name))
+        delattr(self.adapters, attribute(name))
+        del self._names[name]
+        self._plans.clear()
+
+    def _end(self) -> nn.Module:
+        self._finalizer()
+        self._names.clear(), self._sites.clear()
+        self.adapters = nn.Module()
+        self._node = composition.Sum()
+        self._plans.clear()
+        return self.base
+
+    # ---- what it is --------------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_modules" not in self.__dict__ or "base" not in self._modules:
+                raise
+            return getattr(self._modules["base"], name)
+
+    def get_base_model(self) -> nn.Module:
+        """The base itself: the same object that was given."""
+        return self.base
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The configurations of all attached adapters, by name."""
+        return {name: adapter.config for name, adapter in self._names.items()}
+
+    @property
+    def composition(self) -> Node:
+        """What is active in a call on this thread that does not say otherwise."""
+        stack = getattr(_using, "stack", None)
+        found = None if stack is None else stack.get(id(self))
+        return found[-1] if found else self._node
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names in `composition`."""
+        return composition.names(self.composition)
+
+    @property
+    def active_adapter(self) -> str:
+        """The one active adapter. Raises ValueError where there are none or several: ask for `active_adapters`."""
+        names = self.active_adapters
+        if len(names) != 1:
+            raise ValueError(f"{len(names)} adapters are active ({self.composition!r}); read active_adapters.")
+        return names[0]
+
+    def get_adapter(self, adapter_name: str) -> Adapter:
+        """The module that holds an adapter's parameters; its `weight` is all of them as one vector."""
+        composition.check_known(_literal(adapter_name, self._names), self._names)
+        return self._names[adapter_name]
+
+    # ---- calling -----------------------------------------------------------------------------------------------------
+
+    def _checked(self, adapters: Any) -> Node:
+        node = adapters if isinstance(adapters, str) and adapters in self._names else as_node(adapters)
+        composition.check_known(node, self._names)
+        return node
+
+    @contextmanager
+    def using(self, adapters: Any) -> Generator[Self]:
+        """Context: `adapters` is active, on this thread only."""
+        node = self._checked(adapters)
+        stacks: dict[int, list[Node]] = _using.__dict__.setdefault("stack", {})
+        stacks.setdefault(id(self), []).append(node)
+        try:
+            yield self
+        finally:
+            stacks[id(self)].pop()
+            if not stacks[id(self)]:
+                del stacks[id(self)]
+
+    def disable_adapter(self) -> AbstractContextManager[Self]:
+        """Context: nothing is active, on this thread only; calls give the base's own results."""
+        return self.using(composition.Sum())
+
+    def forward(
+        self, *args: Any, adapters: Any = None, adapter_names: Sequence[Any] | None = None, **kwargs: Any
+    ) -> Any:
+        """The base's forward, adapted.
+
+        Args:
+            adapters: a composition for this call.
+            adapter_names: one composition for each row of the batch (None or "__base__" for a row without any).
+        """
+        with self._call(adapters, adapter_names, args, kwargs):
+            return self.base(*args, **kwargs)
+
+    def generate(
+        self, *args: Any, adapters: Any = None, adapter_names: Sequence[Any] | None = None, **kwargs: Any
+    ) -> Any:
+        """The base's `generate`, adapted; arguments as in `forward`. Beams follow the adapter of their row."""
+        base: Any = self.base
+        with self._call(adapters, adapter_names, args, kwargs):
+            return base.generate(*args, **kwargs)
+
+    def _call(
+        self, adapters: Any, names: Sequence[Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        record = self._record
+        if record.merged_by not in (None, id(self)):
+            raise RuntimeError(
+                "Another view has merged its adapters into this base; unmerge_adapter() there before calling this one."
+            )
+        if names is None:
+            node = self.composition if adapters is None else self._checked(adapters)
+            plan, rows = self._plans.one(node, self._merged), None
+        elif adapters is not None:
+            raise ValueError("Give adapters (for the whole call) or adapter_names (one for each row), not both.")
+        else:
+            _check_rows(names, args, kwargs)
+            nodes = [composition.Sum() if n is None or n == "__base__" else self._checked(n) for n in names]
+            plan, rows = self._plans.rows(nodes, self._merged)
+        if torch.compiler.is_compiling():
+            return entered(plan.frame(rows))
+        record.carry_frames()
+        return _Running(record, id(self), entered(plan.frame(rows)))
+
+    # ---- state: adapters only ----------------------------------------------------------------------------------------
+
+    def state_dict(
+        self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> dict[str, Any]:
+        """The adapters and learned gates only, under attribute paths of this view."""
+        destination = {} if destination is None else destination
+        self.adapters.state_dict(destination=destination, prefix=f"{prefix}adapters.", keep_vars=keep_vars)
+        self.gates.state_dict(destination=destination, prefix=f"{prefix}gates.", keep_vars=keep_vars)
+        destination[f"{prefix}_extra_state"] = self.get_extra_state()
+        return destination
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads what `state_dict` gave; the base is not touched. Raises RuntimeError as PyTorch does."""
+        state = dict(state_dict)
+        extra = state.pop("_extra_state", None)
+        if extra is not None:
+            self.set_extra_state(extra)
+        holder = nn.Module()
+        holder.adapters, holder.gates = self.adapters, self.gates
+        return holder.load_state_dict(state, strict=strict, assign=assign)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_record", "_plans", "_sites", "_finalizer")}
+        names = {id(p): n for n, p in self.base.named_parameters()}
+        state["_trained"] = [names[id(p)] for p in self._record.trained if id(p) in names]
+        base = plain_class(type(self.base))
+        return _rebuild, (type(self).__bases__[0], base), state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        trained = state.pop("_trained")
+        self.__dict__.update(state)
+        self._begin()
+        self._record.trained = [self.base.get_parameter(name) for name in trained]
+        for adapter in self._names.values():
+            self._attach(adapter)
+        if self._merged is not None:
+            self._record.merged_by = id(self)
+
+
+class _Running:
+    """Context: a view is in a call, which keeps others from merging; and its frame is the current one."""
+
+    def __init__(self, record: Base, view: int, frame: entered) -> None:
+        self.record, self.view, self.frame = record, view, frame
+
+    def __enter__(self) -> None:
+        with self.record.lock:
+            self.record.running[self.view] += 1
+        self.frame.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.frame.__exit__(*error)
+        with self.record.lock:
+            self.record.running[self.view] -= 1
+
+
+def _check_rows(names: Sequence[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if isinstance(names, str):
+        raise TypeError(
+            f"adapter_names is a list with one composition for each row; {names!r} is one string. "
+            "Did you mean adapters=?"
+        )
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
+    if tensors and len(tensors[0]) != len(names):
+        raise ValueError(
+            f"adapter_names has {len(names)} entries, but the batch has {len(tensors[0])} rows; it needs one for "
+            "each row."
+        )
+
+
+def _literal(name: Any, known: Mapping[str, Any]) -> Node:
+    """A name that is to be taken as it is, for an error that says what there is."""
+    if not isinstance(name, str):
+        raise TypeError(f"An adapter's name is a string; got a {type(name).__name__}.")
+    return name
+
+
+def _leave(record: Base, view: int, sites: Mapping[str, Sequence[nn.Module]]) -> None:
+    record.leave(view, [module for modules in sites.values() for module in modules])
+
+
+@functools.cache
+def _view_class(cls: type[Any], base: type[nn.Module]) -> type[Any]:
+    """`cls` with a forward whose signature is the base's, plus ours: Trainer, TRL and accelerate read it."""
+
+    def forward(self: Any, *args: Any, adapters: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
+        return cls.forward(self, *args, adapters=adapters, adapter_names=adapter_names, **kwargs)
+
+    forward.__doc__ = cls.forward.__doc__
+    forward.__signature__ = _signature(base.forward)  # type: ignore[attr-defined]
+    return type(
+        cls.__name__,
+        (cls,),
+        {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__},
+    )
+
+
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    theirs = list(inspect.signature(forward).parameters.values())
+    ours = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("adapters", "adapter_names")]
+    at = next((i for i, p in enumerate(theirs) if p.kind is inspect.Parameter.VAR_KEYWORD), len(theirs))
+    return inspect.Signature([*theirs[:at], *ours, *theirs[at:]])
+
+
+def _rebuild(cls: type[Any], base: type[nn.Module]) -> Any:
+    made = _view_class(cls, base)
+    return nn.Module.__new__(made)
