@@ -10,6 +10,7 @@ from .config import PeftConfig, check_name
 from .core import composition, merging
 from .core.adapter import build, replace_options, start_from
 from .core.composition import Node
+from .core.method import method_for
 from .core.view import View
 from .formats import checkpoint, folder
 
@@ -37,8 +38,12 @@ class PeftModel(View):
     ) -> None:
         super().__init__(model)
         if peft_config is not None:
-            name = _name_for(peft_config, adapter_name)
-            self._add(name, peft_config, half=not autocast_adapter_dtype)
+            try:
+                name = _name_for(peft_config, adapter_name)
+                self._add(name, peft_config, half=not autocast_adapter_dtype)
+            except BaseException:
+                self._end()
+                raise
             self.set_adapter(name)
 
     @property
@@ -136,34 +141,30 @@ class PeftModel(View):
     def param_groups(self, options: Mapping[str, float | Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
         """One optimiser group for each adapter that trains, and one for learned gates.
 
-        `torch.optim.AdamW(model.param_groups({"lora": 2e-4, "task": 5e-3}))`
+        `torch.optim.AdamW(model.param_groups({"lora": 2e-4, "task": 5e-3}))`. Learning rates are remembered, saved with
+        the adapters, and used where none is given.
 
         Args:
-            options: adapter name -> learning rate, or a dict of the optimiser's options. `"gates"` names the gates.
+            options: adapter name -> learning rate, or a dict of the optimiser's options. "gates" names the gates.
 
         Raises:
             ValueError: a name that is no adapter, or one that does not train.
         """
-        given = dict(options or {})
-        members = {name: [p for p in adapter.parameters() if p.requires_grad] for name, adapter in self._names.items()}
-        members["gates"] = (
-            [p for p in self.gates.parameters() if p.requires_grad] if "gates" not in self._names else members["gates"]
-        )
+        members: dict[str, nn.Module] = {"gates": self.gates, **self._names}
+        trained = {name: [p for p in m.parameters() if p.requires_grad] for name, m in members.items()}
+        given = {n: o if isinstance(o, Mapping) else {"lr": o} for n, o in (options or {}).items()}
         for name in given:
             if name != "gates":
                 self.get_adapter(name)
-            if not members.get(name):
+            if not trained[name]:
                 raise ValueError(
                     f"param_groups: {name!r} has nothing that trains, so its options would have no effect. Unfreeze it."
                 )
-        groups: list[dict[str, Any]] = []
-        for name, parameters in members.items():
-            if parameters:
-                own = given.get(name, {})
-                groups.append(
-                    {"params": parameters, "name": name, **(own if isinstance(own, Mapping) else {"lr": own})}
-                )
-        return groups
+        for name, adapter in self._names.items():
+            adapter.learning_rate = given.get(name, {}).get("lr", adapter.learning_rate)
+        remembered = {n: {"lr": a.learning_rate} for n, a in self._names.items() if a.learning_rate is not None}
+        every = {**remembered, **given}
+        return [{"params": found, "name": name, **every.get(name, {})} for name, found in trained.items() if found]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(parameters that train, all parameters)"""
@@ -386,7 +387,9 @@ def get_peft_model(
 
 
 def _name_for(config: PeftConfig, given: str | None) -> str:
-    own = getattr(config, "adapter_name", None)
+    method_for(config)  # refuses what is no configuration of ours
+    own = config.adapter_name
     if own is not None and given is not None and own != given:
         raise ValueError(f"The configuration names its adapter {own!r}, the call {given!r}. Give one name.")
-    return given or own or "default"
+    name = own if given is None else given
+    return "default" if name is None else name

@@ -5,14 +5,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig, TargetedConfig
 from . import target
-from .input import backbones
+from .backbone import backbones
 from .layer import Layer
 from .method import AttentionMethod, Method, ModuleMethod, WeightMethod, method_for
 from .target import Place
@@ -54,6 +54,8 @@ class Adapter(nn.Module):
         self.name, self.config = name, config
         self.sites = nn.Module()
         self.shared: nn.Module | None = None
+        self.learning_rate: float | None = None
+        """What it was last trained with, where `param_groups` was told."""
         self.parts: list[Part] = []
         self.two_stacks = False
         """Whether the base is an encoder-decoder."""
@@ -101,10 +103,11 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False) ->
     config = with_head(config, base)
     adapter = Adapter(name, config)
     adapter.two_stacks = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
-    adapter.facts = cls.facts(config, base)
     places = cls.places(config, base)
+    adapter.facts = cls.facts(config, base)
     with _seeded(config.init_seed):
-        adapter.shared = cls.shared(config, base, places)
+        shared = cls.shared(config, base, places)
+        adapter.shared = None if shared is None else _settled(shared, places[0].module, half)
         for place in places:
             adapter.add(place, make(cls, config, place, base, adapter.shared, half))
         for companion in cls.companions(config, base, places):
@@ -134,8 +137,7 @@ def replace_options(config: PeftConfig, **changes: Any) -> PeftConfig:
 def make(
     cls: type[Method], config: PeftConfig, place: Place, base: nn.Module, shared: nn.Module | None, half: bool
 ) -> Method:
-    """One method at one place, in the place's device and, unless that is half precision, its dtype."""
-    like = Layer(place.module, place.path).like()
+    """One method at one place, on the place's device and, unless that is half precision, in its dtype."""
     made: Callable[..., Method] = cls
     if place.reads is not None:
         method = made(config, Layer(place.module, place.path), shared, Layer(place.reads[1], place.reads[0]))
@@ -143,11 +145,19 @@ def make(
         method = made(config, Layer(place.module, place.path), shared)
     else:
         method = made(config, place, base, shared)
+    return _settled(method, place.module, half)
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def _settled(made: M, beside: nn.Module, half: bool) -> M:
+    """`made` on the device where `beside` computes, which is not where its weights wait if accelerate offloads them."""
+    like = Layer(beside).like()
     wide = like.dtype in (torch.float32, torch.float64) or half
-    dtype = like.dtype if wide else torch.float32
-    if like.is_meta:
-        return method.to(dtype=dtype)
-    return method.to(device=like.device, dtype=dtype)
+    hooks = [getattr(module, "_hf_hook", None) for module in beside.modules()] if like.is_meta else []
+    computes = [found for hook in hooks if (found := getattr(hook, "execution_device", None)) is not None]
+    return made.to(device=computes[0] if computes else like.device, dtype=like.dtype if wide else torch.float32)
 
 
 def _seeded(seed: int | None) -> AbstractContextManager[Any]:

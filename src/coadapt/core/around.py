@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .composition import Gate, Node, Seq, Weight, per_row
+from .composition import Gate, Node, Seq, Weight, is_zero, per_row
 from .frame import Frame
 from .layer import Adapted, Around, Known, Layer
 from .site import first_input
@@ -25,11 +25,7 @@ def around(node: Node, layer: Layer, methods: Methods) -> Layer:
         for child in node.children:
             layer = around(child, layer, methods)
         return layer
-    children = [
-        (c, w)
-        for c, w in zip(node.children, node.weights, strict=True)
-        if _has(c, methods) and not (isinstance(w, float) and w == 0)
-    ]
+    children = [(c, w) for c, w in zip(node.children, node.weights, strict=True) if _has(c, methods) and not is_zero(w)]
     if not children:
         return layer
     if len(children) == 1 and isinstance(children[0][1], float) and children[0][1] == 1.0:
@@ -93,18 +89,17 @@ class NodeCall:
 
     def __call__(self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, call = first_input(forward, args, kwargs)
-        rest: tuple[Any, ...] | None = None
+        rest: list[Any] = []
 
         def frozen(z: Any) -> Tensor:
-            nonlocal rest
-            out = call(z)
-            if isinstance(out, tuple):
-                out, *others = out
-                rest = tuple(others)
-            return out
+            out: Any = call(z)
+            if not isinstance(out, tuple):
+                return out
+            rest[:] = out[1:]
+            return out[0]
 
         y = self.run(frame, x, Layer(self.layer.module, self.layer.path, frozen))
-        return y if rest is None else (y, *rest)
+        return (y, *rest) if rest else y
 
     def run(self, frame: Frame, x: Any, layer: Layer) -> Tensor:
         if frame.rows is None:

@@ -74,7 +74,7 @@ class AttentionCall:
             {**kw, "is_causal": False, "position_bias": None} if "position_bias" in kw else {**kw, "is_causal": False}
         )
         for term in apart:
-            keys, values = (p.to(q.dtype).expand(len(q), -1, -1, -1) for p in term.method.prefix())
+            keys, values = (p.to(q).expand(len(q), -1, -1, -1) for p in term.method.prefix())
             seen = attend(module, q, keys, values, None, **free)[0]
             gate = term.weight(frame.rows, q).view(-1, 1, 1, 1)
             strength = term.method.strength()
@@ -95,9 +95,7 @@ class AttentionCall:
             ]
             mask = mask if self.kind == "sdpa" else _as_added(mask, q)
         pairs = [t.method.prefix() for t in terms]
-        keys, values = (
-            torch.cat([pair[i].to(q.dtype) for pair in pairs], dim=1).expand(len(q), -1, -1, -1) for i in (0, 1)
-        )
+        keys, values = (torch.cat([pair[i].to(q) for pair in pairs], dim=1).expand(len(q), -1, -1, -1) for i in (0, 1))
         lengths = [pair[0].shape[1] for pair in pairs]
         mask = self._widened(terms, lengths, rows, q, k, mask)
         if kw.get("position_bias") is not None:
@@ -171,7 +169,7 @@ def _own_function(module: Any, kind: str) -> Callable[..., Any]:
 
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import site
-from .frame import carry, uncarry
+from .target import HEADS
 
 _BASES: "weakref.WeakKeyDictionary[nn.Module, Base]" = weakref.WeakKeyDictionary()
 
@@ -36,7 +36,8 @@ class Base:
         self.merged_by: int | None = None
         self.trained: list[nn.Parameter] = []
         self._fingerprint: str | None = None
-        self._checkpointing: list[nn.Module] | None = None
+        self.checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        """Modules that may checkpoint: as sites they take the frame along into recomputation."""
 
     @property
     def model(self) -> nn.Module:
@@ -65,7 +66,6 @@ class Base:
                 for parameter in self.trained:
                     parameter.requires_grad_(True)
                 if (model := self._model()) is not None:
-                    uncarry(model.modules())
                     _BASES.pop(model, None)
 
     def attach(self, modules: Iterable[nn.Module]) -> None:
@@ -84,12 +84,6 @@ class Base:
                     del self.sites[module]
                     site.unmake(module)
 
-    def carry_frames(self) -> None:
-        """Checkpointed layers take the frame along, also where checkpointing was enabled since the last call."""
-        if self._checkpointing is None:
-            self._checkpointing = [m for m in self.model.modules() if hasattr(m, "gradient_checkpointing")]
-        carry(self._checkpointing)
-
     @property
     def fingerprint(self) -> str:
         """Tells bases apart: names and shapes of all weights, and a sample of their values rounded to bf16."""
@@ -103,6 +97,8 @@ def fingerprint(model: nn.Module) -> str:
     """`"<structure>-<values>"`, 16 hexadecimal digits each. The same in fp32 and bf16; unknown values are left out."""
     structure, values = hashlib.sha256(), hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if name.partition(".")[0] in HEADS:  # new at each load; what was trained of it is in the adapter
+            continue
         structure.update(f"{name}:{tuple(parameter.shape)};".encode())
         if parameter.is_floating_point() and not parameter.is_meta and parameter.numel():
             values.update(_sample(parameter))

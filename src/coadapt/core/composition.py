@@ -99,6 +99,11 @@ def _shown(weight: Weight) -> str:
             return "per_row*"
 
 
+def is_zero(weight: Weight) -> bool:
+    """Whether a gate is the number 0: what stands behind it takes no part and gets no gradient."""
+    return isinstance(weight, float) and weight == 0.0
+
+
 def as_node(composition: Any) -> Node:
     """A composition from what people write: a name, a text, a list of names, Seq, Sum, or None for nothing."""
     match composition:
@@ -281,7 +286,7 @@ def terms(node: Node, has: Callable[[str], bool], gate: Gate | None = None) -> I
         return
     weights: Sequence[Weight] = getattr(node, "weights", (1.0,) * len(node.children))
     for child, weight in zip(node.children, weights, strict=True):
-        if not (isinstance(weight, float) and weight == 0.0):
+        if not is_zero(weight):
             yield from terms(child, has, gate.times(weight))
 
 

@@ -1,7 +1,7 @@
 """What a call hands down to the sites below it, and takes along into recomputation."""
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -57,9 +57,13 @@ class entered:
         _active.frame, _active.carried = self.before
 
 
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]
+
+
 def refuse_lost_frame() -> None:
     """Called at a site that has no frame. Raises RuntimeError inside of a recomputation that did not take it along."""
-    if not torch.compiler.is_compiling() and not _active.carried and torch._C._current_graph_task_id() != -1:
+    if not torch.compiler.is_compiling() and not _active.carried and _in_backward():
         raise RuntimeError(
             "A part of the model is recomputed in the backward without knowing which adapters were active. "
             "Where you call torch.utils.checkpoint.checkpoint yourself, call coadapt.checkpoint instead."
@@ -85,19 +89,3 @@ class Carried:
 def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:
     """`torch.utils.checkpoint.checkpoint`, for modules that call it themselves under a PeftModel."""
     return Carried(torch.utils.checkpoint.checkpoint)(function, *args, use_reentrant=use_reentrant, **kwargs)
-
-
-def carry(modules: Iterable[nn.Module]) -> None:
-    """Lets every checkpointing function that is set on `modules` take the frame along."""
-    for module in modules:
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if function is not None and not isinstance(function, Carried):
-            module.__dict__["_gradient_checkpointing_func"] = Carried(function)
-
-
-def uncarry(modules: Iterable[nn.Module]) -> None:
-    """Undoes `carry`."""
-    for module in modules:
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(function, Carried):
-            module.__dict__["_gradient_checkpointing_func"] = function.checkpoint

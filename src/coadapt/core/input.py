@@ -10,68 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from .composition import Gate, Node, Seq, per_row
+from .backbone import Backbone
+from .composition import Gate, Node, Seq, is_zero, per_row
 from .frame import Frame
 from .method import InputMethod
-from .target import Place
-
-
-@dataclass(frozen=True)
-class Backbone(Place):
-    """The module that embeds its input and runs the layers; its role is "encoder" or "decoder"."""
-
-    @property
-    def embedding(self) -> nn.Embedding:
-        module: Any = self.module
-        return module.get_input_embeddings()
-
-    @property
-    def width(self) -> int:
-        """D of the embedded sequence."""
-        return self.embedding.embedding_dim
-
-
-def backbones(base: Any) -> list[Backbone]:
-    """The encoder, then the decoder, that `base` has.
-
-    Raises:
-        ValueError: the model is none of transformers', so that nothing says where its input is embedded.
-    """
-    config = getattr(base, "config", None)
-    if config is None or not hasattr(base, "get_input_embeddings"):
-        raise ValueError(
-            f"Virtual tokens need a transformers model, whose input embedding can be found; this is a "
-            f"{type(base).__name__}. Use a method that sits at layers or modules (LoraConfig, BottleneckConfig)."
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        found = [("encoder", base.get_encoder()), ("decoder", base.get_decoder())]
-    else:
-        module = getattr(base, base.base_model_prefix, base)
-        causal = getattr(config, "is_decoder", False) or _is_causal(base)
-        found = [("decoder" if causal else "encoder", module)]
-    paths = {id(m): n for n, m in base.named_modules()}
-    return [Backbone(paths[id(m)], m, role=role) for role, m in found]
-
-
-def _is_causal(base: Any) -> bool:
-    marks = [getattr(m, "is_causal", None) for m in base.modules()]
-    return bool(getattr(base, "can_generate", lambda: False)()) or any(m is True for m in marks)
-
-
-def stack_facts(base: Any) -> dict[str, Any]:
-    """What files of prompts and prefixes restate of any model: its task, how many stacks and layers it has."""
-    stacks = backbones(base)
-    generates = getattr(base, "can_generate", lambda: False)()
-    found = ("SEQ_2_SEQ_LM" if len(stacks) == 2 else "CAUSAL_LM") if generates else None
-    layers = base.config.get_text_config().num_hidden_layers
-    return {"task_type": found, "num_transformer_submodules": len(stacks), "num_layers": layers}
-
-
-def takes_positions(base: Any) -> bool:
-    """Whether the positions of the input can be told to the model."""
-    return any("position_ids" in inspect.signature(b.module.forward).parameters for b in backbones(base))
 
 
 @dataclass(frozen=True)
@@ -133,11 +77,7 @@ class InputCall:
         if isinstance(node, str):
             return self.methods[node].prompt() if node in self.methods else None
         weights = getattr(node, "weights", (1.0,) * len(node.children))
-        pairs = [
-            (self._tokens(c), w)
-            for c, w in zip(node.children, weights, strict=True)
-            if not (isinstance(w, float) and w == 0)
-        ]
+        pairs = [(self._tokens(c), w) for c, w in zip(node.children, weights, strict=True) if not is_zero(w)]
         found = [(t, w) for t, w in pairs if t is not None]
         if not found:
             return None
@@ -181,76 +121,99 @@ class InputCall:
         if virtual is None and shift is None:
             return forward(**call)
         past = _cached(call.get("past_key_values"))
-        keep: Tensor | None = None
-        if virtual is not None:
-            keep = self._insert(call, virtual, past)
-        self._move_positions(call, virtual, shift, past)
+        if virtual is not None and not past and (starts := _restarts(call)) is not None:
+            keep = _pack(call, virtual, starts)
+            call["position_ids"] = call["position_ids"] + (0 if shift is None else shift)
+        else:
+            keep = self._insert(call, virtual, shift, past)
         out = forward(**call)
         return out if keep is None or self.keeps or not self.cuts else _cut(out, keep, self.place.module)
 
-    def _insert(self, call: dict[str, Any], virtual: Virtual, past: int) -> Tensor | None:
+    def _insert(self, call: dict[str, Any], virtual: Virtual | None, shift: Tensor | None, past: int) -> Tensor | None:
         """Puts the virtual tokens in, unless the cache holds them. Returns where the real ones are, (B, T)."""
-        embeds, mask, positions = call["inputs_embeds"], call.get("attention_mask"), call.get("position_ids")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-            raise ValueError(
-                "Virtual tokens need an attention mask of shape (batch, tokens); this call has "
-                f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}. Static caches make such "
-                "masks: use the dynamic cache with prompts."
-            )
-        batch, length, _ = embeds.shape
-        if mask is not None or not virtual.full:
-            seen = (
-                mask
-                if mask is not None
-                else virtual.real.new_ones(batch, past + length - (virtual.count if past else 0))
-            )
-            call["attention_mask"] = torch.cat([virtual.real.to(seen.dtype), seen], dim=1)
+        embeds, mask, length = call["inputs_embeds"], call.get("attention_mask"), call["inputs_embeds"].shape[1]
+        positions = self._real_positions(call, virtual, shift, past)  # before the virtual tokens move them
+        if virtual is None:
+            call["position_ids"] = positions if shift is None or positions is None else positions + shift
+            return None
+        wide = _widened(virtual, mask, past + length - (virtual.count if past else 0))
+        order: Tensor | None = None
+        if wide is not None:
+            call["attention_mask"], order = wide
+        if positions is not None:
+            call["position_ids"] = _moved(positions, virtual, mask, shift, past, order)
         if past:
             return None
-        if mask is None and positions is not None and (starts := _restarts(positions)) is not None:
-            return _pack(call, virtual, starts)
-        call["inputs_embeds"] = torch.cat([virtual.embeds, embeds], dim=1)
+        call["inputs_embeds"] = _ordered(torch.cat([virtual.embeds, embeds], dim=1), order)
         if call.get("token_type_ids") is not None:
             call["token_type_ids"] = F.pad(call["token_type_ids"], (virtual.count, 0))
-        return torch.arange(length, device=embeds.device).expand(batch, -1) + virtual.count
+        at = torch.arange(virtual.count + length, device=embeds.device).expand(len(embeds), -1)
+        return (at if order is None else order.argsort(dim=1))[:, virtual.count :]
 
-    def _move_positions(self, call: dict[str, Any], virtual: Virtual | None, shift: Tensor | None, past: int) -> None:
-        """Shifts the real tokens' positions, and numbers the virtual ones from 0."""
-        positions = call.get("position_ids")
-        if "position_ids" not in self.names or (call.pop("_packed", False) and shift is None):
-            return
-        embeds = call["inputs_embeds"]
-        new = virtual.count if virtual is not None and not past else 0
-        length = embeds.shape[1] - new
-        if positions is None and shift is None and (virtual is None or virtual.full):
-            return  # the model counts from the front, virtual tokens included
-        if positions is None:
-            before = past - (virtual.count if virtual is not None and past else 0)
-            positions = torch.arange(before, before + length, device=embeds.device)[None] + _first_position(
-                self.place.module
-            )
-        elif positions.shape[-1] == embeds.shape[1] and new:  # packed: they are in place already
-            call["position_ids"] = positions if shift is None else positions + shift
-            return
-        if virtual is not None:
-            positions = positions + virtual.real.sum(1, keepdim=True)
-            if new:
-                own = (virtual.real.long().cumsum(1) - 1).clamp(min=0) + _first_position(self.place.module)
-                positions = torch.cat([own, positions.expand(len(own), -1)], dim=1)
-        call["position_ids"] = positions if shift is None else positions + shift
+    def _real_positions(
+        self, call: dict[str, Any], virtual: Virtual | None, shift: Tensor | None, past: int
+    ) -> Tensor | None:
+        """(B or 1, T) the positions that the tokens have without us; None where the model can go on counting itself."""
+        given = call.get("position_ids")
+        if "position_ids" not in self.names or (given is None and shift is None and (virtual is None or virtual.full)):
+            return None
+        if given is not None:
+            return given
+        before = past - (virtual.count if virtual is not None and past else 0)
+        length, first = call["inputs_embeds"].shape[1], _first_position(self.place.module)
+        return torch.arange(before, before + length, device=call["inputs_embeds"].device)[None] + first
 
     def _widen_encoder_mask(self, frame: Frame, call: dict[str, Any]) -> None:
+        """The mask over an encoder's states, where those hold virtual tokens and it does not."""
         states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
         assert self.encoder is not None
-        if states is None or (mask is not None and mask.shape[1] == states.shape[1]):
+        virtual = None if states is None else self.encoder.virtual(frame, states)
+        if virtual is None or (mask is not None and mask.shape[1] + virtual.count != states.shape[1]):
             return
-        virtual = self.encoder.virtual(frame, states)
-        if virtual is None or (mask is None and virtual.full):
-            return
-        if mask is None:  # the padding of shorter prompts must not be seen
-            mask = virtual.real.new_ones(len(states), states.shape[1] - virtual.count)
-        if mask.shape[1] + virtual.count == states.shape[1]:
-            call["encoder_attention_mask"] = torch.cat([virtual.real.to(mask.dtype), mask], dim=1)
+        if (wide := _widened(virtual, mask, states.shape[1] - virtual.count)) is not None:
+            call["encoder_attention_mask"] = wide[0]
+
+
+def _widened(virtual: Virtual, mask: Any, length: int) -> tuple[Tensor, Tensor] | None:
+    """The mask with the virtual tokens, (B, N + S), and the order in which [virtual; real] tokens stand, (B, N + S).
+
+    Virtual tokens stand right before the first real one: behind padding on the left, so that no model sees a gap.
+    None where nothing is masked.
+    """
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise ValueError(
+            "Virtual tokens need an attention mask of shape (batch, tokens); this call has "
+            f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}. Static caches make such "
+            "masks: use the dynamic cache with prompts."
+        )
+    if mask is None and virtual.full:
+        return None
+    seen = virtual.real.new_ones(len(virtual.real), length) if mask is None else mask
+    both = torch.cat([virtual.real.to(seen.dtype), seen], dim=1)
+    padding = torch.cat([~virtual.real, seen.cumsum(1) == 0], dim=1)
+    order = (~padding).to(torch.uint8).argsort(dim=1, stable=True)
+    return both.gather(1, order), order
+
+
+def _moved(
+    positions: Tensor, virtual: Virtual, mask: Tensor | None, shift: Tensor | None, past: int, order: Tensor | None
+) -> Tensor:
+    """Positions with the virtual tokens in front of the first real one, whose place the first of them takes."""
+    count = virtual.real.sum(1, keepdim=True)  # (B, 1)
+    real = positions.expand(len(count), -1) + count
+    if not past:
+        first = positions.expand(len(count), -1)
+        if mask is not None:
+            first = first.gather(1, mask.to(torch.uint8).argmax(dim=1, keepdim=True))
+        own = first[:, :1] + (virtual.real.long().cumsum(1) - 1).clamp(min=0)
+        real = _ordered(torch.cat([own, real], dim=1), order)
+    return real if shift is None else real + shift
+
+
+def _ordered(tokens: Tensor, order: Tensor | None) -> Tensor:
+    if order is None:
+        return tokens
+    return tokens.gather(1, order[..., None].expand_as(tokens) if tokens.dim() == 3 else order)
 
 
 def _feeds_a_decoder(module: Any) -> bool:
@@ -268,9 +231,11 @@ def _cached(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _restarts(positions: Tensor) -> Tensor | None:
+def _restarts(call: dict[str, Any]) -> Tensor | None:
     """(B, T) which tokens begin a packed sequence, or None where every row is one sequence."""
-    starts = positions == 0
+    if call.get("position_ids") is None or call.get("attention_mask") is not None:
+        return None
+    starts = call["position_ids"] == 0
     starts[..., 0] = True
     return starts if bool(starts[..., 1:].any()) else None
 

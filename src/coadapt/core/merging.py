@@ -9,7 +9,7 @@ from torch import nn
 
 from .adapter import Adapter, ModuleCopy, Part
 from .around import around
-from .composition import Node, names
+from .composition import Gate, Node, names, terms
 from .layer import Layer
 from .method import AttentionMethod, InputMethod, WeightMethod
 from .store import store_of
@@ -50,6 +50,11 @@ def merge(base: nn.Module, adapters: Mapping[str, Adapter], node: Node, keep_ori
         raise ValueError(f"{node!r} adapts no weight, so there is nothing to merge.")
     writes: list[tuple[nn.Module, str, torch.Tensor | None]] = []
     for module, parts in sites.items():
+        if any(p.is_meta for p in module.parameters()):
+            path = next(iter(parts.values()))[0].place.path
+            raise ValueError(
+                f"{path!r} has no values here (meta device, or offloaded), so nothing can be merged into it."
+            )
         writes += _new_weights(module, parts, node)
     for module, name, value in writes:
         if value is not None and not torch.isfinite(value).all():
@@ -111,20 +116,18 @@ def _copied(
     module: nn.Module, parts: Mapping[str, Sequence[Part]], node: Node
 ) -> list[tuple[nn.Module, str, torch.Tensor | None]]:
     found = [p for own in parts.values() for p in own]
-    if len(found) != 1 or (not isinstance(node, str) and len(names(node)) != 1 and not _is_plain_sum(node)):
+    written = list(terms(node, parts.__contains__))
+    if len(found) != 1 or [gate for _, gate in written] != [Gate()]:
         raise ValueError(
-            f"{found[0].place.path!r} is a full copy in one adapter and changed by another; merge them one by one."
+            f"{found[0].place.path!r} is a full copy in an adapter, and {node!r} weighs it or changes it again; "
+            "merge that adapter by itself."
         )
-    source = found[0].method.copy
+    source: Any = found[0].method.copy
     owners = dict(module.named_modules())
     return [
         (owners[name.rpartition(".")[0]], name.rpartition(".")[2], value.detach().clone())
         for name, value in source.named_parameters()
     ]
-
-
-def _is_plain_sum(node: Node) -> bool:
-    return all(isinstance(c, str) for c in node.children) and all(w == 1.0 for w in getattr(node, "weights", (1.0,)))
 
 
 def _to_cpu(base: nn.Module, done: Merged) -> None:

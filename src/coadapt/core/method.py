@@ -45,7 +45,7 @@ def register(config: type[PeftConfig]) -> Callable[[M], M]:
     return add
 
 
-def method_for(config: PeftConfig) -> type["Method"]:
+def method_for(config: Any) -> type["Method"]:
     """The class that makes what `config` describes."""
     if not isinstance(config, PeftConfig):
         raise TypeError(

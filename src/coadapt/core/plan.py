@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from .adapter import Adapter, Part
 from .around import Methods, NodeCall, NotingCall, SpanCall
 from .attention import AttentionCall, AttentionTerm
+from .backbone import Backbone, backbones
 from .composition import Gate, Node, key, names, terms
 from .frame import Frame, SiteCall
-from .input import Backbone, InputCall, backbones
+from .input import InputCall
 from .layer import Layer
 from .lowrank import LowRankCall, LowRankMethod, Term, is_plain
 from .merging import Merged

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .frame import current, refuse_lost_frame
+from .frame import Carried, current, refuse_lost_frame
 
 
 class Site:
@@ -33,8 +33,9 @@ def site_class(cls: type[nn.Module]) -> type[nn.Module]:
         """A copied or pickled module is a plain one: what it is a site of is not copied along."""
         return _new, (cls,), dict(self.__dict__)
 
-    forward.__wrapped__ = cls.forward  # signatures are read through it
+    setattr(forward, "__wrapped__", cls.forward)  # noqa: B010   signatures are read through it
     body: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__}
+    body |= {"_gradient_checkpointing_func": property(_checkpoint_of, _set_checkpoint)}
     if hasattr(cls, "forward") and "ALL_ATTENTION_FUNCTIONS" in _names_in(cls):
         body |= {"config": property(_config_of, _set_config), "_coadapt_has_interface": True}
     made = types.new_class(cls.__name__, (Site, cls), exec_body=lambda namespace: namespace.update(body))
@@ -58,6 +59,17 @@ def _config_of(self: Any) -> Any:
 
 def _set_config(self: Any, config: Any) -> None:
     self.__dict__["config"] = config
+
+
+def _checkpoint_of(self: Any) -> Any:
+    """The checkpointing function that transformers has set, taking the frame along into the recomputation."""
+    if "_gradient_checkpointing_func" not in self.__dict__:
+        raise AttributeError("_gradient_checkpointing_func")
+    return Carried(self.__dict__["_gradient_checkpointing_func"])
+
+
+def _set_checkpoint(self: Any, function: Any) -> None:
+    self.__dict__["_gradient_checkpointing_func"] = function
 
 
 def _new(cls: type[nn.Module]) -> nn.Module:

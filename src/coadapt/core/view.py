@@ -60,7 +60,7 @@ class View(nn.Module, ABC):
         self._plans.clear()
 
     def _attach(self, adapter: Adapter) -> None:
-        self._sites[adapter.name] = sites_of(adapter, self.base)
+        self._sites[adapter.name] = [*sites_of(adapter, self.base), *self._record.checkpointing]
         self._record.attach(self._sites[adapter.name])
 
     def _take_away(self, name: str) -> None:
@@ -71,7 +71,8 @@ class View(nn.Module, ABC):
 
     def _end(self) -> nn.Module:
         self._finalizer()
-        self._names.clear(), self._sites.clear()
+        self._names.clear()
+        self._sites.clear()
         self.adapters = nn.Module()
         self._node = composition.Sum()
         self._plans.clear()
@@ -184,7 +185,6 @@ class View(nn.Module, ABC):
             plan, rows = self._plans.rows(nodes, self._merged)
         if torch.compiler.is_compiling():
             return entered(plan.frame(rows))
-        record.carry_frames()
         return _Running(record, id(self), entered(plan.frame(rows)))
 
     # ---- state: adapters only ----------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ class View(nn.Module, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         trained = state.pop("_trained")
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._begin()
         self._record.trained = [self.base.get_parameter(name) for name in trained]
         for adapter in self._names.values():

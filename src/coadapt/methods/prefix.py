@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig, PeftType
 from ..core import attention, target
-from ..core.input import stack_facts, takes_positions
+from ..core.backbone import stack_facts, takes_positions
 from ..core.method import AttentionMethod, Place, register
 from ..core.target import Attention
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig, PeftType
-from ..core.input import Backbone, backbones, stack_facts
+from ..core.backbone import Backbone, backbones, stack_facts
 from ..core.method import InputMethod, Place, register
 
 
@@ -94,8 +94,13 @@ class PromptTuning(InputMethod):
 def _start(config: PromptTuningConfig, vocabulary: Tensor, base: Any) -> Tensor:
     """(N, D), from (V, D)"""
     n = config.num_virtual_tokens
+    if vocabulary.is_meta and config.prompt_tuning_init == "RANDOM":
+        return 0.02 * torch.randn(n, vocabulary.shape[1])
     if vocabulary.is_meta:
-        return torch.empty(n, vocabulary.shape[1], device="meta")
+        raise ValueError(
+            f"PromptTuningConfig: prompt_tuning_init={config.prompt_tuning_init!r} reads the model's embeddings, whose "
+            "values are not here (meta device, or offloaded). Use 'RANDOM'."
+        )
     vocabulary = vocabulary.detach().float()
     match config.prompt_tuning_init:
         case "SAMPLE_VOCAB":
