@@ -1,12 +1,12 @@
-"""Steps that many tests take: a loss, gradients, a second view that holds one adapter alone, errors relative to a norm."""
+"""Steps that many tests take: a loss, gradients, a view with one adapter alone, relative errors, traces."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from models import logits
 from torch import Tensor, nn
 
 from coadapt import PeftModel, get_peft_model
+from models import logits
 
 
 def loss(model: Any, tokens: Tensor | None = None, **options: Any) -> Tensor:
@@ -50,3 +50,15 @@ def no_checkpointing(model: Any) -> None:
     """Turns it off again."""
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
     disable()
+
+
+def traces(base: nn.Module) -> list[Any]:
+    """What attaching would change of a base: classes, keys, weights, what trains, hooks, the configuration."""
+    return [
+        [
+            (n, type(m), sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks))
+            for n, m in base.named_modules()
+        ],
+        [(n, p.requires_grad, p.data_ptr(), float(p.detach().double().sum())) for n, p in base.named_parameters()],
+        str(getattr(base, "config", "")),
+    ]

@@ -1,6 +1,8 @@
 """Parameter-efficient fine-tuning: any mix of adapters on one frozen model."""
 
 import importlib
+import re
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
@@ -12,21 +14,21 @@ _HOMES = {
     "AutoPeftModelForSeq2SeqLM": "auto",
     "AutoPeftModelForSequenceClassification": "auto",
     "AutoPeftModelForTokenClassification": "auto",
-    "BitFitConfig": "methods.bitfit",
-    "BottleneckConfig": "methods.bottleneck",
     "Learned": "core.composition",
-    "LoraConfig": "methods.lora",
     "PeftConfig": "methods",
     "PeftModel": "model",
-    "PeftType": "config",
-    "PrefixTuningConfig": "methods.prefix",
-    "PromptTuningConfig": "methods.prompt",
+    "PeftType": "methods",
     "Seq": "core.composition",
     "Sum": "core.composition",
     "TaskType": "config",
     "checkpoint": "core.frame",
     "get_peft_model": "model",
 }
+
+# A method's file needs no line here: its configuration is found by its name, without importing it.
+for _file in sorted((Path(__file__).parent / "methods").glob("[a-z]*.py")):
+    for _name in re.findall(r"^class ([A-Z]\w*Config)\(", _file.read_text("utf-8"), re.MULTILINE):
+        _HOMES[_name] = f"methods.{_file.stem}"
 
 __all__ = sorted([*_HOMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 

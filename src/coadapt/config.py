@@ -21,16 +21,6 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-class PeftType(StrEnum):
-    """The methods, by the names that adapter folders carry."""
-
-    LORA = "LORA"
-    PROMPT_TUNING = "PROMPT_TUNING"
-    PREFIX_TUNING = "PREFIX_TUNING"
-    BOTTLENECK = "BOTTLENECK"
-    BITFIT = "BITFIT"
-
-
 CONFIGS: dict[str, type["PeftConfig"]] = {}
 """Every method's configuration class by its `peft_type`; filled as the files of `methods/` are imported."""
 
@@ -58,7 +48,8 @@ class PeftConfig:
         ValueError: a value out of its range, or two options that contradict each other.
     """
 
-    kind: ClassVar[PeftType | None] = None
+    kind: ClassVar[str | None] = None
+    """The method's name, as `peft_type` in adapter files."""
     foreign: ClassVar[Mapping[str, Any]] = {}
     """Fields of other programs' files that this method does not read, with the value at which they mean nothing."""
 

@@ -167,8 +167,9 @@ class InputCall:
         """The mask over an encoder's states, where those hold virtual tokens and it does not."""
         states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
         assert self.encoder is not None
-        virtual = None if states is None else self.encoder.virtual(frame, states)
-        if virtual is None or (mask is not None and mask.shape[1] + virtual.count != states.shape[1]):
+        if states is None or (virtual := self.encoder.virtual(frame, states)) is None:
+            return
+        if mask is not None and mask.shape[1] + virtual.count != states.shape[1]:
             return
         if (wide := _widened(virtual, mask, states.shape[1] - virtual.count)) is not None:
             call["encoder_attention_mask"] = wide[0]

@@ -1,7 +1,16 @@
-"""The methods: one file each. Importing this package makes them known by name."""
+"""The methods: one file each, and nothing else. Importing this package makes all of them known by name."""
+
+import importlib
+import pkgutil
+from enum import StrEnum
 
 from ..config import CONFIGS, PeftConfig
 from ..core.method import METHODS
-from . import bitfit, bottleneck, lora, prefix, prompt
 
-__all__ = ["CONFIGS", "METHODS", "PeftConfig", "bitfit", "bottleneck", "lora", "prefix", "prompt"]
+for _file in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_file.name}")
+
+PeftType = StrEnum("PeftType", {name: name for name in sorted(CONFIGS)})
+"""The methods, by the names that adapter folders carry."""
+
+__all__ = ["CONFIGS", "METHODS", "PeftConfig", "PeftType"]

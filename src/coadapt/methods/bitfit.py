@@ -4,7 +4,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetedConfig
+from ..config import TargetedConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.method import Place, WeightMethod, register
@@ -14,7 +14,7 @@ from ..core.method import Place, WeightMethod, register
 class BitFitConfig(TargetedConfig):
     """b' = b + delta at the layers that have a bias."""
 
-    kind = PeftType.BITFIT
+    kind = "BITFIT"
 
 
 @register(BitFitConfig)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..config import PeftType, TargetedConfig
+from ..config import TargetedConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.method import ModuleMethod, register
@@ -16,7 +16,7 @@ from ..core.target import Place
 class BottleneckConfig(TargetedConfig):
     """Two dense layers and a residual inside of each Transformer layer."""
 
-    kind = PeftType.BOTTLENECK
+    kind = "BOTTLENECK"
 
     placement: str = "pfeiffer"
     """"houlsby": after attention and after the feed-forward part. "pfeiffer": after the feed-forward part only.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftType, TargetedConfig
+from ..config import TargetedConfig
 from ..core import target
 from ..core.layer import Layer, kind_of
 from ..core.lowrank import LowRankMethod
@@ -19,7 +19,7 @@ from .bitfit import BitFit, BitFitConfig
 class LoraConfig(TargetedConfig):
     """W' = W + (alpha / r) B A at the layers that are targeted."""
 
-    kind = PeftType.LORA
+    kind = "LORA"
     foreign: ClassVar[Mapping[str, Any]] = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 
     r: int = 8

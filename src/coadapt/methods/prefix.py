@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig, PeftType
+from ..config import PeftConfig
 from ..core import attention, target
 from ..core.backbone import stack_facts, takes_positions
 from ..core.method import AttentionMethod, Place, register
@@ -16,7 +16,7 @@ from ..core.target import Attention
 class PrefixTuningConfig(PeftConfig):
     """Trained keys and values in front of every attention's own."""
 
-    kind = PeftType.PREFIX_TUNING
+    kind = "PREFIX_TUNING"
 
     num_virtual_tokens: int
     """N, the length of the prefix."""

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig, PeftType
+from ..config import PeftConfig
 from ..core.backbone import Backbone, backbones, stack_facts
 from ..core.method import InputMethod, Place, register
 
@@ -14,7 +14,7 @@ from ..core.method import InputMethod, Place, register
 class PromptTuningConfig(PeftConfig):
     """Trained virtual tokens in front of the embedded input."""
 
-    kind = PeftType.PROMPT_TUNING
+    kind = "PROMPT_TUNING"
 
     num_virtual_tokens: int
     """N, the length of the prompt."""
