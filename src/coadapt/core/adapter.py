@@ -14,7 +14,7 @@ from ..config import PeftConfig, TargetedConfig
 from . import target
 from .backbone import backbones
 from .layer import Layer
-from .method import AttentionMethod, Method, ModuleMethod, WeightMethod, method_for
+from .method import InputMethod, Method, ModuleMethod, WeightMethod, method_for
 from .target import Place
 
 
@@ -184,11 +184,9 @@ def sites_of(adapter: Adapter, base: nn.Module) -> list[nn.Module]:
     """Every module that an adapter needs as a site."""
     found = [p.place.module for p in adapter.parts]
     found += [p.place.reads[1] for p in adapter.parts if p.place.reads]
-    if any(isinstance(p.method, AttentionMethod) and p.method.position_offset for p in adapter.parts):
-        found += [b.module for b in backbones(base)]
-    if any(p.place.role == "encoder" for p in adapter.parts):  # a decoder sees the virtual tokens of its encoder
-        found += [b.module for b in backbones(base)]
-    return list(dict.fromkeys(found))
+    moves = [p for p in adapter.parts if isinstance(p.method, InputMethod) or getattr(p.method, "position_offset", 0)]
+    stacks = backbones(base) if moves else []  # all: a decoder sees the virtual tokens of its encoder
+    return list(dict.fromkeys([*found, *(b.module for b in stacks), *(b.embedding for b in stacks)]))
 
 
 def start_from(adapter: Adapter, source: Adapter) -> None:

@@ -39,11 +39,19 @@ def backbones(base: Any) -> list[Backbone]:
     if getattr(config, "is_encoder_decoder", False):
         found = [("encoder", base.get_encoder()), ("decoder", base.get_decoder())]
     else:
-        module = getattr(base, base.base_model_prefix, base)
         causal = getattr(config, "is_decoder", False) or _is_causal(base)
-        found = [("decoder" if causal else "encoder", module)]
+        found = [("decoder" if causal else "encoder", _embeds(base))]
     paths = {id(m): n for n, m in base.named_modules()}
     return [Backbone(paths[id(m)], m, role=role) for role, m in found]
+
+
+def _embeds(base: Any) -> Any:
+    """The innermost model around the input embedding: heads call that one (OPT's skips the model in between)."""
+    embedding = base.get_input_embeddings()
+    above = [
+        m for m in base.modules() if hasattr(m, "get_input_embeddings") and any(c is embedding for c in m.modules())
+    ]
+    return above[-1]
 
 
 def _is_causal(base: Any) -> bool:

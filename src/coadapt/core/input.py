@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .backbone import Backbone
 from .composition import Gate, Node, Seq, is_zero, per_row
-from .frame import Frame
+from .frame import Frame, SiteCall
 from .method import InputMethod
 
 
@@ -29,6 +29,22 @@ class Virtual:
     @property
     def count(self) -> int:
         return self.embeds.shape[1]
+
+
+class EmbeddingCall:
+    """What a plan has at an input embedding: gives what an InputCall has put together, in place of looking ids up.
+
+    Not every model treats `inputs_embeds` as it treats ids (Pegasus scales only what it has looked up itself).
+    """
+
+    def __init__(self, embedded: str, inner: SiteCall | None) -> None:
+        self.embedded, self.inner = embedded, inner
+
+    def __call__(self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ready = frame.inputs.pop(self.embedded, None)
+        if ready is not None:
+            return ready
+        return forward(*args, **kwargs) if self.inner is None else self.inner(frame, forward, args, kwargs)
 
 
 class InputCall:
@@ -50,6 +66,7 @@ class InputCall:
             n for n in inspect.signature(place.module.forward).parameters if n not in ("self", "args", "kwargs")
         ]
         self.cuts = place.role == "decoder" or not _feeds_a_decoder(place.module)
+        self.embedded = f"{place.path}'s embedded input"
         self.keeps = any(m.keeps_virtual_tokens for m in methods.values())
 
     # ---- the virtual tokens ------------------------------------------------------------------------------------------
@@ -113,21 +130,31 @@ class InputCall:
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if self.encoder is not None:
             self._widen_encoder_mask(frame, call)
-        if call.get("inputs_embeds") is None:
-            call["inputs_embeds"] = self.place.embedding(call["input_ids"])
-        call.pop("input_ids", None)
+        ids = call.pop("input_ids", None)
+        if ids is not None:
+            call["inputs_embeds"] = self.place.embedding(ids)
         embeds: Tensor = call["inputs_embeds"]
         virtual, shift = self.virtual(frame, embeds), self.shift(frame, embeds)
-        if virtual is None and shift is None:
-            return forward(**call)
         past = _cached(call.get("past_key_values"))
         if virtual is not None and not past and (starts := _restarts(call)) is not None:
             keep = _pack(call, virtual, starts)
             call["position_ids"] = call["position_ids"] + (0 if shift is None else shift)
         else:
             keep = self._insert(call, virtual, shift, past)
+        if ids is not None:
+            frame.inputs[self.embedded] = embeds = call.pop("inputs_embeds")
+            call["input_ids"] = ids if keep is None else self._stand_ins(ids, keep, embeds.shape[1])
         out = forward(**call)
+        if frame.inputs.pop(self.embedded, None) is not None:
+            raise RuntimeError(
+                f"{type(self.place.module).__name__} does not call its input embedding; pass inputs_embeds."
+            )
         return out if keep is None or self.keeps or not self.cuts else _cut(out, keep, self.place.module)
+
+    def _stand_ins(self, ids: Tensor, keep: Tensor, length: int) -> Tensor:
+        """(B, N + T) ids whose embeddings will not be looked up: models read more from ids than those."""
+        padding = getattr(self.place.module.config, "pad_token_id", None)
+        return ids.new_full((len(ids), length), 1 if padding == 0 else 0).scatter(1, keep, ids)
 
     def _insert(self, call: dict[str, Any], virtual: Virtual | None, shift: Tensor | None, past: int) -> Tensor | None:
         """Puts the virtual tokens in, unless the cache holds them. Returns where the real ones are, (B, T)."""

@@ -12,7 +12,7 @@ from .attention import AttentionCall, AttentionTerm
 from .backbone import Backbone, backbones
 from .composition import Gate, Node, key, names, terms
 from .frame import Frame, SiteCall
-from .input import InputCall
+from .input import EmbeddingCall, InputCall
 from .layer import Layer
 from .lowrank import LowRankCall, LowRankMethod, Term, is_plain
 from .merging import Merged
@@ -118,6 +118,7 @@ class Plan:
             if methods or any(moved) or encoder is not None:
                 call = InputCall(place, self.nodes, methods, moved, encoder)  # type: ignore[arg-type]
                 self.calls[place.module] = call
+                self.calls[place.embedding] = EmbeddingCall(call.embedded, self.calls.get(place.embedding))
                 encoder = call if place.role == "encoder" and methods else None
 
     @staticmethod
