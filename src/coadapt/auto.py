@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import transformers
 
 from .config import PeftConfig
+from .formats import files
 from .model import PeftModel
 
 
@@ -35,6 +36,7 @@ class _AutoPeftModel:
             ValueError: the folder does not say what its base is.
         """
         folder = Path(pretrained_model_name_or_path)
+        files.settle(folder)
         config = PeftConfig.from_pretrained(_first_adapter(folder))
         if not config.base_model_name_or_path:
             raise ValueError(

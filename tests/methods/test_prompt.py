@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from models import MODELS, VOCABULARY, ids
 from torch import Tensor
 from transformers import (
     BartConfig,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from coadapt import PromptTuningConfig, get_peft_model
+from models import MODELS, VOCABULARY, ids
 
 TOKENS = torch.tensor([7, 8, 9])
 _SEQ2SEQ = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40}

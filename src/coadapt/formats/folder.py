@@ -1,42 +1,38 @@
-"""Adapter folders: one adapter, or a composition with one sub-folder per adapter. Written whole or not at all."""
+"""Adapter folders: one adapter, or a composition with one sub-folder per adapter."""
 
-import json
-import os
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import PeftConfig, check_name
 from ..core.adapter import Adapter, build, replace_options
-from ..core.composition import Node, learned, names
-from ..core.target import Place, suffix_match
-from ..methods import CONFIGS as _  # noqa: F401  makes the methods known
-from ..methods.lora import LoraConfig, targets_of
+from ..core.base import base_of
+from ..core.composition import Learned, Node, learned
+from ..methods.bitfit import BitFit
+from ..methods.lora import LoraConfig
 from ..methods.prefix import PrefixTuningConfig, Projection
-from . import checkpoint
+from . import checkpoint, files
 from .compositions import node_from_json, node_to_json
-from .keys import entries
+from .configs import asked_targets, described, understood, without_start
+from .files import CHECKPOINT, COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, aside
+from .keys import ROOT, entries
+from .provenance import compare_bases, fingerprint_in, record
 
-CONFIG, WEIGHTS, TRAINING = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
-COMPOSITION, GATES, CHECKPOINT = "composition.json", "composition.safetensors", "model.safetensors"
+__all__ = ["CONFIG", "Loaded", "aside", "load", "save"]
+
 SCHEMA = 1
-PEFT_VERSION = "0.21.2"  # of the field's library whose layout is written
+_TAKEN = frozenset({CONFIG, WEIGHTS, TRAINING, COMPOSITION, GATES, PROVENANCE, CHECKPOINT, "README.md"})
 
 
 @dataclass(frozen=True)
 class Loaded:
     """What a folder held: adapters, ready to be attached, and their composition."""
 
-    adapters: list[Adapter]
+    adapters: Sequence[Adapter]
     node: Node
 
 
@@ -44,228 +40,203 @@ class Loaded:
 
 
 def save(where: Path, adapters: Mapping[str, Adapter], node: Node, base: nn.Module, fingerprint: str) -> None:
-    """Writes adapters, and `composition.json` unless there is only the one called "default"."""
-    described = node_to_json(node)
-    where.mkdir(parents=True, exist_ok=True)
-    for name, adapter in adapters.items():
-        _save_adapter(where if name == "default" else where / name, adapter, base, fingerprint)
-    if list(adapters) == ["default"] and names(node) == ["default"] and node == "default":
-        return
-    gates = {f"gate_{i}": gate.log_gate.detach().cpu() for i, gate in enumerate(learned(node))}
-    said = {
+    """Writes adapters, and `composition.json` unless there is only the one called "default", active alone.
+
+    The one called "default" goes into the folder itself, others into sub-folders of their names.
+
+    Raises:
+        ValueError: an adapter's name is that of a file, or the composition has a gate per row. Nothing is written.
+        RuntimeError: biases are trained along and are merged into the base.
+    """
+    for name in adapters:
+        if name in _TAKEN or (where / name).is_file():
+            raise ValueError(f"An adapter called {name!r} cannot be saved in {where}: a file there has that name.")
+    if where.is_file():
+        raise ValueError(f"{where} is a file; adapters are saved in a folder.")
+    plain = list(adapters) == ["default"] and node == "default"
+    composition = None if plain else _composition(adapters, node, fingerprint)
+    with files.saving(where) as new:
+        for name, adapter in adapters.items():
+            _save_adapter(new, where, "" if name == "default" else f"{name}/", adapter, base, fingerprint)
+        new.tensors(GATES, {f"gate_{i}": gate.log_gate for i, gate in enumerate(learned(node))})
+        new.json(COMPOSITION, composition)
+
+
+def _composition(adapters: Mapping[str, Adapter], node: Node, fingerprint: str) -> dict[str, Any]:
+    return {
         "schema": SCHEMA,
         "base_fingerprint": fingerprint,
-        "composition": described,
+        "composition": node_to_json(node),
         "adapters": list(adapters),
-        "trainable": [n for n, a in adapters.items() if any(p.requires_grad for p in a.parameters())],
+        "trainable": checkpoint.trainable(adapters),
     }
-    if gates:
-        with aside(where / GATES) as file:
-            save_file(gates, file, metadata={"format": "pt"})
-    with aside(where / COMPOSITION) as file:
-        file.write_text(json.dumps(said, indent=2) + "\n", "utf-8")
 
 
-def _save_adapter(where: Path, adapter: Adapter, base: nn.Module, fingerprint: str) -> None:
-    tensors = {e.key: e.read().cpu().contiguous().clone() for e in entries(adapter)}
-    training = _training_state(adapter)
-    where.mkdir(parents=True, exist_ok=True)
-    with aside(where / WEIGHTS) as file:
-        save_file(tensors, file, metadata={"format": "pt"})
-    if training:
-        with aside(where / TRAINING) as file:
-            save_file(training, file, metadata={"format": "pt"})
-    else:
-        (where / TRAINING).unlink(missing_ok=True)
-    with aside(where / CONFIG) as file:
-        file.write_text(json.dumps(_described(adapter, base, fingerprint), indent=2, sort_keys=True) + "\n", "utf-8")
+def _save_adapter(
+    new: files.Saving, where: Path, inside: str, adapter: Adapter, base: nn.Module, fingerprint: str
+) -> None:
+    _refuse_merged(adapter, base)
+    training = adapter.shared.state_dict() if isinstance(adapter.shared, Projection) else {}
+    said = described(adapter, base)
+    asked, name = asked_targets(adapter.config), said.get("base_model_name_or_path")
+    facts = record(where / inside / PROVENANCE, fingerprint, name, asked_target_modules=asked)
+    new.tensors(inside + WEIGHTS, {e.key: e.read() for e in entries(adapter, base)})
+    new.tensors(inside + TRAINING, training)
+    new.json(inside + PROVENANCE, facts)
+    new.json(inside + CONFIG, said)
 
 
-def _training_state(adapter: Adapter) -> dict[str, Tensor]:
-    if not isinstance(adapter.shared, Projection):
-        return {}
-    return {k: v.detach().cpu().contiguous().clone() for k, v in adapter.shared.state_dict().items()}
-
-
-def _described(adapter: Adapter, base: nn.Module, fingerprint: str) -> dict[str, Any]:
-    """The configuration as the field's programs read it, with what was found for the fields that were left out."""
-    config = adapter.config
-    said = config.to_dict()
-    said |= {"peft_version": PEFT_VERSION, "inference_mode": True, "base_fingerprint": fingerprint}
-    said.pop("init_from", None), said.pop("init_seed", None)
-    if isinstance(config, LoraConfig):
-        places = [p.place for p in adapter.parts if type(p.method).__name__ == "LoRA"]
-        if config.target_modules is None or config.target_modules == "all-linear":
-            said["target_modules"] = _listed(places, base)
-        said["fan_in_fan_out"] = any("Conv1D" in type(p.module).__name__ for p in places)
-        if isinstance(config.lora_alpha, float) and config.lora_alpha.is_integer():
-            said["lora_alpha"] = int(config.lora_alpha)
-    said |= {k: v for k, v in adapter.facts.items() if said.get(k) is None}
-    return {k: v for k, v in said.items() if v is not None or k in _ALWAYS}
-
-
-_ALWAYS = frozenset({"task_type", "base_model_name_or_path", "revision", "modules_to_save", "layers_to_transform", "layers_pattern"})
-
-
-def _listed(places: Sequence[Place], base: nn.Module) -> list[str]:
-    """Last parts of names where they name just these places, else whole paths."""
-    ends, paths = targets_of(places), {p.path for p in places}
-    named = {path for path, _ in base.named_modules() if any(suffix_match(path, end) for end in ends)}
-    return ends if named == paths else sorted(paths)
-
-
-@contextmanager
-def aside(file: Path) -> Iterator[Path]:
-    """A path to write to; renamed to `file` when all is written, removed when something fails."""
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        with open(name, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, file)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _refuse_merged(adapter: Adapter, base: nn.Module) -> None:
+    """Files hold whole biases, ours are changes to the base's: those must be there."""
+    biases = isinstance(adapter.config, LoraConfig) and any(isinstance(p.method, BitFit) for p in adapter.parts)
+    if biases and base_of(base).merged_by is not None:
+        raise RuntimeError(
+            f"Adapter {adapter.name!r} trains biases, and adapters are merged into the base; unmerge_adapter() first."
+        )
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Reader:
+    """What stays the same for all adapters of a folder."""
+
+    base: nn.Module
+    fingerprint: str
+    half: bool
+
+
 def load(
-    where: Path, base: nn.Module, fingerprint: str, name: str | None, config: PeftConfig | None, is_trainable: bool, half: bool
+    where: Path,
+    base: nn.Module,
+    fingerprint: str,
+    name: str | None,
+    config: PeftConfig | None,
+    is_trainable: bool,
+    half: bool,
 ) -> Loaded:
     """Reads a folder and builds its adapters for `base`, which stays as it is.
 
+    Args:
+        name: what the adapter is called in the model; in a composition, the one adapter to load out of it.
+        config: in place of the folder's own.
+        is_trainable: those that trained when the folder was written train again.
+        half: as in `build`.
+
     Raises:
-        FileNotFoundError: there is no adapter.
+        FileNotFoundError: there is no adapter, or a file is missing.
         ValueError: it does not fit the base; every tensor that is missing, left over or of another shape is listed.
     """
+    files.settle(where)
     if not where.is_dir():
-        raise FileNotFoundError(f"There is no folder {str(where)!r}. An adapter is a folder that holds {CONFIG} (hub ids are not read yet: download it first).")
+        raise FileNotFoundError(
+            f"There is no folder {str(where)!r}. An adapter is a folder that holds {CONFIG} (hub ids are not read: "
+            "download it first)."
+        )
+    reader = _Reader(base, fingerprint, half)
     if (where / COMPOSITION).is_file():
-        return _load_composition(where, base, fingerprint, name, is_trainable, half)
+        return _load_composition(reader, where, name, is_trainable)
     if (where / CONFIG).is_file():
-        adapter = _load_adapter(where, base, fingerprint, name or "default", config, is_trainable, half)
+        adapter = _load_adapter(reader, where, name or "default", config, is_trainable)
         return Loaded([adapter], adapter.name)
     if (where / CHECKPOINT).is_file():
-        return _load_checkpoint(where, base, fingerprint, is_trainable, half)
-    there = sorted(p.name for p in where.iterdir())
-    inside = [p.name for p in where.iterdir() if (p / CONFIG).is_file()]
-    hint = f" Its sub-folders {inside} do." if inside else ""
-    raise FileNotFoundError(f"{where} holds no adapter: {CONFIG} is missing (found: {', '.join(there[:8]) or 'nothing'}).{hint}")
+        return Loaded(*checkpoint.load(where, base, fingerprint, is_trainable, half))
+    raise _no_adapter(where)
 
 
-def _load_composition(where: Path, base: nn.Module, fingerprint: str, name: str | None, is_trainable: bool, half: bool) -> Loaded:
-    said = json.loads((where / COMPOSITION).read_text("utf-8"))
+def _no_adapter(where: Path) -> FileNotFoundError:
+    there = sorted(p.name for p in where.iterdir() if not p.name.startswith("."))
+    inside = [n for n in there if (where / n / CONFIG).is_file()]
+    hint = f" Its sub-folders {', '.join(inside)} hold one each." if inside else ""
+    found = ", ".join(there[:8]) or "nothing"
+    return FileNotFoundError(f"{where} holds no adapter: {CONFIG} is missing (found: {found}).{hint}")
+
+
+def _load_composition(reader: _Reader, where: Path, name: str | None, is_trainable: bool) -> Loaded:
+    file = where / COMPOSITION
+    said = files.read_json(file)
     if said.get("schema") != SCHEMA:
-        raise ValueError(f"{where / COMPOSITION} is of schema {said.get('schema')!r}; this version of coadapt reads {SCHEMA}.")
+        raise ValueError(f"{file} is of schema {said.get('schema')!r}; this version of coadapt reads {SCHEMA}.")
+    if lost := [k for k in ("adapters", "composition") if k not in said]:
+        raise ValueError(f"{file} is incomplete: it does not say {' and '.join(lost)}.")
     listed = [check_name(n) for n in said["adapters"]]
     if name is not None and name not in listed:
-        raise ValueError(f"{where} holds the adapters {listed}; {name!r} is not among them. A name cannot be given to a composition.")
+        raise ValueError(
+            f"{where} holds the adapters {', '.join(listed)}; {name!r} is not among them. To load one under another "
+            "name, give its sub-folder."
+        )
+    trained = listed if name is not None else said.get("trainable") or listed
     adapters = [
-        _load_adapter(where if n == "default" else where / n, base, fingerprint, n, None, is_trainable and n in said["trainable"], half)
-        for n in ([name] if name else listed)
+        _load_adapter(reader, where if n == "default" else where / n, n, None, is_trainable and n in trained)
+        for n in ([name] if name is not None else listed)
     ]
-    node = name or node_from_json(said["composition"])
-    gates = learned(node)
-    if gates:
-        stored = load_file(where / GATES)
-        with torch.no_grad():
-            for i, gate in enumerate(gates):
-                gate.log_gate.copy_(stored[f"gate_{i}"])
-                gate.requires_grad_(is_trainable)
+    node = name if name is not None else node_from_json(said["composition"])
+    _fill_gates(where, learned(node), is_trainable)
     return Loaded(adapters, node)
 
 
-def _load_adapter(
-    where: Path, base: nn.Module, fingerprint: str, name: str, config: PeftConfig | None, is_trainable: bool, half: bool
-) -> Adapter:
-    _refuse_pickles(where)
-    stored = config or PeftConfig.from_pretrained(where)
-    said = json.loads((where / CONFIG).read_text("utf-8"))
-    _compare_bases(where, said.get("base_fingerprint"), fingerprint)
-    training = where / TRAINING
-    if isinstance(stored, PrefixTuningConfig) and stored.prefix_projection and not training.is_file():
+@torch.no_grad()
+def _fill_gates(where: Path, gates: Sequence[Learned], is_trainable: bool) -> None:
+    if gates:
+        stored = files.read_tensors(where / GATES)
+        checkpoint.refuse_misfits(where / GATES, {f"gate_{i}": () for i in range(len(gates))}, stored)
+        for i, gate in enumerate(gates):
+            gate.log_gate.copy_(stored[f"gate_{i}"])
+            gate.requires_grad_(is_trainable)
+
+
+def _load_adapter(reader: _Reader, where: Path, name: str, config: PeftConfig | None, is_trainable: bool) -> Adapter:
+    if not (where / CONFIG).is_file():
+        raise FileNotFoundError(f"{where} holds no adapter: {CONFIG} is missing.")
+    stored = understood(files.read_json(where / CONFIG), reader.base) if config is None else config
+    tensors = files.read_tensors(where / WEIGHTS)
+    compare_bases(where, fingerprint_in(where), reader.fingerprint)
+    projected = isinstance(stored, PrefixTuningConfig) and stored.prefix_projection
+    if projected and not (where / TRAINING).is_file():
         if is_trainable:
             raise ValueError(
-                f"{where} holds what inference needs of a prefix with prefix_projection, not the projection itself ({TRAINING} is "
-                "missing), so it cannot be trained on. Load it without is_trainable."
+                f"{where} holds what inference needs of a prefix with prefix_projection, not the projection itself "
+                f"({TRAINING} is missing), so it cannot be trained on. Load it without is_trainable."
             )
-        stored = replace_options(stored, prefix_projection=False, encoder_hidden_size=None)
-    config = replace_options(stored, inference_mode=not is_trainable, adapter_name=None)
-    adapter = build(name, config, base, half)
-    file = where / WEIGHTS
-    try:
-        tensors = load_file(file)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{where} is incomplete: {WEIGHTS} is missing.") from None
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file: {error}") from error
-    if isinstance(adapter.shared, Projection):
-        adapter.shared.load_state_dict(load_file(training))
-    _fill(adapter, tensors, str(file))
+        stored, projected = replace_options(stored, prefix_projection=False, encoder_hidden_size=None), False
+    stored = replace_options(stored, inference_mode=not is_trainable, adapter_name=None)
+    adapter = build(name, without_start(stored), reader.base, reader.half)
+    adapter.config = replace_options(stored, modules_to_save=adapter.config.modules_to_save)
+    _refuse_merged(adapter, reader.base)
+    if projected and adapter.shared is not None:
+        _fill_shared(adapter.shared, where / TRAINING)
+    _fill(adapter, reader.base, tensors, where / WEIGHTS)
     return adapter
 
 
-def _fill(adapter: Adapter, tensors: Mapping[str, Tensor], file: str) -> None:
-    known = {e.key: e for e in entries(adapter)}
-    wrong = [f"{k}: not in the file" for k in known if k not in tensors]
-    wrong += [f"{k}: not in this adapter" for k in tensors if k not in known]
-    wrong += [
-        f"{k}: {tuple(t.shape)} in the file, {known[k].shape} in this model" for k, t in tensors.items() if k in known and tuple(t.shape) != known[k].shape
-    ]
-    if wrong:
-        shown = "\n  ".join(wrong[:40]) + (f"\n  and {len(wrong) - 40} more" if len(wrong) > 40 else "")
-        raise ValueError(f"{file} does not fit this model ({len(wrong)} of its tensors):\n  {shown}")
-    for key, tensor in tensors.items():
+def _fill_shared(projection: nn.Module, file: Path) -> None:
+    tensors = files.read_tensors(file)
+    checkpoint.refuse_misfits(file, {k: tuple(t.shape) for k, t in projection.state_dict().items()}, tensors)
+    projection.load_state_dict(tensors)
+
+
+def _fill(adapter: Adapter, base: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
+    known = {e.key: e for e in entries(adapter, base)}
+    used = {k: t for k, t in tensors.items() if k in known or not _is_the_bases(k, t, base)}
+    checkpoint.refuse_misfits(file, {k: e.shape for k, e in known.items()}, used)
+    for key, tensor in used.items():
         known[key].write(tensor)
 
 
-def _compare_bases(where: Path, theirs: str | None, ours: str) -> None:
-    if theirs and theirs != ours:
-        what = "other weights" if theirs.split("-")[0] == ours.split("-")[0] else "other modules or shapes"
-        warnings.warn(
-            f"{where} was trained on a base with {what}: its fingerprint is {theirs}, this model's is {ours}. "
-            "Results will differ from what was trained.",
-            stacklevel=2,
-        )
+def _is_the_bases(key: str, tensor: Tensor, base: nn.Module) -> bool:
+    """Whether a tensor is the base's own weight over again, as the field writes it for adapted embeddings."""
+    weight = _keys_of_the_base(base).get(key)
+    if weight is None or weight.is_meta or weight.shape != tensor.shape:
+        return False
+    half = min((weight.dtype, tensor.dtype), key=lambda d: d.itemsize)
+    return torch.equal(weight.detach().cpu().to(half), tensor.to(half))
 
 
-def _refuse_pickles(where: Path) -> None:
-    if (where / WEIGHTS).is_file():
-        return
-    if pickles := [p.name for p in where.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl")]:
-        raise ValueError(
-            f"{where} holds its weights as a pickle ({', '.join(pickles)}), which can run any code when it is read; coadapt reads "
-            f"{WEIGHTS} only. Convert it with the program that wrote it."
-        )
-
-
-def _load_checkpoint(where: Path, base: nn.Module, fingerprint: str, is_trainable: bool, half: bool) -> Loaded:
-    """What a stock Trainer wrote of a view: its state_dict, with the configurations in the extra state."""
-    state = load_file(where / CHECKPOINT)
-    if "_extra_state" not in state:
-        raise ValueError(f"{where / CHECKPOINT} holds a model, not the adapters of a view (it has no _extra_state).")
-    said = checkpoint.read(state.pop("_extra_state"))
-    _compare_bases(where, said["base_fingerprint"], fingerprint)
-    adapters: list[Adapter] = []
-    holder = nn.Module()
-    holder.adapters, holder.gates = nn.Module(), nn.ModuleList()
-    for name, values in said["adapters"].items():
-        config = replace_options(PeftConfig.from_dict(values), inference_mode=not is_trainable)
-        adapters.append(build(check_name(name), config, base, half))
-        holder.adapters.add_module(adapters[-1].attribute, adapters[-1])
-    node = node_from_json(said["composition"])
-    holder.gates = nn.ModuleList(learned(node))
-    found = holder.load_state_dict(state, strict=False)
-    if found.missing_keys or found.unexpected_keys:
-        raise ValueError(f"{where / CHECKPOINT} does not fit this model: missing {found.missing_keys}, left over {found.unexpected_keys}.")
-    return Loaded(adapters, node)
-
+def _keys_of_the_base(base: nn.Module) -> dict[str, nn.Parameter]:
+    keys: dict[str, nn.Parameter] = {}
+    for path, module in base.named_modules():
+        inside = f"{path}." if path else ""
+        for name, parameter in module.named_parameters(recurse=False):
+            keys |= dict.fromkeys((ROOT + inside + name, f"{ROOT}{inside}base_layer.{name}"), parameter)
+    return keys

@@ -1,0 +1,37 @@
+PYTHON ?= python3
+PIP     = .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-all lint clean
+
+demo: .venv/installed
+	.venv/bin/coadapt demo
+
+test: lint
+	OMP_NUM_THREADS=1 .venv/bin/pytest -q -n 2 -m "not full"
+
+test-all: lint
+	OMP_NUM_THREADS=1 .venv/bin/pytest -q -n 2
+
+lint: .venv/installed-test
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/basedpyright
+	.venv/bin/basedpyright -p pyrightconfig.strict.json
+	.venv/bin/lint-imports
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip is the last thing that venv installs, so its presence means a whole environment.
+.venv/bin/pip:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "coadapt needs Python 3.11 or later; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/pip
+	$(PIP) -e .
+	touch $@
+
+.venv/installed-test: pyproject.toml constraints.txt | .venv/bin/pip
+	$(PIP) -e '.[test]'
+	touch .venv/installed $@

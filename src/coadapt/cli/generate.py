@@ -1,0 +1,74 @@
+"""`coadapt generate`: asks a base, with or without an adapter."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def _invoke(
+    model: str | None,
+    adapter: Path | None,
+    adapters: str | None,
+    prompt: tuple[str, ...],
+    raw: bool,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> int:
+    if adapters and not adapter:
+        raise click.UsageError("--adapters says which adapters of --adapter take part; give --adapter too.")
+    prompts = prompt or tuple(line.rstrip("\n") for line in sys.stdin)
+    if not prompts:
+        raise click.UsageError("There is no prompt: give --prompt, or one per line on the standard input.")
+    from coadapt.cli.output import quiet
+    from coadapt.training.ask import answer
+    from coadapt.training.load import load
+
+    quiet()
+    ready = load(model, adapter, adapters)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "raw": raw}
+    for text in prompts:
+        click.echo(answer(ready, text, **options))
+    return 0
+
+
+command = click.Command(
+    "generate",
+    callback=_invoke,
+    help="""Ask a model with its adapter.
+
+    \b
+    coadapt generate --adapter DIR --prompt "Once upon a time"
+    coadapt generate --adapter DIR --adapters "task + 0.5*style" --prompt …
+
+    A prompt is put to the model as it was in training (chat template, separator). Prints answers only.
+    """,
+    params=[
+        click.Option(["--model"], help="The base: a folder or a hub id; left out, the one that the adapter names."),
+        click.Option(
+            ["--adapter"], type=click.Path(path_type=Path), help="Adapter folder; left out, the base alone answers."
+        ),
+        click.Option(
+            ["--adapters"], help="Which of its adapters take part, as in `task + 0.5*style`; left out, as saved."
+        ),
+        click.Option(
+            ["--prompt"], multiple=True, help="What to ask; may be repeated. Left out, lines of standard input."
+        ),
+        click.Option(
+            ["--raw"], is_flag=True, help="Take the prompt as it is, without the frame that it had in training."
+        ),
+        click.Option(
+            ["--max-new-tokens"], type=click.IntRange(1), default=128, show_default=True, help="Longest answer."
+        ),
+        click.Option(
+            ["--temperature"],
+            type=click.FloatRange(0),
+            default=0.0,
+            show_default=True,
+            help="0: always the likeliest token; else sampled.",
+        ),
+        click.Option(["--seed"], type=int, default=42, show_default=True, help="Of the sampling."),
+    ],
+)

@@ -1,0 +1,55 @@
+"""`coadapt merge`: an adapter becomes part of its base's weights."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import click
+
+
+def _invoke(model: str | None, adapter: Path, adapters: str | None, out: Path) -> int:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise click.UsageError(f"--out {out} is there already and not empty. Choose another folder.")
+    from coadapt.cli.output import quiet
+    from coadapt.model import PeftModel
+    from coadapt.training.load import load
+
+    quiet()
+    ready = load(model, adapter, adapters)
+    assert isinstance(ready.model, PeftModel)
+    merged = cast(Any, ready.model.merge_and_unload())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        merged.save_pretrained(aside)
+        ready.tokenizer.save_pretrained(aside)
+        aside.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    size = sum(f.stat().st_size for f in out.iterdir())
+    click.echo(f"Merged into {out} ({size / 1e6:.1f} MB). It is a plain model now:")
+    click.echo(f"  coadapt generate --model {out} --prompt …")
+    return 0
+
+
+command = click.Command(
+    "merge",
+    callback=_invoke,
+    help="""Put an adapter into the weights of its base.
+
+    The result is a plain model, as fast as the base, that every program loads. Prompts, prefixes and bottlenecks are no
+    changes of weights and cannot be merged.
+    """,
+    params=[
+        click.Option(["--model"], help="The base: a folder or a hub id; left out, the one that the adapter names."),
+        click.Option(["--adapter"], required=True, type=click.Path(path_type=Path), help="Adapter folder."),
+        click.Option(
+            ["--adapters"], help="Which of its adapters to merge, as in `task + 0.5*style`; left out, as saved."
+        ),
+        click.Option(["--out"], required=True, type=click.Path(path_type=Path), help="Folder to write; new or empty."),
+    ],
+)

@@ -1,0 +1,29 @@
+"""How verbs speak: the console, and the silence of the libraries below."""
+
+import os
+import warnings
+from typing import Any
+
+import click
+import datasets
+from rich.console import Console
+from transformers import logging
+
+
+def console() -> Console:
+    """Standard output; colours on terminals only, and never with NO_COLOR."""
+    return Console(highlight=False)
+
+
+def quiet() -> None:
+    """Progress bars and advice of libraries away; coadapt says itself what matters. Errors are exceptions anyway."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|accelerate|datasets")
+    warnings.showwarning = _warn
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    click.echo(f"warning: {message}", err=True)

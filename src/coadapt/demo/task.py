@@ -1,0 +1,52 @@
+"""The demo's task: answer any question about a scene with a record of the thing that is asked about.
+
+The base answers such questions in English ("The kite is on the roof."). It knows braces from its cards of
+animals and people, but it has never seen a scene written as a record, so its exact match on this task is 0.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Literal
+
+from coadapt.demo.text import turn
+from coadapt.demo.world import COLORS, PEOPLE, PLACES, THINGS, Placement, question, scene
+
+Split = Literal["train", "held-out"]
+
+
+def examples(split: Split, count: int, seed: int) -> list[dict[str, str]]:
+    """`count` rows of `prompt` and `completion`, the same for the same seed.
+
+    A record (name, thing, color, place) that is an answer in one split is never one in the other. A prompt
+    ends with "A:", a completion begins with a space; the end token is the caller's to add.
+    """
+    rng = random.Random(f"{split} {seed}")
+    rows: list[dict[str, str]] = []
+    while len(rows) < count:
+        placements = scene(rng, 1)
+        asked = rng.choice(placements)
+        if _split_of(asked) == split:
+            context = " ".join(placement.sentence(rng) for placement in placements)
+            rows.append({"prompt": f"{context}\n{turn(question(rng, asked)[0])}", "completion": f" {_record(asked)}"})
+    return rows
+
+
+def exact_match(generated: Sequence[str], rows: Sequence[dict[str, str]]) -> float:
+    """The share of generated answers, without prompt and end token, that equal the completion (stripped)."""
+    pairs = zip(generated, rows, strict=True)
+    return sum(text.strip() == row["completion"].strip() for text, row in pairs) / len(rows)
+
+
+def _split_of(placement: Placement) -> Split:
+    """One record in five is held out."""
+    names = [person.name for person in PEOPLE]
+    index = names.index(placement.who) + THINGS.index(placement.what) + COLORS.index(placement.color)
+    return "held-out" if (index + list(PLACES).index(placement.place)) % 5 == 0 else "train"
+
+
+def _record(placement: Placement) -> str:
+    fields = {"name": placement.who, "thing": placement.what, "color": placement.color, "place": placement.place}
+    return json.dumps(fields)

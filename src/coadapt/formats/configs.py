@@ -1,0 +1,152 @@
+"""adapter_config.json: an adapter's configuration as the field's programs read it, and theirs as we do."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from torch import nn
+
+from ..config import PeftConfig, TargetedConfig
+from ..core.adapter import Adapter, replace_options
+from ..core.backbone import backbones
+from ..core.method import method_for
+from ..core.target import HEADS, suffix_match
+from ..methods.lora import LoRA, LoraConfig, targets_of
+from ..methods.prefix import PrefixTuningConfig
+from ..methods.prompt import PromptTuningConfig
+
+PEFT_VERSION = "0.21.2"
+"""Of the field's library whose layout is written."""
+READABLE = "readable_by_peft"
+"""Written as false into a configuration that the field's library would get wrong."""
+_OURS = ("prompt_sites", "output_virtual_tokens", "prefix_sites", "prefix_type", "prefix_layout", "position_offset")
+_START = ("init_from", "init_seed", "init_lora_weights")
+_WITH_NULL = frozenset({"task_type", "base_model_name_or_path", "revision", "modules_to_save"})
+"""Written also where they are None, since some readers ask for them."""
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def described(adapter: Adapter, base: nn.Module) -> dict[str, Any]:
+    """The configuration as a file holds it, with what was found in the model for the fields that were left out."""
+    config = adapter.config
+    said = config.to_dict() | {"peft_version": PEFT_VERSION, "inference_mode": True}
+    for name in _START:
+        said.pop(name, None)
+    assumed = _assumed(config.peft_type, base)
+    for name in _OURS:  # the field's library warns of fields that it does not know
+        if name in said and said[name] == assumed.get(name, _default(config, name)):
+            del said[name]
+    if isinstance(config, LoraConfig):
+        said |= _lora(config, adapter, base)
+    if not _readable(config, adapter, base):
+        said[READABLE] = False
+    said |= {k: v for k, v in adapter.facts.items() if said.get(k) is None}
+    return {k: v for k, v in said.items() if v is not None or k in _WITH_NULL}
+
+
+def _default(config: PeftConfig, name: str) -> Any:
+    return next((f.default for f in fields(config) if f.name == name), MISSING)
+
+
+def _assumed(kind: Any, base: Any) -> dict[str, Any]:
+    """What a file of the field means on `base` where it does not say it, and where that is not our default.
+
+    T5 and its kin have another layout for prefixes; an encoder returns, and pools, the virtual tokens' states too.
+    """
+    facts = getattr(base, "config", None)
+    match kind:
+        case "PREFIX_TUNING" if getattr(facts, "is_encoder_decoder", False):
+            return {"prefix_layout": "peft"}
+        case "PROMPT_TUNING" if [b.role for b in backbones(base)] == ["encoder"]:
+            return {"output_virtual_tokens": True}
+        case _:
+            return {}
+
+
+def _lora(config: LoraConfig, adapter: Adapter, base: nn.Module) -> dict[str, Any]:
+    places = [p.place for p in adapter.parts if isinstance(p.method, LoRA)]
+    transposed = any("Conv1D" in type(p.module).__name__ for p in places)
+    said: dict[str, Any] = {"use_dora": False, "init_lora_weights": True, "fan_in_fan_out": transposed}
+    said["lora_alpha"] = _whole(config.lora_alpha)
+    said["alpha_pattern"] = {k: _whole(v) for k, v in config.alpha_pattern.items()}
+    if isinstance(config.target_modules, str) or config.target_modules is None:
+        said |= _listed(config, [p.path for p in places], targets_of(places), base)
+    return said
+
+
+def _whole(alpha: float) -> float:
+    """An int where it is one: not every reader takes 16.0."""
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _listed(config: LoraConfig, paths: list[str], ends: list[str], base: nn.Module) -> dict[str, Any]:
+    """Targets as a list: the last parts of their names where those name just them, else whole paths."""
+    named = replace_options(config, target_modules=ends, fan_in_fan_out=False)
+    try:
+        found = sorted(p.path for p in method_for(named).places(named, base))
+    except ValueError:  # a last part also names what cannot be adapted
+        found = []
+    if found == sorted(paths):
+        return {"target_modules": ends}
+    none = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    return {"target_modules": sorted(paths), **dict.fromkeys(none)}
+
+
+def _readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
+    """Whether the field's library, given this folder, computes what coadapt does."""
+    as_theirs = all(getattr(config, k) == v for k, v in _assumed(config.peft_type, base).items())
+    match config:
+        case LoraConfig():
+            return True
+        case PromptTuningConfig():
+            return as_theirs and (not adapter.two_stacks or list(config.prompt_sites or ["encoder"]) == ["encoder"])
+        case PrefixTuningConfig():
+            moves = config.position_offset in (None, config.num_virtual_tokens)
+            return as_theirs and moves and config.prefix_type == "joint"
+        case _:
+            return False
+
+
+def asked_targets(config: PeftConfig) -> str | None:
+    """What was asked for where the file says it in other words: a regular expression, or "all-linear"."""
+    targets = config.target_modules if isinstance(config, TargetedConfig) else None
+    return targets if isinstance(targets, str) else None
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
+    """A configuration from the fields of a file, by whichever program it was written.
+
+    Raises:
+        ValueError: an unknown method, or a field that would change the result and is not read here.
+    """
+    said = {k: v for k, v in values.items() if k != READABLE}
+    said["modules_to_save"] = _there(said.get("modules_to_save"), base)
+    match said.get("peft_type"):
+        case "LORA":
+            said["fan_in_fan_out"] = False  # found in the model
+        case "PREFIX_TUNING":
+            if not said.get("prefix_projection"):
+                said.pop("encoder_hidden_size", None)  # without one it says nothing
+    return PeftConfig.from_dict({**_assumed(said.get("peft_type"), base), **said})
+
+
+def _there(names: Sequence[str] | None, base: nn.Module) -> list[str] | None:
+    """The field lists every usual name of a head, whether the model has it or not; other names are kept."""
+    if not names:
+        return None
+    paths = [n for n, _ in base.named_modules()]
+    found = [n for n in dict.fromkeys(names) if n not in HEADS or any(suffix_match(p, n) for p in paths)]
+    return found or None
+
+
+def without_start(config: PeftConfig) -> PeftConfig:
+    """The same adapter, started in the cheapest way and without touching the global generator: values come later."""
+    changes: dict[str, Any] = {"init_seed": 0, "init_from": None}
+    if isinstance(config, PromptTuningConfig):
+        changes |= {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_kwargs": None}
+    return replace_options(config, **changes)

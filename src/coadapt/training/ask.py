@@ -1,0 +1,51 @@
+"""One prompt, one answer."""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from coadapt.model import PeftModel
+from coadapt.training.assemble import pad_token
+from coadapt.training.load import Ready
+
+
+@torch.no_grad()
+def answer(
+    ready: Ready, text: str, *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 42, raw: bool = False
+) -> str:
+    """What the model says to `text`, without the prompt and without special tokens; its class, from a classifier.
+
+    `temperature` 0 takes the likeliest token; otherwise tokens are drawn, the same for the same `seed`.
+    """
+    model = cast(Any, ready.model)
+    tokenizer = ready.tokenizer
+    asked = text if raw else ready.framing.prompt(text, tokenizer)
+    inputs = tokenizer(asked, return_tensors="pt", add_special_tokens=raw or ready.framing.style != "chat")
+    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    if _classifies(ready.model):
+        return str(model.config.id2label[int(model(**inputs).logits.argmax())])
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    torch.manual_seed(seed)
+    out = model.generate(
+        **inputs,
+        **sampling,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_token(tokenizer),
+        eos_token_id=_ends(model.generation_config.eos_token_id, tokenizer),
+    )
+    start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+    return cast(str, tokenizer.decode(out[0, start:], skip_special_tokens=True))
+
+
+def _classifies(model: nn.Module) -> bool:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "ForSequenceClassification" in type(base).__name__
+
+
+def _ends(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The ends that the base knows, and the one that was trained."""
+    ends = {known} if isinstance(known, int) else set(known or [])
+    trained = cast(int | None, tokenizer.eos_token_id)
+    return sorted(ends | {trained} if trained is not None else ends) or None

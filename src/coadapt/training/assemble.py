@@ -1,0 +1,143 @@
+"""The parts of a run: its task, its tokenizer, its base, and the adapters on it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+import coadapt.methods  # noqa: F401  makes the configurations known
+from coadapt.config import CONFIGS, PeftConfig, TaskType
+from coadapt.model import PeftModel, get_peft_model
+from coadapt.training.folder import AUTO_NAMES
+from coadapt.training.settings import AdapterSettings, RunConfig, Task
+from coadapt.training.trainer import Rates
+
+TASK_TYPES: Mapping[Task, TaskType] = {
+    "causal-lm": TaskType.CAUSAL_LM,
+    "seq2seq": TaskType.SEQ_2_SEQ_LM,
+    "sequence-classification": TaskType.SEQ_CLS,
+}
+TASKS: Mapping[str, Task] = {str(value): key for key, value in TASK_TYPES.items()}
+USUAL_LENGTH = 1024
+"""Longest example where nothing else is said."""
+POSITIONS = ("max_position_embeddings", "n_positions", "seq_length")
+"""Names that model configurations have for the number of positions."""
+
+
+def task_of_model(config: PreTrainedConfig) -> Task | None:
+    """The task that a base alone decides; None where it could be more than one."""
+    names = config.architectures or []
+    if any(name.endswith("ForSequenceClassification") for name in names):
+        return "sequence-classification"
+    if config.is_encoder_decoder:
+        return "seq2seq"
+    if any(name.endswith("ForMaskedLM") for name in names):
+        return "sequence-classification"
+    return None
+
+
+def load_config(model: str, revision: str | None = None) -> PreTrainedConfig:
+    """The base's configuration. Raises a ValueError that says what was looked for."""
+    try:
+        return AutoConfig.from_pretrained(model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model={model!r} is no folder with a model, nor a model of the hub that can be reached: {error}"
+        ) from error
+
+
+def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The base's tokenizer."""
+    return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model, revision=revision))
+
+
+def longest(run: RunConfig, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """`max_length`: as told, else the model's positions less those that virtual tokens take, at most 1024."""
+    if run.max_length is not None:
+        return run.max_length
+    limits = [USUAL_LENGTH, *(value for name in POSITIONS if (value := getattr(config, name, None)))]
+    if tokenizer.model_max_length < 1e6:
+        limits.append(tokenizer.model_max_length)
+    virtual = sum(int(a.options.get("num_virtual_tokens", 0)) for a in run.adapters.values())
+    return max(min(limits) - virtual, 2)
+
+
+def load_base(
+    model: str,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    classes: Sequence[str] = (),
+) -> nn.Module:
+    """The model as it is saved, with a head for `classes` where there are any."""
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision}
+    if classes:
+        names = dict(enumerate(classes))
+        options |= {"num_labels": len(names), "id2label": names, "label2id": {v: k for k, v in names.items()}}
+        options["pad_token_id"] = pad_token(tokenizer)
+    return getattr(transformers, AUTO_NAMES[task]).from_pretrained(model, **options)
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill up with; what it is does not matter, as it is neither attended to nor trained on."""
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return 0 if found is None else cast(int, found)
+
+
+def adapter_config(name: str, adapter: AdapterSettings, task: Task, revision: str | None = None) -> PeftConfig:
+    """The configuration object of an adapter's settings.
+
+    Raises:
+        ValueError: an option has a value that its method does not take.
+    """
+    try:
+        return CONFIGS[adapter.method.upper()](**adapter.options, task_type=TASK_TYPES[task], revision=revision)
+    except TypeError as error:
+        raise ValueError(f"adapters.{name}: {error}") from error
+
+
+def attach(base: nn.Module, configs: Mapping[str, PeftConfig], composition: str | None) -> PeftModel:
+    """A view of `base` with all adapters, of which `composition` (or their sum) is active."""
+    (first, config), *others = configs.items()
+    view = get_peft_model(base, config, adapter_name=first)
+    for name, other in others:
+        view.add_adapter(name, other)
+    view.set_adapter(composition or (list(configs) if others else first))
+    left = [name for name in configs if name not in view.active_adapters]
+    if left:
+        raise ValueError(
+            f"composition={composition!r} leaves out {', '.join(left)}, which would not be trained. Name or remove it."
+        )
+    return view
+
+
+def rates(run: RunConfig, view: PeftModel) -> dict[str, Rates]:
+    """How each adapter is trained: its own settings, else the run's."""
+
+    def first(*values: float | None) -> float:
+        return next(value for value in values if value is not None)
+
+    found = {
+        name: Rates(
+            learning_rate=a.learning_rate,
+            warmup_steps=first(a.warmup_steps, run.warmup_steps),
+            max_grad_norm=first(a.max_grad_norm, run.max_grad_norm),
+            weight_decay=first(a.weight_decay, run.weight_decay),
+        )
+        for name, a in run.adapters.items()
+    }
+    if any(group["name"] == "gates" for group in view.param_groups()):
+        found["gates"] = Rates(
+            learning_rate=max(r.learning_rate for r in found.values()), max_grad_norm=run.max_grad_norm
+        )
+    return found
+
+
+def seed_everything(seed: int) -> None:
+    """The generators that starts and dropout draw from."""
+    torch.manual_seed(seed)

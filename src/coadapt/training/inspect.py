@@ -1,0 +1,224 @@
+"""What is in an adapter folder, and what is in a model, without loading weights."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from rich.table import Table
+from rich.text import Text
+from safetensors import safe_open
+from torch import nn
+
+from coadapt.config import PeftConfig
+from coadapt.core.adapter import attribute
+from coadapt.core.composition import Node
+from coadapt.formats import checkpoint
+from coadapt.formats.checkpoint import EXTRA
+from coadapt.formats.compositions import node_from_json
+from coadapt.formats.files import CHECKPOINT, COMPOSITION, CONFIG, WEIGHTS, read_json, settle
+from coadapt.training.assemble import load_config, task_of_model
+from coadapt.training.folder import AUTO_NAMES
+from coadapt.training.load import base_of
+
+Shape = tuple[int, ...]
+PREFIX = "base_model.model."
+
+
+@dataclass(kw_only=True)
+class Site:
+    """Alike places: the same name but for the layers' numbers, the same shapes."""
+
+    name: str
+    parameters: dict[str, Shape]
+    count: int = 1
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers they hold together."""
+        return self.count * sum(math.prod(shape) for shape in self.parameters.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """An adapter in a folder."""
+
+    name: str
+    config: PeftConfig
+    sites: list[Site]
+    size: int
+    """Bytes of its weights on disk."""
+    numbers: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "numbers", sum(site.numbers for site in self.sites))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a folder holds."""
+
+    adapters: list[Found]
+    composition: str
+    base: str | None
+
+
+def read_folder(folder: Path) -> Contents:
+    """An adapter's folder, a composition's, or a Trainer's checkpoint of a view.
+
+    Raises:
+        FileNotFoundError: it is none of these.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}.")
+    settle(folder)
+    places = [p for p in (folder, *sorted(folder.iterdir())) if (p / CONFIG).is_file() and not p.is_symlink()]
+    if places:
+        adapters = [_read(place, "default" if place == folder else place.name) for place in places]
+        told = read_json(folder / COMPOSITION) if (folder / COMPOSITION).is_file() else None
+        node = node_from_json(told["composition"]) if told else adapters[0].name
+        return Contents(adapters=adapters, composition=_text(node), base=base_of(folder))
+    if (folder / CHECKPOINT).is_file():
+        return _read_checkpoint(folder / CHECKPOINT)
+    there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    raise FileNotFoundError(f"{folder} holds no adapter: {CONFIG} is missing (found: {there}).")
+
+
+def _read(place: Path, name: str) -> Found:
+    file = place / WEIGHTS
+    found = sites(_parted(key.removeprefix(PREFIX), shape) for key, shape in _shapes_in(file).items())
+    return Found(name=name, config=PeftConfig.from_pretrained(place), sites=found, size=file.stat().st_size)
+
+
+def _read_checkpoint(file: Path) -> Contents:
+    with safe_open(str(file), "pt") as tensors:
+        if EXTRA not in tensors.keys():
+            raise FileNotFoundError(f"{file} holds a model, and no adapter.")
+        said = checkpoint.read(tensors.get_tensor(EXTRA))
+    shapes, adapters = _shapes_in(file), list[Found]()
+    for name, values in said["adapters"].items():
+        start = f"adapters.{attribute(name)}."
+        own = {key.removeprefix(start): shape for key, shape in shapes.items() if key.startswith(start)}
+        size = 4 * sum(math.prod(shape) for shape in own.values())
+        found = sites(_parted_state(key, shape) for key, shape in own.items())
+        adapters.append(Found(name=name, config=PeftConfig.from_dict(values), sites=found, size=size))
+    base = next((a.config.base_model_name_or_path for a in adapters), None)
+    return Contents(adapters=adapters, composition=_text(node_from_json(said["composition"])), base=base)
+
+
+def _shapes_in(file: Path) -> dict[str, Shape]:
+    with safe_open(str(file), "pt") as tensors:
+        return {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+
+
+def _text(node: Node) -> str:
+    return node if isinstance(node, str) else repr(node)
+
+
+def sites(tensors: Iterable[tuple[str, str, Shape]]) -> list[Site]:
+    """Tensors (module, parameter, shape) as sites: those of one module together, alike modules counted."""
+    modules: dict[str, dict[str, Shape]] = {}
+    for module, parameter, shape in tensors:
+        modules.setdefault(module, {})[parameter] = shape
+    return _alike(modules.items())
+
+
+def _parted(key: str, shape: Shape) -> tuple[str, str, Shape]:
+    """The key of a folder: `layers.0.q_proj.lora_A.weight` -> `layers.0.q_proj`, `lora_A`."""
+    parts = key.split(".")
+    tail = 2 if len(parts) > 2 and parts[-1] == "weight" and "lora" in parts[-2] else 1
+    return ".".join(parts[:-tail]), parts[-tail], shape
+
+
+def _parted_state(key: str, shape: Shape) -> tuple[str, str, Shape]:
+    """The key of a checkpoint: `sites.layers/0/q_proj.lora.A` -> `layers.0.q_proj`, `A`."""
+    group, module, *rest = key.split(".")
+    return (module.replace("/", "."), ".".join(rest[1:]), shape) if group == "sites" else (group, module, shape)
+
+
+def _alike(modules: Iterable[tuple[str, dict[str, Shape]]]) -> list[Site]:
+    found: dict[tuple[str, str], Site] = {}
+    for module, parameters in modules:
+        name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module)
+        key = (name, str(sorted(parameters.items())))
+        if key in found:
+            found[key].count += 1
+        else:
+            found[key] = Site(name=name, parameters=parameters)
+    return list(found.values())
+
+
+def outline(model: str) -> nn.Module:
+    """A model with its modules and shapes, and no weights."""
+    config = load_config(model)
+    auto = getattr(transformers, AUTO_NAMES[task_of_model(config) or "causal-lm"])
+    with torch.device("meta"):
+        return auto.from_config(config)
+
+
+def layers_table(model: nn.Module) -> Table:
+    """The layers that adapters can sit at, alike ones in one row."""
+    kinds: dict[str, str] = {}
+    modules: list[tuple[str, dict[str, Shape]]] = []
+    seen: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            first = seen.setdefault(id(weight), name)
+            if first != name:
+                modules.append((name, {}))
+                kinds[name] = f"{type(module).__name__}, tied to {first}"
+                continue
+            shapes = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
+            modules.append((name, shapes))
+            kinds[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)] = type(module).__name__
+    total = sum(p.numel() for p in model.parameters())
+    table = Table(
+        title=f"{type(model).__name__} · {total:,} parameters", title_justify="left", box=None, padding=(0, 2, 0, 0)
+    )
+    table.add_column("layers", overflow="fold")
+    table.add_column("count", justify="right")
+    table.add_column("kind", overflow="fold")
+    table.add_column("shapes", overflow="fold")
+    table.add_column("parameters", justify="right")
+    for site in _alike(modules):
+        table.add_row(site.name, str(site.count), kinds[site.name], _shapes(site.parameters), f"{site.numbers:,}")
+    return table
+
+
+def folder_tables(folder: Path, model: str | None) -> Iterable[Table | Text]:
+    """The base, the share of it that was trained, and what is active; then each adapter's method, size and sites."""
+    found = read_folder(folder)
+    name = model or found.base
+    numbers = sum(a.numbers for a in found.adapters)
+    try:
+        total = sum(p.numel() for p in outline(name).parameters()) if name else 0
+    except ValueError:
+        if model is not None:
+            raise
+        total = 0  # the base that the folder names is not here
+    share = f", {numbers / total:.2%} of the base's {total:,}" if total else ""
+    yield Text(f"base         {name or 'not named'}\nparameters   {numbers:,}{share}\ncomposition  {found.composition}")
+    for adapter in found.adapters:
+        yield Text("")
+        yield _adapter_table(adapter)
+
+
+def _adapter_table(adapter: Found) -> Table:
+    method = str(adapter.config.peft_type).lower()
+    title = f"{adapter.name} · {method} · {adapter.numbers:,} parameters · {adapter.size / 1e3:,.0f} kB"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.add_column("sites", overflow="fold")
+    table.add_column("count", justify="right")
+    table.add_column("shapes", overflow="fold")
+    table.add_column("parameters", justify="right")
+    for site in adapter.sites:
+        table.add_row(site.name or "the input", str(site.count), _shapes(site.parameters), f"{site.numbers:,}")
+    return table
+
+
+def _shapes(parameters: Mapping[str, Shape]) -> str:
+    return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in parameters.items())

@@ -1,0 +1,108 @@
+"""The methods' options and this project's defaults for them, known without importing torch."""
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from coadapt.config import Option, declared_options, did_you_mean
+
+NOT_CHOSEN = frozenset(
+    {"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "adapter_name"}
+)
+"""Fields of configurations that a run fills in by itself."""
+
+SHORT_NAMES = {"prompt": "prompt_tuning", "prefix": "prefix_tuning", "adapter": "bottleneck"}
+"""What people call some methods."""
+
+RECOMMENDED: Mapping[str, Mapping[str, Any]] = {
+    "lora": {"learning_rate": 2e-4, "r": 16, "target_modules": "all-linear"},
+    "prompt_tuning": {
+        "learning_rate": 5e-3,
+        "weight_decay": 0.0,
+        "num_virtual_tokens": 20,
+        "prompt_tuning_init": "SAMPLE_VOCAB",
+    },
+    "prefix_tuning": {"learning_rate": 5e-3, "weight_decay": 0.0, "num_virtual_tokens": 20},
+    "bottleneck": {"learning_rate": 1e-4},
+    "bitfit": {"learning_rate": 1.6e-3},
+}
+"""Starting values of the command line: the best published rates (a prompt wants 25 to 100 times the rate of a LoRA,
+and no decay)."""
+
+DEFAULT_RATE = 1e-4
+"""For a method that has no line above."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """A method as its source declares it."""
+
+    name: str
+    own: tuple[Option, ...]
+    inherited: tuple[Option, ...]
+
+    def names(self) -> list[str]:
+        """All options that a run may set."""
+        return [o.name for o in (*self.own, *self.inherited)]
+
+
+CLASS = re.compile(r"^class (\w+Config)\((\w+)\):(.*?)(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
+KIND = re.compile(r'^    kind\b.*= "(\w+)"$', re.MULTILINE)
+
+
+@cache
+def methods() -> dict[str, MethodOptions]:
+    """Method name (`lora`, `prompt_tuning` …) -> its options, read from the sources of `coadapt.methods`."""
+    spec = importlib.util.find_spec("coadapt")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    root = Path(spec.submodule_search_locations[0])
+    bases: dict[str, str] = {}
+    kinds: dict[str, str] = {}
+    options: dict[str, list[Option]] = {}
+    for file in (root / "config.py", *sorted((root / "methods").glob("*.py"))):
+        source = file.read_text("utf-8")
+        options |= declared_options(source)
+        for name, base, body in CLASS.findall(source):
+            bases[name] = base
+            kinds |= {kind.lower(): name for kind in KIND.findall(body)}
+    return {
+        kind: MethodOptions(name=kind, own=tuple(options[name]), inherited=_inherited(name, bases, options))
+        for kind, name in kinds.items()
+    }
+
+
+def method_named(word: str) -> MethodOptions:
+    """The method called `word` in any of the usual spellings.
+
+    Raises:
+        ValueError: there is none; the nearest name is told.
+    """
+    name = word.strip().lower().replace("-", "_")
+    name = SHORT_NAMES.get(name, name)
+    if name not in methods():
+        known = [*methods(), *SHORT_NAMES]
+        raise ValueError(f"method={word!r} is unknown.{did_you_mean(name, known)} Known: {', '.join(methods())}.")
+    return methods()[name]
+
+
+def recommended(method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The starting values of a method that `chosen` leaves open."""
+    known = method_named(method)
+    values = {"learning_rate": DEFAULT_RATE, **RECOMMENDED.get(known.name, {})}
+    if known.name == "lora":
+        # The usual ratio: a rank that is changed alone keeps the size of the first step.
+        values["lora_alpha"] = 2 * int(chosen.get("r") or values["r"])
+    return {name: value for name, value in values.items() if chosen.get(name) is None}
+
+
+def _inherited(name: str, bases: Mapping[str, str], options: Mapping[str, list[Option]]) -> tuple[Option, ...]:
+    base = bases.get(name)
+    if base is None:
+        return ()
+    own = (option for option in options.get(base, []) if option.name not in NOT_CHOSEN)
+    return (*_inherited(base, bases, options), *own)

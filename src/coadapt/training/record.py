@@ -1,0 +1,197 @@
+"""What a run leaves behind while it goes: the log, the live line, and a checkpoint where it is interrupted."""
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+FINAL = "train_runtime"
+"""A key of the summary that Trainer logs after the last step."""
+
+
+def named(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """Trainer's names as trackers have them: `train/loss`, `eval/loss`."""
+    found: dict[str, Any] = {}
+    for name, value in logs.items():
+        group, _, rest = name.partition("_")
+        known = group in ("train", "eval") and rest
+        found[name if name in ("epoch", "step") else f"{group}/{rest}" if known else f"train/{name}"] = value
+    return found
+
+
+class MetricsLog(TrainerCallback):
+    """Appends each line of the log to a JSON-lines file; after a resume, to those up to the checkpoint."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        kept = [line for line in read_log(self.file) if line["step"] <= state.global_step] if state.global_step else []
+        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        if FINAL in logs and "loss" not in logs:
+            return
+        with self.file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(named({"step": state.global_step, **logs})) + "\n")
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; none where there is none. A last line that was cut off is left out."""
+    if not file.is_file():
+        return []
+    lines = file.read_text("utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class Watch(TrainerCallback):
+    """Stops a run whose loss is no number any more, and logs wherever a checkpoint is written.
+
+    The second makes a resumed run's log equal to an unbroken one's: what is logged is a mean since the last line.
+
+    Raises:
+        ValueError: the loss is not finite; names the step and what helps.
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_log |= control.should_save or control.should_evaluate
+
+    on_epoch_end = on_step_end
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        loss = logs.get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"The loss is {loss} at step {state.global_step}. Use a lower learning_rate or max_grad_norm, more "
+                "warmup_steps, or bf16 in place of fp16."
+            )
+
+
+class Interrupt(TrainerCallback):
+    """As a context: the first Ctrl-C ends training after this step, with a checkpoint; the second ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> "Interrupt":
+        self.before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.asked:
+            control.should_save = control.should_log = control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.asked:
+            # The epoch did not end, training did. An evaluation now would draw random numbers before a second save.
+            control.should_save = control.should_evaluate = False
+
+
+class Live(TrainerCallback):
+    """One line that moves on a terminal; one line for each log entry elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress: Progress | None = None
+        self.clock, self.tokens, self.started = 0.0, 0, 0.0
+        self.first_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.started, self.first_step = time.monotonic(), state.global_step
+        self._restart(state)
+        if self.console.is_terminal:
+            columns = (
+                BarColumn(bar_width=16),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.description}"),
+            )
+            progress = self.progress = Progress(*columns, console=self.console, transient=True)
+            self.task = progress.add_task("…", total=state.max_steps, completed=state.global_step)
+            progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        if "loss" in logs:
+            line = self._line(state, logs)
+            if self.progress is not None:
+                self.progress.update(self.task, description=line)
+            else:
+                self.console.print(Text(f"step {state.global_step}/{state.max_steps} · {line}"), soft_wrap=True)
+        elif "eval_loss" in logs:
+            figures = [f"held-out loss {logs['eval_loss']:.4f}"]
+            figures += [f"accuracy {logs['eval_accuracy']:.1%}"] if "eval_accuracy" in logs else []
+            self.console.print(Text(f"step {state.global_step}/{state.max_steps} · {' · '.join(figures)}", "bold"))
+        self._restart(state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Takes the moving line away."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+    def _restart(self, state: TrainerState) -> None:
+        self.clock, self.tokens = time.monotonic(), state.num_input_tokens_seen
+
+    def _line(self, state: TrainerState, logs: Mapping[str, Any]) -> str:
+        seconds = max(time.monotonic() - self.clock, 1e-9)
+        speed = (state.num_input_tokens_seen - self.tokens) / seconds
+        done = state.global_step - self.first_step
+        left = (time.monotonic() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
+        several = [f"{k.split('/')[1]} {v:.1e}" for k, v in logs.items() if k.startswith("learning_rate/")]
+        rates = ", ".join(several) or f"{logs['learning_rate']:.1e}"
+        parts = [f"loss {logs['loss']:.4f}", f"rate {rates}", f"{speed:,.0f} tokens/s", f"peak {peak_memory()}"]
+        return " · ".join([*parts, f"{duration(left)} left"])
+
+
+def peak_memory() -> str:
+    """The most memory that was in use so far: the GPU's, or the process's where there is none."""
+    if torch.cuda.is_available() and (used := torch.cuda.max_memory_allocated()):
+        return f"{used / 2**30:.2f} GiB"
+    if sys.platform == "win32":
+        return "?"
+    import resource
+
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return f"{used / 2**30:.2f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """`75` as `1:15`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,243 @@
+"""A training run from its settings to the finished folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from coadapt.core.base import fingerprint
+from coadapt.data.collate import Collator
+from coadapt.data.columns import Told
+from coadapt.data.prepare import Plan, Prepared, plan, prepare
+from coadapt.data.show import describe, one_sample
+from coadapt.data.source import read
+from coadapt.formats.files import aside
+from coadapt.model import PeftModel
+from coadapt.training import folder
+from coadapt.training.assemble import (
+    adapter_config,
+    attach,
+    load_base,
+    load_config,
+    load_tokenizer,
+    longest,
+    pad_token,
+    rates,
+    seed_everything,
+    task_of_model,
+)
+from coadapt.training.picture import draw_loss
+from coadapt.training.record import Interrupt, Live, MetricsLog, Watch, read_log
+from coadapt.training.settings import RunConfig, Task
+from coadapt.training.trainer import AdapterTrainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run came to."""
+
+    folder: Path
+    step: int
+    interrupted: bool
+    held_out_loss: float | None
+    view: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def train(run: RunConfig, console: Console) -> Outcome:
+    """Reads the data, attaches the adapters, trains, and writes the folder; says on `console` what it does.
+
+    Raises:
+        ValueError: anything in the settings, the data or the model that does not fit, before a step is run.
+        FileNotFoundError: the data or the model is not there.
+    """
+    out = folder.output_dir(run)
+    checkpoint = folder.claim(out, run)
+    task, found, made, tokenizer = _data(run)
+    console.print(describe(found, made))
+    console.print(Text("\none example, trained tokens between ⟦ and ⟧:", "dim"))
+    console.print(one_sample(made.train[0], tokenizer, found.classes), "")
+    seed_everything(run.seed)
+    configs = {name: adapter_config(name, a, task, run.revision) for name, a in run.adapters.items()}
+    base = load_base(run.model, task, tokenizer, dtype=run.dtype, revision=run.revision, classes=found.classes)
+    run = run.model_copy(update={"task": task, "output_dir": str(out), "max_length": made.max_length})
+    view = attach(base, configs, run.composition)
+    console.print(settings_table(run, view), "")
+    folder.write_run(out, run)
+    trainer = _trainer(run, view, made, tokenizer, out, resuming=checkpoint is not None)
+    live = Live(console)
+    with Interrupt() as interrupt:
+        for callback in (Watch(), MetricsLog(out / folder.METRICS), live, interrupt):
+            trainer.add_callback(callback)
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            live.stop()
+    return _finish(run, trainer, view, tokenizer, found, made, out, interrupt.asked)
+
+
+def _data(run: RunConfig) -> tuple[Task, Plan, Prepared, PreTrainedTokenizerBase]:
+    told = Told(
+        text=run.text_column, prompt=run.prompt_column, completion=run.completion_column, label=run.label_column
+    )
+    source = read(run.data, run.dataset_config)
+    held_out = read(run.eval_data, run.dataset_config) if run.eval_data else None
+    config = load_config(run.model, run.revision)
+    task = run.task or task_of_model(config)
+    found = plan(source, held_out, told, task)
+    task = task or ("sequence-classification" if found.form.kind == "labelled" else "causal-lm")
+    tokenizer = load_tokenizer(run.model, run.revision)
+    made = prepare(
+        found,
+        tokenizer,
+        task=task,
+        max_length=longest(run, config, tokenizer),
+        eval_split=run.eval_split,
+        seed=run.seed,
+        completion_only_loss=run.completion_only_loss,
+        separator=run.prompt_separator,
+    )
+    return task, found, made, tokenizer
+
+
+def _trainer(
+    run: RunConfig, view: PeftModel, made: Prepared, tokenizer: PreTrainedTokenizerBase, out: Path, resuming: bool
+) -> AdapterTrainer:
+    classes = run.task == "sequence-classification"
+    trainer = AdapterTrainer(
+        model=view,
+        rates=rates(run, view),
+        args=training_arguments(run, out, evaluates=made.held_out is not None, resuming=resuming),
+        train_dataset=made.train,
+        eval_dataset=made.held_out,
+        data_collator=Collator(pad_token_id=pad_token(tokenizer)),
+        compute_metrics=_accuracy if classes else None,
+        preprocess_logits_for_metrics=_chosen if classes else None,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def training_arguments(run: RunConfig, out: Path, evaluates: bool, resuming: bool = False) -> TrainingArguments:
+    """transformers' own arguments: the fields of the same name, and what follows from the others."""
+    known = TrainingArguments.__dataclass_fields__
+    same = {
+        name: value for name, value in run if name in known and name not in ("output_dir", "gradient_checkpointing")
+    }
+    # Its name since transformers 5.20; the older one warns there.
+    checkpointing = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
+    return TrainingArguments(
+        **{
+            **same,
+            checkpointing: run.gradient_checkpointing,
+            "output_dir": str(out),
+            "learning_rate": max(a.learning_rate for a in run.adapters.values()),
+            "max_grad_norm": 0.0,
+            "eval_strategy": run.eval_strategy if evaluates else "no",
+            "eval_on_start": run.eval_on_start and evaluates and not resuming,
+            "metric_for_best_model": "eval_loss" if evaluates and run.eval_strategy != "no" else None,
+            "greater_is_better": False,
+            "include_num_input_tokens_seen": "non_padding",
+            "logging_first_step": True,
+            "logging_nan_inf_filter": False,
+            "prediction_loss_only": run.task != "sequence-classification",
+            "remove_unused_columns": False,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": torch.cuda.is_available() and not run.use_cpu,
+        }
+    )
+
+
+def _chosen(logits: Any, labels: Tensor) -> Tensor:
+    scores = logits[0] if isinstance(logits, tuple | list) else logits
+    return scores.argmax(-1)
+
+
+def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float(np.mean(np.equal(prediction.predictions, prediction.label_ids)))}
+
+
+def settings_table(run: RunConfig, view: PeftModel) -> Table:
+    """Every setting of the run, those that were left at their default dimmed, and what trains."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    plain = run.plain()
+    for name, adapter in plain.pop("adapters").items():
+        table.add_row(f"adapters.{name}", Text(", ".join(f"{k}={v}" for k, v in adapter.items())))
+    defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
+    chosen = {k: v for k, v in plain.items() if v is not None and v != defaults[k]}
+    for name, value in chosen.items():
+        table.add_row(name, Text(str(value)))
+    rest = ", ".join(f"{k}={v!r}" for k, v in plain.items() if k not in chosen and v is not None)
+    table.add_row(Text("defaults", "dim"), Text(rest, "dim"))
+    trained, total = view.get_nb_trainable_parameters()
+    table.add_row("trainable", f"{trained:,} of {total:,} parameters ({trained / total:.2%})")
+    return table
+
+
+def _finish(
+    run: RunConfig,
+    trainer: AdapterTrainer,
+    view: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    found: Plan,
+    made: Prepared,
+    out: Path,
+    interrupted: bool,
+) -> Outcome:
+    state = trainer.state
+    log = read_log(out / folder.METRICS)
+    held_out = [line["eval/loss"] for line in log if "eval/loss" in line]
+    best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+    folder.link(out, "last", out / f"checkpoint-{state.global_step}")
+    folder.link(out, "best", best)
+    if not interrupted:
+        view.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        with aside(out / folder.PICTURE) as file:
+            draw_loss(log, file, title(run))
+        figures = _figures(state.global_step, log, made)
+        folder.write_card(out, run, figures, made.framing.style)
+        facts = {
+            "data": {"name": run.data, "sha256": made.fingerprint, "format": found.form.name, "classes": found.classes}
+        }
+        facts |= {"base": {"name": run.model, "fingerprint": fingerprint(view.get_base_model())}}
+        framing = {"style": made.framing.style, "separator": made.framing.separator}
+        folder.write_provenance(out, **facts, prompt=framing, figures=figures)
+    return Outcome(
+        folder=out,
+        step=state.global_step,
+        interrupted=interrupted,
+        held_out_loss=held_out[-1] if held_out else None,
+        view=view,
+        tokenizer=tokenizer,
+    )
+
+
+def title(run: RunConfig) -> str:
+    """Base, methods and data, for the picture."""
+    methods = " + ".join(a.method for a in run.adapters.values())
+    return f"{Path(run.model).name} · {methods} · {Path(run.data).name}"
+
+
+def _figures(step: int, log: list[dict[str, Any]], made: Prepared) -> Mapping[str, Any]:
+    held_out = [line["eval/loss"] for line in log if "eval/loss" in line]
+    train = [line["train/loss"] for line in log if "train/loss" in line]
+    figures: dict[str, Any] = {
+        "steps": step,
+        "training rows": made.tally.rows,
+        "tokens of training data": made.tally.tokens,
+    }
+    figures |= {"last training loss": round(train[-1], 4)} if train else {}
+    return figures | ({"held-out loss": f"{held_out[0]:.4f} → {held_out[-1]:.4f}"} if held_out else {})

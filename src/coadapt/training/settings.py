@@ -1,0 +1,219 @@
+"""Everything that a run can be told, once: command line flags, YAML and Python read the fields of `RunConfig`.
+
+Importing this file imports no torch, so that help texts are quick.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from coadapt.config import check_name
+from coadapt.training.options import method_named, methods, recommended
+from coadapt.training.vocabulary import adapters_of, plain_value, refuse_unknown, renamed
+
+Task = Literal["causal-lm", "seq2seq", "sequence-classification"]
+
+
+class AdapterSettings(BaseModel):
+    """One adapter of a run: its method, how it is trained, and the options of its method beside them."""
+
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, defer_build=True)
+
+    method: str
+    """lora, prompt_tuning (or prompt), prefix_tuning (or prefix), bottleneck …"""
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate of this adapter."""
+    warmup_steps: float | None = Field(default=None, ge=0)
+    """Its own warm-up, else the run's."""
+    max_grad_norm: float | None = Field(default=None, ge=0)
+    """Its own clipping, else the run's."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Its own weight decay, else the run's."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the method's configuration class."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            raise ValueError(f"an adapter is described by settings such as {{method: lora, r: 16}}; got {values!r}")
+        values = renamed(values)
+        if "method" not in values:
+            raise ValueError(f"it needs a method. Known: {', '.join(methods())}")
+        known = method_named(str(values["method"]))
+        refuse_unknown(values, [*cls.model_fields, *known.names()], f"method {known.name}")
+        values = {name: plain_value(name, value, known) for name, value in values.items()}
+        return {**values, "method": known.name, **recommended(known.name, values)}
+
+
+class RunConfig(BaseModel):
+    """A training run. The names are those of transformers' `TrainingArguments` wherever it has one."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), defer_build=True)
+    SECTIONS: ClassVar[Mapping[str, str]] = {
+        "model": "Model and data",
+        "method": "Adapters",
+        "max_steps": "Training",
+        "output_dir": "Output",
+    }
+    """Field that begins a section of the help -> its title."""
+
+    model: str
+    """The base: a folder or a hub id."""
+    revision: str | None = None
+    """Revision of the base on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type that the base is loaded in; adapters are float32. auto: as it was saved."""
+    task: Task | None = None
+    """Left out, it is found from the model and the data."""
+    data: str
+    """What to train on: a jsonl, json, csv, tsv, parquet or txt file, a folder of such files, or a hub id."""
+    dataset_config: str | None = None
+    """Configuration of a dataset of the hub."""
+    eval_data: str | None = None
+    """What to evaluate on; left out, the data's own held-out part or `eval_split`."""
+    eval_split: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the rows to hold out, if the data has no held-out part; 0 holds out none."""
+    text_column: str | None = None
+    """Column of plain text, or of the text to classify."""
+    prompt_column: str | None = None
+    """Column of what the model is asked; also the source of seq2seq."""
+    completion_column: str | None = None
+    """Column of what it shall answer; also the target of seq2seq."""
+    label_column: str | None = None
+    """Column of the class."""
+    prompt_separator: str = "\n"
+    """Joins a plain prompt and its completion where neither has white space there."""
+    completion_only_loss: bool = True
+    """Train on completions and answers only, not on what was asked."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Longest example in tokens; left out, 1024 or what the model and its virtual tokens leave room for."""
+
+    method: str | None = None
+    """lora, prompt, prefix or bottleneck; several at once as in `prompt + lora`."""
+    adapters: dict[str, AdapterSettings] = Field(default_factory=dict)
+    """Named adapters, each with its method, its rate and its options; instead of `method`."""
+    composition: str | None = None
+    """How the adapters take part, as in `task + 0.5*style`; left out, their sum."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """For every adapter that has none of its own; left out, the tested rate of each method."""
+
+    max_steps: int = -1
+    """Stop after so many steps; -1: after `num_train_epochs`."""
+    num_train_epochs: float = Field(default=3.0, gt=0)
+    """Passes over the data."""
+    per_device_train_batch_size: int = Field(default=8, ge=1)
+    """Rows of a batch, on each device."""
+    per_device_eval_batch_size: int = Field(default=8, ge=1)
+    """Rows of a batch in evaluation."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Batches that one step is made of."""
+    warmup_steps: float = Field(default=0.03, ge=0)
+    """Steps of rising rate; below 1 a share of all steps."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = "linear"
+    """How the rate falls after the warm-up."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Longest gradient, of each adapter by itself; 0: not clipped."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decay of the adapters' weights."""
+    optim: str = "adamw_torch"
+    """Optimiser, by its name in transformers."""
+    gradient_checkpointing: bool = False
+    """Less memory for about a third more time."""
+    bf16: bool = False
+    """Mixed precision in bfloat16."""
+    fp16: bool = False
+    """Mixed precision in float16."""
+    use_cpu: bool = False
+    """Do not use a GPU even if there is one."""
+    auto_find_batch_size: bool = False
+    """Halve the batch size until it fits into memory."""
+    dataloader_num_workers: int = Field(default=0, ge=0)
+    """Processes that prepare batches."""
+    seed: int = 42
+    """Of the adapters' start, the split and the order of the data."""
+
+    output_dir: str | None = None
+    """Where everything is written; left out, outputs/<model>-<adapters>."""
+    overwrite_output_dir: bool = False
+    """Replace the results of an earlier run there."""
+    resume: bool = False
+    """Go on from the last checkpoint in output_dir."""
+    logging_steps: int = Field(default=10, ge=1)
+    """Steps between two lines of the log."""
+    eval_strategy: Literal["no", "steps", "epoch"] = "epoch"
+    """When to evaluate."""
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Steps between two evaluations (sets eval_strategy to steps)."""
+    eval_on_start: bool = True
+    """Evaluate before the first step, to see where training started."""
+    save_strategy: Literal["no", "steps", "epoch"] = "epoch"
+    """When to write a checkpoint."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """Steps between two checkpoints (sets save_strategy to steps)."""
+    save_total_limit: int | None = Field(default=None, ge=1)
+    """Keep only so many checkpoints."""
+    report_to: str = "none"
+    """Trackers of transformers that also get the figures, such as tensorboard."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_form(cls, values: Any) -> Any:
+        """Aliases, steps without their strategy, and `method` with its options as adapters."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"settings are names with values; got {values!r}")
+        values = renamed(values)
+        for kind in ("eval", "save"):
+            if f"{kind}_steps" in values:
+                values.setdefault(f"{kind}_strategy", "steps")
+        known = {option for method in methods().values() for option in method.names()} - set(cls.model_fields)
+        options = {name: values.pop(name) for name in sorted(known & set(values))}
+        refuse_unknown(values, [*cls.model_fields, *known], "a run")
+        adapters = adapters_of(values, options)
+        # Deliberately after: it is what the run's own rate is for.
+        if rate := values.get("learning_rate"):
+            adapters = {n: {"learning_rate": rate, **a} if isinstance(a, Mapping) else a for n, a in adapters.items()}
+        return {**values, "method": None, "adapters": adapters}
+
+    @field_validator("adapters")
+    @classmethod
+    def _names(cls, adapters: dict[str, AdapterSettings]) -> dict[str, AdapterSettings]:
+        for name in adapters:
+            check_name(name)
+        return adapters
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Self:
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 exclude each other")
+        if self.resume and self.overwrite_output_dir:
+            raise ValueError("resume goes on with output_dir, overwrite_output_dir replaces it: give one of them")
+        for kind in ("eval", "save"):
+            steps, strategy = getattr(self, f"{kind}_steps"), getattr(self, f"{kind}_strategy")
+            if (steps is None) == (strategy == "steps"):
+                raise ValueError(f"{kind}_strategy={strategy} does not go with {kind}_steps={steps}")
+        return self
+
+    def plain(self) -> dict[str, Any]:
+        """The run as plain values, defaults and all, which build the same run again."""
+        values = self.model_dump(mode="json", exclude={"method", "resume", "overwrite_output_dir"})
+        values["adapters"] = {n: {k: v for k, v in a.items() if v is not None} for n, a in values["adapters"].items()}
+        return values
+
+
+def explain(error: ValidationError) -> str:
+    """Pydantic's findings as one line each, with the setting, what is wrong, and the value."""
+    lines: list[str] = []
+    for found in error.errors():
+        where = ".".join(str(part) for part in found["loc"])
+        message = found["msg"].removeprefix("Value error, ")
+        if found["type"] == "missing":
+            lines.append(f"{where} is missing: {RunConfig.model_fields[where].description}")
+        else:
+            value = "" if found["type"] == "value_error" else f" (given: {found['input']!r})"
+            lines.append(f"{where}: {message}{value}" if where else f"{message}{value}")
+    return "\n".join(lines)

@@ -1,0 +1,96 @@
+"""transformers' Trainer with one optimiser group for each adapter: its own rate, warm-up, decay and clipping."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import Trainer, get_scheduler
+
+from coadapt.model import PeftModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """How one adapter is trained."""
+
+    learning_rate: float
+    warmup_steps: float = 0.0
+    """At least 1: steps; below 1: a share of all steps."""
+    max_grad_norm: float = 0.0
+    """0: not clipped."""
+    weight_decay: float = 0.0
+
+    def group(self) -> dict[str, float]:
+        """The options of its optimiser group."""
+        return {
+            "lr": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "max_grad_norm": self.max_grad_norm,
+            "warmup_steps": self.warmup_steps,
+        }
+
+
+class AdapterTrainer(Trainer):
+    """Trains a `PeftModel`. Everything but the optimiser's groups is transformers' own.
+
+    Args:
+        rates: adapter name -> how it is trained, for every adapter that trains; `"gates"` for learned gates.
+        options: what `transformers.Trainer` takes. `args.max_grad_norm` must be 0: each adapter is clipped by itself.
+    """
+
+    def __init__(self, *, model: PeftModel, rates: Mapping[str, Rates], **options: Any) -> None:
+        super().__init__(model=model, **options)
+        if self.args.max_grad_norm:
+            raise ValueError(
+                f"args.max_grad_norm={self.args.max_grad_norm}: set it to 0, and Rates.max_grad_norm instead."
+            )
+        self.view = model
+        self.rates = dict(rates)
+        self.last: dict[str, dict[str, float]] = {}
+        """Adapter -> its rate and its gradient norm before clipping, at the last step."""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """One group for each adapter; its gradients are clipped right before the optimiser's step."""
+        if self.optimizer is None:
+            groups = self.view.param_groups({name: rates.group() for name, rates in self.rates.items()})
+            silent = [g["name"] for g in groups if g["name"] not in self.rates]
+            if silent:
+                raise ValueError(f"No rate is given for {', '.join(silent)}; rates has {', '.join(self.rates)}.")
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, model or self.model))
+            self.optimizer = kind(groups, **options)
+            self.optimizer.register_step_pre_hook(self._clip)
+        return self.optimizer
+
+    def _clip(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for group in optimizer.param_groups:
+            longest = group["max_grad_norm"] or float("inf")
+            norm = nn.utils.clip_grad_norm_(group["params"], longest)
+            self.last[group["name"]] = {"learning_rate": group["lr"], "grad_norm": float(norm)}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """The usual schedule, with the warm-up of each group."""
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None
+            factors = [self._factor(group["warmup_steps"], num_training_steps) for group in optimizer.param_groups]
+            self.lr_scheduler = LambdaLR(optimizer, factors)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _factor(self, warmup: float, steps: int) -> Any:
+        """Step -> share of the peak rate, from transformers' own schedule of this type."""
+        length = int(warmup) if warmup >= 1 else round(warmup * steps)
+        stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = get_scheduler(self.args.lr_scheduler_type, stand_in, length, steps)
+        assert isinstance(schedule, LambdaLR)
+        return schedule.lr_lambdas[0]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the rate and the gradient norm of each adapter, where there are several."""
+        if "loss" in logs and len(self.last) > 1:
+            logs |= {f"{figure}/{name}": value for name, last in self.last.items() for figure, value in last.items()}
+        super().log(logs, start_time)

@@ -1,0 +1,138 @@
+"""The field's library beside coadapt: the same configurations in both, its models, saved and loaded."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import coadapt
+from coadapt import PeftModel, get_peft_model
+from models import MODELS, ids, logits, plain, stir
+
+CAUSAL = {"task_type": "CAUSAL_LM"}
+SEQ2SEQ = {"task_type": "SEQ_2_SEQ_LM"}
+CLASSES = {"task_type": "SEQ_CLS"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """The same configuration in both libraries, on one of the test models."""
+
+    model: str
+    config: str
+    options: dict[str, Any]
+    theirs: dict[str, Any] | None = None
+    """Options that the field's library needs besides, where it does not find them itself."""
+
+    def base(self) -> Any:
+        return (MODELS | {"plain": plain})[self.model]()
+
+    def ours(self) -> Any:
+        return getattr(coadapt, self.config)(**self.options)
+
+    def field(self) -> Any:
+        return getattr(peft, self.config)(**{**self.options, **(self.theirs or {})})
+
+
+def lora(model: str, **options: Any) -> Case:
+    task = {"t5": SEQ2SEQ, "bert": CLASSES, "plain": {}}.get(model, CAUSAL)
+    return Case(model, "LoraConfig", {"r": 4, "lora_alpha": 8, **task, **options})
+
+
+def prompt(model: str, **options: Any) -> Case:
+    task = {"t5": SEQ2SEQ, "bert": CLASSES}.get(model, CAUSAL)
+    return Case(model, "PromptTuningConfig", {"num_virtual_tokens": 3, **task, **options})
+
+
+def prefix(model: str, **options: Any) -> Case:
+    task = {"t5": SEQ2SEQ, "bert": CLASSES}.get(model, CAUSAL)
+    return Case(model, "PrefixTuningConfig", {"num_virtual_tokens": 3, **task, **options})
+
+
+CASES = {
+    "llama-lora": lora("llama"),
+    "llama-all-linear": lora("llama", target_modules="all-linear"),
+    "llama-regex": lora("llama", target_modules=r".*layers\.1\..*(q|down)_proj"),
+    "llama-excluded": lora("llama", target_modules=["q_proj", "up_proj"], exclude_modules=["layers.0.mlp.up_proj"]),
+    "llama-layers": lora("llama", target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers"),
+    "llama-embedding": lora("llama", target_modules=["embed_tokens", "v_proj"]),
+    "llama-rslora": lora("llama", use_rslora=True),
+    "llama-patterns": lora(
+        "llama",
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        rank_pattern={"layers.0.self_attn.v_proj": 2, "v_proj": 3, r".*layers\.1.*q_proj": 1},
+        alpha_pattern={"down_proj": 32},
+    ),
+    "llama-saved": lora("llama", modules_to_save=["lm_head", "input_layernorm"]),
+    "gpt2-lora": lora("gpt2"),
+    "gpt2-all-linear": lora("gpt2", target_modules="all-linear"),
+    "gpt2-embedding": lora("gpt2", target_modules=["wpe", "c_attn"]),
+    "gpt2-lora-bias": lora("gpt2", bias="lora_only", target_modules=["c_attn", "c_fc"]),
+    "gpt2-all-bias": lora("gpt2", bias="all"),
+    "bloom-lora": lora("bloom"),
+    "t5-lora": lora("t5"),
+    "t5-all-linear": lora("t5", target_modules="all-linear"),
+    "t5-layers": lora("t5", target_modules=["q", "wi"], layers_to_transform=1),
+    "bert-lora": lora("bert"),
+    "plain-conv": lora("plain", target_modules=["conv", "embed", "first"]),
+    "plain-bias": lora("plain", target_modules=["conv", "first"], bias="all"),
+    "llama-prompt": prompt("llama"),
+    "gpt2-prompt": prompt("gpt2"),
+    "bloom-prompt": prompt("bloom"),
+    "t5-prompt": prompt("t5"),
+    "llama-prefix": prefix("llama"),
+    "gpt2-prefix": prefix("gpt2"),
+    "bert-prefix": prefix("bert"),
+    "llama-projected": prefix("llama", prefix_projection=True, encoder_hidden_size=20),
+    "gpt2-projected": prefix("gpt2", prefix_projection=True),
+}
+"""That both libraries take with the same options; T5's prefix stands below."""
+
+
+def field_logits(model: Any, tokens: Tensor | None = None) -> Tensor:
+    """Of the field's model, which returns those of virtual tokens too."""
+    tokens = ids() if tokens is None else tokens
+    got = logits(model, tokens) if hasattr(model.get_base_model(), "config") else model(tokens)
+    return got[:, got.shape[1] - tokens.shape[1] :] if got.dim() == 3 and got.shape[1] > tokens.shape[1] else got
+
+
+def stirred(case: Case) -> PeftModel:
+    view = get_peft_model(case.base(), case.ours()).eval()
+    stir(view.adapters)
+    return view
+
+
+def field_stirred(case: Case) -> Any:
+    model = field_quietly(lambda: peft.get_peft_model(case.base(), case.field())).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def field_quietly(call: Callable[[], Any]) -> Any:
+    """Their warnings are not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call()
+
+
+def field_loaded(base: nn.Module, folder: Path) -> Any:
+    """Loaded by the field's library, which must not miss a key or meet a field that it does not know."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model = peft.PeftModel.from_pretrained(base, folder).eval()
+    told = [str(w.message) for w in seen]
+    assert not [t for t in told if "missing adapter keys" in t or "Unexpected keyword" in t], told
+    return model
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    return float((a.detach() - b.detach()).abs().max())

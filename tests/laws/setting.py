@@ -1,0 +1,128 @@
+"""What the laws share: which method on which model, views made ready, and comparisons."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+from cases import CASES, VARIANTS
+from coadapt import BottleneckConfig, PeftModel
+from coadapt.config import PeftConfig, TargetedConfig
+from models import MODELS, ids, logits, plain, stir
+
+EVERY: dict[str, PeftConfig] = {**CASES, **VARIANTS}
+MAKE = {**MODELS, "plain": plain}
+VIRTUAL = ("prompt", "prefix")
+"""Methods of these cases need a transformers model."""
+
+_WITHOUT_BIAS = {"llama": ["q_proj", "down_proj"], "t5": ["q", "wo"]}
+"""Where nothing has a bias yet, BitFit needs to be told which layers get one."""
+
+few = settings(max_examples=12, deadline=None, derandomize=True)
+
+
+def fits(case: str, model: str) -> bool:
+    """Whether a method has a place in a model (BLOOM's attention takes no prefix; a plain module has no input)."""
+    if case == "lora-bias" and model in ("llama", "t5"):
+        return False  # there is no bias
+    if model == "plain":
+        return not case.startswith(VIRTUAL)
+    return not (model == "bloom" and case.startswith("prefix"))
+
+
+def config_of(case: str, model: str) -> PeftConfig:
+    """The case's configuration, with targets where the model is none of transformers'."""
+    config = EVERY[case]
+    if case == "bitfit" and model in _WITHOUT_BIAS:
+        return replace(config, target_modules=_WITHOUT_BIAS[model])
+    if model == "plain" and isinstance(config, TargetedConfig) and config.target_modules is None:
+        ends = ["second"] if isinstance(config, BottleneckConfig) else ["first", "second", "conv"]
+        return replace(config, target_modules=ends)
+    return config
+
+
+def pairs(turn: int, cases: Iterable[str] = tuple(EVERY), models: Sequence[str] = tuple(MAKE)) -> Any:
+    """Parametrizes a law over (case, model): each case on one model, which one says `turn`; the rest is `full`."""
+    out: list[Any] = []
+    for i, case in enumerate(cases):
+        able = [m for m in models if fits(case, m)]
+        for j, model in enumerate(able):
+            chosen = j == (i + turn) % len(able)
+            out.append(pytest.param(case, model, marks=() if chosen else pytest.mark.full))
+    return pytest.mark.parametrize(("case", "model"), out)
+
+
+def attach(base: nn.Module, model: str, *cases: str, by: float = 0.1) -> PeftModel:
+    """A view with one adapter a case, named a, b, c ...; none is at its start, and all of them are active, summed."""
+    view = PeftModel(base)
+    for i, case in enumerate(cases):
+        torch.manual_seed(i)
+        name = "abcdefgh"[i]
+        view.add_adapter(name, config_of(case, model))
+        stir(view.get_adapter(name), seed=i, by=by)
+    view.set_adapter(["abcdefgh"[i] for i in range(len(cases))])
+    return view
+
+
+def view_on(model: str, *cases: str, by: float = 0.1) -> PeftModel:
+    """`attach` on a new base."""
+    return attach(MAKE[model](), model, *cases, by=by)
+
+
+def close(one: Tensor, other: Tensor, within: float = 1e-6) -> None:
+    """Equal to rounding: relative to the largest value (whatever its sign)."""
+    assert one.shape == other.shape
+    torch.testing.assert_close(one, other, rtol=within, atol=within * max(1.0, float(other.detach().abs().max())))
+
+
+def far(one: Tensor, other: Tensor) -> None:
+    """Not equal, by more than rounding: what makes a comparison worth something."""
+    assert float((one - other).detach().abs().max()) > 1e-5
+
+
+def gradients(view: nn.Module) -> dict[str, Tensor | None]:
+    """Copies of the gradients of everything that trains, which are cleared."""
+    out = {n: None if p.grad is None else p.grad.clone() for n, p in view.named_parameters() if p.requires_grad}
+    view.zero_grad(set_to_none=True)
+    return out
+
+
+def same_gradients(one: dict[str, Tensor | None], other: dict[str, Tensor | None], within: float = 1e-5) -> None:
+    assert one.keys() == other.keys()
+    assert one
+    for name, gradient in one.items():
+        theirs = other[name]
+        assert (gradient is None) == (theirs is None), name
+        if gradient is not None and theirs is not None:
+            torch.testing.assert_close(
+                gradient,
+                theirs,
+                rtol=within,
+                atol=within * max(1e-2, float(theirs.abs().max())),
+                msg=lambda m, n=name: f"{n}: {m}",
+            )
+
+
+def loss(view: Any, tokens: Tensor | None = None, **options: Any) -> Tensor:
+    """A scalar that every output has a share in."""
+    out = logits(view, tokens, **options).float()
+    return (out * torch.linspace(-1, 1, out.shape[-1])).pow(2).sum() / len(out)
+
+
+def recompute(model: Any, reentrant: bool) -> None:
+    """Turns gradient checkpointing on, by the name that this version of transformers has for it."""
+    name = "activation_checkpointing_enable"
+    if hasattr(model, name):
+        getattr(model, name)({"use_reentrant": reentrant})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+
+
+__all__ = [
+    "EVERY", "MAKE", "attach", "close", "config_of", "far", "few", "fits", "gradients", "ids", "logits", "loss",
+    "pairs", "recompute", "same_gradients", "stir", "view_on",
+]  # fmt: skip

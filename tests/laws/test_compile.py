@@ -1,0 +1,94 @@
+"""A compiled view, in one graph, gives what it gives uncompiled."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from coadapt import Learned, PeftModel, Sum
+from laws.setting import MAKE, attach, close, far, gradients, ids, logits, loss, pairs, same_gradients
+
+COMPILED = ("llama", "gpt2", "bert", "plain")
+"""Whose bases torch can compile into one graph; BLOOM and T5 read values of tensors in their forward."""
+
+
+def one_layer(model: str, *cases: str) -> PeftModel:
+    """Compiling takes seconds for each layer."""
+    size = {"llama": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}, "bert": {"num_hidden_layers": 1}}.get(model, {})
+    return attach(MAKE[model](**size), model, *cases)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(view: Any, backend: str = "eager") -> Any:
+    return torch.compile(view, fullgraph=True, backend=backend)
+
+
+@pairs(0, models=COMPILED)
+@pytest.mark.full
+def test_compiled_equals_eager(case: str, model: str) -> None:
+    """Seconds each, so that the default run has the three below."""
+    view = one_layer(model, case)
+    expected = logits(view)
+    with torch.no_grad():
+        close(logits(compiled(view)), expected)
+    far(expected, logits(view.base))
+
+
+MIXES = [
+    ("plain", ("lora-bias", "bottleneck-parallel", "bitfit")),
+    ("llama", ("lora", "bottleneck", "prefix", "prompt")),
+    *(
+        pytest.param(model, mix, marks=pytest.mark.full)
+        for model, mix in (
+            ("gpt2", ("prompt", "lora-all-linear", "prefix-decoupled")),
+            ("bert", ("prefix-projected", "bottleneck")),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "mix"), MIXES)
+def test_a_mix_of_methods_with_gates(model: str, mix: tuple[str, ...]) -> None:
+    """Outputs and gradients, those of learned gates too."""
+    view = one_layer(model, *mix).train()
+    names = view.active_adapters
+    view.set_adapter(Sum(*names, weights=[Learned(0.5), *[0.3 + 0.7 * (n in "cd") for n in names[1:]]]))
+    expected = logits(view)
+    loss(view).backward()
+    eager = gradients(view)
+    made = compiled(view, "aot_eager")
+    close(logits(made), expected, 5e-6)
+    loss(made).backward()
+    same_gradients(gradients(view), eager)
+
+
+def test_no_active_adapter_is_the_base() -> None:
+    view = one_layer("plain", "lora")
+    view.set_adapter(None)
+    with torch.no_grad():
+        assert torch.equal(logits(compiled(view)), logits(view.base))
+
+
+def test_the_compiled_base_stays_the_base() -> None:
+    view = one_layer("plain", "lora", "bottleneck")
+    with torch.no_grad():
+        close(logits(compiled(view.base)), logits(view.base))
+        close(logits(compiled(view)), logits(view))
+
+
+def test_an_optimiser_step_is_seen() -> None:
+    view = one_layer("plain", "lora")
+    made = compiled(view)
+    first = logits(made)
+    with torch.no_grad():
+        for parameter in view.adapters.parameters():
+            parameter.mul_(2)
+    far(logits(made), first)
+    close(logits(made, ids(seed=4)), logits(view, ids(seed=4)))

@@ -1,0 +1,133 @@
+"""Generation with a cache equals generation without; each row equals that row alone, whatever it is padded with."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from coadapt import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
+from laws.setting import MAKE, attach, config_of, far, ids, logits, pairs, stir
+
+WRITERS = ("llama", "gpt2", "bloom", "t5")
+STEPS = 5
+HOW: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True, "num_return_sequences": 2},
+    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+}
+
+
+def writer(model: str) -> Any:
+    """A base whose next token depends on all before it: an untied head, larger weights."""
+    spread = {"initializer_factor": 2.0} if model == "t5" else {"initializer_range": 0.1 if model == "bloom" else 0.3}
+    return MAKE[model](tie_word_embeddings=False, **spread)
+
+
+def written(view: Any, tokens: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """What is generated after the prompt, (rows, STEPS)."""
+    torch.manual_seed(7)
+    mask = torch.ones_like(tokens) if mask is None else mask
+    out = view.generate(tokens, attention_mask=mask, max_new_tokens=STEPS, min_new_tokens=STEPS, **options)
+    assert isinstance(out, Tensor)
+    return out[:, 1:] if view.config.is_encoder_decoder else out[:, tokens.shape[1] :]
+
+
+def ragged(*lengths: int) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Rows of these lengths, then the same padded on the left, and their mask."""
+    rows = [ids(1, n, seed=i)[0] for i, n in enumerate(lengths)]
+    padded = torch.stack([torch.nn.functional.pad(r, (max(lengths) - len(r), 0)) for r in rows])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(r), (max(lengths) - len(r), 0)) for r in rows])
+    return rows, padded, mask
+
+
+@pytest.mark.parametrize("how", HOW)
+@pairs(0, models=WRITERS)
+def test_cached_equals_uncached(case: str, model: str, how: str) -> None:
+    view = attach(writer(model), model, case, "lora", by=0.3)
+    cached = written(view, ids(), **HOW[how])
+    assert torch.equal(cached, written(view, ids(), use_cache=False, **HOW[how]))
+    assert not torch.equal(cached, written(view.base, ids(), **HOW[how]))
+    assert len(cached.unique()) > 3
+
+
+@pairs(1, models=WRITERS)
+def test_greedy_equals_taking_the_best_token_again_and_again(case: str, model: str) -> None:
+    view = attach(writer(model), model, case, by=0.3)
+    tokens = ids()
+    out = tokens if model != "t5" else torch.zeros(3, 1, dtype=torch.long)
+    for _ in range(STEPS):
+        scores = logits(view, out) if model != "t5" else logits(view, tokens, decoder_input_ids=out)
+        scores[:, -1, 1 if model == "t5" else 2] = -torch.inf  # the end is not allowed before STEPS tokens
+        out = torch.cat([out, scores[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(written(view, tokens, do_sample=False), out[:, -STEPS:])
+
+
+@pytest.mark.parametrize("how", ["greedy", "beams"])
+@pairs(2, models=WRITERS)
+def test_a_padded_row_equals_it_alone(case: str, model: str, how: str) -> None:
+    view = attach(writer(model), model, case, by=0.3)
+    rows, padded, mask = ragged(4, 7, 2)
+    together = written(view, padded, mask, **HOW[how])
+    each = torch.cat([written(view, row[None], **HOW[how]) for row in rows])
+    assert torch.equal(together, each)
+
+
+NAMES: dict[str, Any] = {
+    "p": PromptTuningConfig(num_virtual_tokens=2),
+    "long": PromptTuningConfig(num_virtual_tokens=5),
+    "x": PrefixTuningConfig(num_virtual_tokens=3),
+    "lora": LoraConfig(r=4),
+}
+ROWS = ["p", "x", None, "long >> lora", "lora", "p + x", "p >> long"]
+
+
+@pytest.mark.parametrize("use_cache", [True, pytest.param(False, marks=pytest.mark.full)])
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("model", WRITERS)
+def test_each_row_with_adapters_of_its_own(model: str, how: str, use_cache: bool) -> None:
+    """Rows and adapters of unequal lengths in one batch."""
+    view = PeftModel(writer(model))
+    for i, (name, config) in enumerate({**NAMES, "serial": config_of("bottleneck", model)}.items()):
+        torch.manual_seed(i)
+        if name != "x" or model != "bloom":
+            view.add_adapter(name, config)
+            stir(view.get_adapter(name), seed=i, by=0.3)
+    names = [n for n in [*ROWS, "serial"] if n is None or "x" not in n or model != "bloom"]
+    rows, padded, mask = ragged(*[4 + i % 3 for i in range(len(names))])
+    options = {**HOW[how], "use_cache": use_cache}
+    together = written(view, padded, mask, adapter_names=names, **options)
+    repeats = HOW[how].get("num_return_sequences", 1)
+    assert len(together) == len(names) * repeats
+    if how == "sampled":  # the draws of a batch are its own; what they are drawn from is tested above
+        assert torch.equal(
+            together, written(view, padded, mask, adapter_names=names, **{**options, "use_cache": not use_cache})
+        )
+        return
+    for i, (name, row) in enumerate(zip(names, rows, strict=True)):
+        assert torch.equal(
+            together[i * repeats : (i + 1) * repeats], written(view, row[None], adapters=name or [], **options)
+        ), name
+
+
+def test_sampled_rows_follow_the_scores_of_their_own_adapter() -> None:
+    view = attach(writer("llama"), "llama", "lora", "prompt", by=0.3)
+    torch.manual_seed(0)
+    tokens, names = ids(2), ["a", "b"]
+    out: Any = view.generate(
+        tokens, attention_mask=torch.ones_like(tokens), adapter_names=names, do_sample=True, max_new_tokens=3,
+        min_new_tokens=3, num_return_sequences=2, top_k=0, output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    for i, sequence in enumerate(out.sequences):
+        expected = logits(view, sequence[None, :-1], adapters=names[i // 2])[0, -3:]
+        torch.testing.assert_close(torch.stack([step[i] for step in out.logits]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_base_generates_as_before_in_between() -> None:
+    view = attach(writer("llama"), "llama", "prefix", "prompt", by=0.3)
+    before = written(writer("llama"), ids(), do_sample=False)
+    written(view, ids(), do_sample=False)
+    assert torch.equal(written(view.base, ids(), do_sample=False), before)
+    with view.disable_adapter():
+        assert torch.equal(written(view, ids(), do_sample=False), before)
+    far(logits(view), logits(view.base))

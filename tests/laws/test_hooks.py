@@ -1,0 +1,130 @@
+"""accelerate's hooks come and go, before the adapters or after them, and neither disturbs the other."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from accelerate.hooks import (
+    ModelHook,
+    add_hook_to_module,
+    attach_align_device_hook,
+    remove_hook_from_module,
+    remove_hook_from_submodules,
+)
+from torch import nn
+
+from laws.setting import MAKE, attach, close, gradients, logits, loss, pairs, same_gradients
+
+
+class Count(ModelHook):
+    """Counts the forwards of its module."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.calls += 1
+        return args, kwargs
+
+
+def linears(base: nn.Module) -> list[nn.Module]:
+    return [m for m in base.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+
+
+def classes(base: nn.Module) -> list[type]:
+    return [type(m) for m in base.modules()]
+
+
+ORDERS = [
+    order
+    for order in itertools.permutations(["hook", "attach", "unhook", "detach"])
+    if order.index("hook") < order.index("unhook") and order.index("attach") < order.index("detach")
+]
+
+
+def _orders() -> Any:
+    """Two orders for each method in the default run, all of them for every pair in the full one."""
+    found: list[Any] = []
+    for i, pair in enumerate(pairs(0).args[1]):
+        for j, order in enumerate(ORDERS):
+            marks = pair.marks or (() if (i + j) % 3 == 0 else pytest.mark.full)
+            found.append(pytest.param(*pair.values, order, marks=marks, id="-".join([*pair.values, *order])))
+    return pytest.mark.parametrize(("case", "model", "order"), found)
+
+
+@_orders()
+def test_hooks_and_adapters_in_any_order(case: str, model: str, order: tuple[str, ...]) -> None:
+    base = MAKE[model]()
+    before, plain = classes(base), logits(base)
+    adapted = logits(attach(MAKE[model](), model, case))
+    hooks: list[Count] = []
+    view: Any = None
+    for step in order:
+        match step:
+            case "hook":
+                for module in linears(base):
+                    hooks.append(Count())
+                    add_hook_to_module(module, hooks[-1])
+            case "unhook":
+                for module in linears(base):
+                    remove_hook_from_module(module)
+                hooks = []
+            case "attach":
+                view = attach(base, model, case)
+            case _:
+                view.unload()
+                view = None
+        calls = sum(h.calls for h in hooks)
+        assert torch.equal(logits(base), plain)
+        if view is not None:
+            close(logits(view), adapted)
+        if hooks:
+            assert sum(h.calls for h in hooks) > calls, "the hooks run"
+    assert classes(base) == before
+    for module in base.modules():
+        assert "_hf_hook" not in vars(module)
+        kept: Any = module.forward  # accelerate leaves a bound one behind: it must be the class's own
+        assert kept.__func__ is type(module).forward
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
+@pairs(1)
+def test_offloaded_weights(case: str, model: str, attach_first: bool) -> None:
+    """Weights that lie elsewhere, and are put on the device for each call (here: from the CPU to the CPU)."""
+    expected = attach(MAKE[model](), model, case)
+    loss(expected).backward()
+    base = MAKE[model]()
+    weights = {k: v.clone() for k, v in base.state_dict().items()}
+    view = attach(base, model, case) if attach_first else None
+    attach_align_device_hook(base, execution_device=torch.device("cpu"), offload=True, weights_map=weights)
+    assert any(p.is_meta for p in base.parameters())
+    view = view or attach(base, model, case)
+    view.load_state_dict(
+        expected.state_dict()
+    )  # a start that is drawn with the spread of weights that are away differs
+    close(logits(view), logits(expected))
+    assert any(p.is_meta for p in base.parameters()), "weights go back after the call"
+    loss(view).backward()
+    same_gradients(gradients(view), gradients(expected))
+    plain = logits(MAKE[model]())
+    assert torch.equal(logits(base), plain)
+    view.unload()
+    assert torch.equal(logits(base), plain)
+    remove_hook_from_submodules(base)
+
+
+@pytest.mark.parametrize("attach_first", [True, False])
+@pytest.mark.parametrize("model", ["llama", "gpt2", "bloom", "t5", "bert"])
+def test_dispatched(model: str, attach_first: bool) -> None:
+    base = MAKE[model]()
+    kinds = ["lora", "bottleneck", "prompt"] + ([] if model == "bloom" else ["prefix"])
+    view = attach(base, model, *kinds) if attach_first else None
+    dispatched: Any = dispatch_model(base, device_map={"": "cpu"}, main_device="cpu", force_hooks=True)
+    view = view or attach(dispatched, model, *kinds)
+    expected = attach(MAKE[model](), model, *kinds)
+    close(logits(view), logits(expected))
+    assert torch.equal(logits(view.base), logits(MAKE[model]()))
+    names = ["a", "b", "c"]
+    close(logits(view, adapter_names=names), logits(expected, adapter_names=names))

@@ -1,0 +1,82 @@
+"""Half precision bases with adapters in full precision, and autocast, are as exact as their bases are."""
+
+import pytest
+import torch
+
+from coadapt import LoraConfig, PeftModel
+from laws.setting import MAKE, attach, close, far, gradients, ids, logits, loss, pairs, view_on
+
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+
+
+def no_worse(
+    adapted: torch.Tensor, exact: torch.Tensor, base: torch.Tensor, base_exact: torch.Tensor, times: float = 4.0
+) -> None:
+    """The adapted model's rounding error is that of its base, times a few."""
+    allowed = times * (base.float() - base_exact).detach().abs().max()
+    assert float((adapted.float() - exact).detach().abs().max()) <= float(allowed)
+
+
+@HALF
+@pairs(3)
+def test_a_half_base_with_full_adapters(case: str, model: str, dtype: torch.dtype) -> None:
+    base = MAKE[model]().to(dtype)
+    exact = MAKE[model]()
+    exact.load_state_dict(base.state_dict())
+    half, full = attach(base, model, case, "lora"), attach(exact, model, case, "lora")
+    assert {p.dtype for p in half.adapters.parameters()} == {torch.float32}
+    one, other = logits(half), logits(full)
+    assert one.dtype == logits(base).dtype
+    no_worse(one, other, logits(base), logits(exact))
+    far(one.float(), logits(base).float())
+    loss(half).backward()
+    loss(full).backward()
+    theirs = gradients(full)
+    for name, gradient in gradients(half).items():
+        expected = theirs[name]
+        assert gradient is not None
+        assert expected is not None
+        assert gradient.dtype == torch.float32
+        assert torch.isfinite(gradient).all(), name
+    whole = torch.cat([g.flatten() for g in theirs.values() if g is not None])
+    assert float(whole.norm()) > 0
+
+
+@HALF
+@pairs(4)
+def test_rows_and_gates_in_half_precision(case: str, model: str, dtype: torch.dtype) -> None:
+    view = attach(MAKE[model]().to(dtype), model, case, "lora")
+    mixed = logits(view, adapter_names=["a", None, "a + 0.5*b"])
+    assert mixed.dtype == logits(view.base).dtype
+    for b, node in enumerate(["a", [], "a + 0.5*b"]):
+        close(mixed[b].float(), logits(view, ids()[b : b + 1], adapters=node)[0].float(), 3e-2)
+
+
+@pairs(5)
+def test_autocast(case: str, model: str) -> None:
+    view = view_on(model, case, "lora").train()
+    exact, base_exact = logits(view), logits(view.base)
+    with torch.autocast("cpu", torch.bfloat16):
+        adapted, base = logits(view), logits(view.base)
+        loss(view).backward()
+    assert adapted.dtype == base.dtype
+    no_worse(adapted, exact, base, base_exact)
+    for name, gradient in gradients(view).items():
+        assert gradient is not None, name
+        assert gradient.dtype == torch.float32
+        assert torch.isfinite(gradient).all(), name
+
+
+def test_adapters_may_be_half_if_asked() -> None:
+    view = PeftModel(MAKE["llama"]().bfloat16(), LoraConfig(), autocast_adapter_dtype=False)
+    assert {p.dtype for p in view.adapters.parameters()} == {torch.bfloat16}
+    assert logits(view).dtype == torch.bfloat16
+
+
+def test_a_double_base_has_double_adapters() -> None:
+    view = attach(MAKE["gpt2"]().double(), "gpt2", "lora", "prefix", "bottleneck", "prompt")
+    assert {p.dtype for p in view.adapters.parameters()} == {torch.float64}
+    assert logits(view).dtype == torch.float64
+    single = view_on("gpt2", "lora", "prefix", "bottleneck", "prompt")
+    single.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in view.state_dict().items()})
+    close(logits(view).float(), logits(single), 1e-5)

@@ -1,0 +1,96 @@
+"""Row b of a mixed batch equals that row alone, whatever its batch-mates and its padding."""
+
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from coadapt import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
+from laws.setting import MAKE, close, config_of, far, few, ids, logits, pairs, stir, view_on
+
+ROWS = ["a", "b", None, "a + 0.5*b", "b >> a", "2*a"]
+
+
+def alone(view: PeftModel, tokens: torch.Tensor, node: Any) -> torch.Tensor:
+    return logits(view, tokens[None], adapters=node or [])[0]
+
+
+@pairs(5)
+def test_a_row_of_a_mixed_batch_equals_it_alone(case: str, model: str) -> None:
+    view = view_on(model, case, "lora" if model == "plain" or case != "lora" else "prompt", by=0.3)
+    tokens = ids(len(ROWS))
+    mixed = logits(view, tokens, adapter_names=ROWS)
+    for row, node, expected in zip(mixed, ROWS, tokens, strict=True):
+        close(row, alone(view, expected, node), 5e-6)
+    far(mixed[0], logits(view.base, tokens)[0])
+
+
+def many(model: str) -> PeftModel:
+    """Prompts and prefixes of unequal lengths, and layer methods."""
+    view = PeftModel(MAKE[model]())
+    configs: dict[str, Any] = {
+        "p2": PromptTuningConfig(num_virtual_tokens=2),
+        "p3": PromptTuningConfig(num_virtual_tokens=3, prompt_sites=["encoder", "decoder"] if model == "t5" else None),
+        "lora": LoraConfig(r=2),
+        "serial": config_of("bottleneck", model),
+    }
+    if model != "bloom":
+        configs["x2"], configs["x4"] = (
+            PrefixTuningConfig(num_virtual_tokens=2),
+            PrefixTuningConfig(num_virtual_tokens=4),
+        )
+        configs["apart"] = PrefixTuningConfig(num_virtual_tokens=1, prefix_type="decoupled")
+    for i, (name, config) in enumerate(configs.items()):
+        torch.manual_seed(i)
+        view.add_adapter(name, config)
+        stir(view.get_adapter(name), seed=i)
+    return view
+
+
+TOGETHER = {model: many(model) for model in ("llama", "gpt2", "bloom", "t5", "bert")}
+TEXTS = ["p2", "p3", "p3 >> p2", "lora", "lora + serial", "p2 >> lora", "0.5*lora >> p3"]
+WITH_PREFIX = ["x2", "x4", "x2 >> x4", "x2 + lora", "p3 >> x4", "p2 + apart", "apart", "0.5*x2"]
+
+
+def _rows(model: str) -> st.SearchStrategy[list[tuple[str | None, int]]]:
+    texts = TEXTS if model == "bloom" else TEXTS + WITH_PREFIX
+    row = st.tuples(st.one_of(st.none(), st.sampled_from(texts)), st.integers(2, 7))
+    return st.lists(row, min_size=1, max_size=5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("model", TOGETHER)
+@few
+@given(data=st.data())
+def test_any_rows_of_any_lengths(model: str, side: str, data: st.DataObject) -> None:
+    rows = data.draw(_rows(model))
+    view, longest = TOGETHER[model], max(n for _, n in rows)
+    if side == "left" and model == "bert":
+        side = "right"  # BERT's own positions count the padding
+    tokens, mask = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.long)
+    places = [slice(longest - n, longest) if side == "left" else slice(0, n) for _, n in rows]
+    given_ids = [ids(1, n, seed=i)[0] for i, (_, n) in enumerate(rows)]
+    for i, (place, own) in enumerate(zip(places, given_ids, strict=True)):
+        tokens[i, place], mask[i, place] = own, 1
+    extra: dict[str, Any] = {"attention_mask": mask}
+    if model in ("llama", "gpt2"):
+        extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    decoder = ids(1, 4)
+    if model == "t5":
+        extra["decoder_input_ids"] = decoder.expand(len(rows), -1)
+    with torch.no_grad():
+        mixed = logits(view, tokens, adapter_names=[text for text, _ in rows], **extra)
+        for out, (text, _), place, own in zip(mixed, rows, places, given_ids, strict=True):
+            more = {"decoder_input_ids": decoder} if model == "t5" else {}
+            expected = logits(view, own[None], adapters=text or [], **more)[0]
+            close(out if model in ("t5", "bert") else out[place], expected, 1e-5)
+
+
+def test_the_number_of_rows_must_fit() -> None:
+    view = view_on("llama", "lora")
+    with pytest.raises(ValueError, match="2 entries, but the batch has 3 rows"):
+        logits(view, adapter_names=["a", None])
+    with pytest.raises(TypeError, match="Did you mean adapters="):
+        logits(view, adapter_names="a")

@@ -1,0 +1,236 @@
+"""A run from settings to folder: what it learns, what it writes, what it refuses, and that a break changes nothing."""
+
+import io
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from matplotlib.image import imread
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+import models
+from byte_tokenizer import save_base
+from coadapt import PeftModel
+from coadapt.training import run as module
+from coadapt.training.ask import answer
+from coadapt.training.load import load
+from coadapt.training.record import named, read_log
+from coadapt.training.run import Outcome, train
+from coadapt.training.settings import RunConfig
+
+SHORT: dict[str, Any] = {
+    "learning_rate": 1e-2,
+    "num_train_epochs": 2,
+    "eval_split": 0.2,
+    "logging_steps": 2,
+    "use_cpu": True,
+    "r": 4,
+    "lora_dropout": 0.1,
+}
+
+
+def go(base: str, data: str, out: Path, console: Console | None = None, **settings: Any) -> Outcome:
+    run = RunConfig(model=base, data=data, output_dir=str(out), **{**SHORT, **settings})
+    return train(run, console or Console(file=io.StringIO(), width=120))
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return {f"{f.parent.name}/{k}": v for f in out.rglob("adapter_model.safetensors") for k, v in load_file(f).items()}
+
+
+def test_a_run_learns_and_leaves_everything_in_its_folder(base: str, rows: str, out: Path) -> None:
+    text = io.StringIO()
+    done = go(base, rows, out, Console(file=text, width=120))
+    log = read_log(out / "metrics.jsonl")
+    held_out = [line["eval/loss"] for line in log if "eval/loss" in line]
+    assert done.held_out_loss == held_out[-1] < 0.96 * held_out[0]
+    assert [line["step"] for line in log if "train/loss" in line] == [1, 2, 3, 4, 6]
+    assert {"train/loss", "train/learning_rate", "train/grad_norm"} <= set(log[1])
+    assert yaml.safe_load((out / "run.yaml").read_text())["adapters"]["default"]["r"] == 4
+    told = json.loads((out / "provenance.json").read_text())
+    assert told["versions"]["torch"] == torch.__version__
+    assert len(told["data"]["sha256"]) == 64
+    assert told["base"]["fingerprint"]
+    assert "held-out loss" in (out / "README.md").read_text()
+    assert (out / "last").resolve() == out / "checkpoint-6"
+    assert {"prompt + completion", "⟦", "trainable", "held-out loss"} <= set(_found(text.getvalue()))
+
+
+def _found(text: str) -> list[str]:
+    return [word for word in ("prompt + completion", "⟦", "trainable", "held-out loss") if word in text]
+
+
+def test_the_picture_shows_two_lines(base: str, rows: str, out: Path) -> None:
+    go(base, rows, out)
+    pixels = imread(out / "loss.png")[..., :3]
+    for color in ((0x2B, 0x6C, 0xB0), (0xD9, 0x73, 0x0D)):
+        near = abs(pixels - torch.tensor(color).numpy() / 255).max(-1) < 0.02
+        assert near.sum() > 100, color
+
+
+class BreakAt(TrainerCallback):
+    """A person who presses Ctrl-C."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(
+    base: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    both: dict[str, Any] = {"method": "prompt + lora", "num_virtual_tokens": 4, "logging_steps": 1}
+    go(base, rows, whole, **both)
+    build = module._trainer
+
+    def breaking(*args: Any, **options: Any) -> Any:
+        trainer = build(*args, **options)
+        trainer.add_callback(BreakAt(step))
+        return trainer
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_trainer", breaking)
+        first = go(base, rows, broken, **both)
+    assert (first.interrupted, first.step) == (True, step + 1)
+    assert not (broken / "composition.json").exists()
+    second = go(base, rows, broken, **both, resume=True)
+    assert (second.interrupted, second.step) == (False, 6)
+    one, other = weights(whole), weights(broken)
+    assert len(one) > 4
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    figures = ("step", "train/loss", "eval/loss", "train/grad_norm/lora", "train/learning_rate/prompt")
+    logs = [
+        [{k: line[k] for k in figures if k in line} for line in read_log(o / "metrics.jsonl")] for o in (whole, broken)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_does_not(base: str, rows: str, tmp_path: Path) -> None:
+    losses = [
+        go(base, rows, tmp_path / str(i), seed=seed, max_steps=2).held_out_loss for i, seed in enumerate((1, 1, 2))
+    ]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        ({"gradient_checkpointing": True}, 1e-6),
+        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, 1e-5),
+        ({"auto_find_batch_size": True}, 0),
+        ({"bf16": True}, 2e-2),
+    ],
+)
+def test_ways_to_save_memory_change_no_result(
+    base: str, rows: str, tmp_path: Path, settings: dict[str, Any], tolerance: float
+) -> None:
+    plain = go(base, rows, tmp_path / "plain", lora_dropout=0.0).held_out_loss
+    assert go(base, rows, tmp_path / "saving", lora_dropout=0.0, **settings).held_out_loss == pytest.approx(
+        plain, rel=tolerance
+    )
+
+
+def test_results_are_not_overwritten_unasked_and_only_ours_are_replaced(base: str, rows: str, out: Path) -> None:
+    go(base, rows, out, max_steps=1, method="prompt + lora")
+    (out / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match=r"holds the results of a run already.*--overwrite-output-dir"):
+        go(base, rows, out, max_steps=1)
+    go(base, rows, out, max_steps=1, overwrite_output_dir=True)
+    there = {p.name for p in out.iterdir()}
+    assert {"mine.txt", "adapter_config.json"} <= there
+    assert not {"prompt", "lora", "composition.json"} & there
+
+
+def test_a_resume_with_other_settings_is_refused(base: str, rows: str, out: Path) -> None:
+    with pytest.raises(ValueError, match="no checkpoint to go on from"):
+        go(base, rows, out, resume=True)
+    go(base, rows, out, max_steps=1)
+    with pytest.raises(ValueError, match=r"other settings.*\n.*seed: 42 then, 43 now"):
+        go(base, rows, out, max_steps=2, resume=True, seed=43)
+    assert go(base, rows, out, max_steps=2, resume=True).step == 2
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    base: str, rows: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_base = module.load_base
+
+    def broken(*args: Any, **options: Any) -> Any:
+        model = load_base(*args, **options)
+        model.model.norm.weight.data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(module, "load_base", broken)
+    with pytest.raises(ValueError, match="The loss is nan at step 1"):
+        go(base, rows, out, eval_strategy="no", eval_on_start=False)
+
+
+def test_a_composition_that_leaves_an_adapter_out_is_refused(base: str, rows: str, out: Path) -> None:
+    with pytest.raises(ValueError, match="leaves out prompt"):
+        go(base, rows, out, method="prompt + lora", composition="lora")
+
+
+def test_a_composition_is_trained_saved_and_asked_again(base: str, rows: str, out: Path) -> None:
+    adapters = {"task": {"method": "prompt", "num_virtual_tokens": 3}, "style": {"method": "lora"}}
+    plain = {k: v for k, v in SHORT.items() if k not in ("r", "lora_dropout")}
+    run = RunConfig(
+        model=base, data=rows, output_dir=str(out), adapters=adapters, composition="task + 0.5*style", **plain
+    )
+    done = train(run, Console(file=io.StringIO()))
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
+    tokens = torch.tensor([[1, 40, 41, 42]])
+    done.view.eval()
+    assert torch.equal(again(tokens).logits, done.view(tokens).logits)
+    assert repr(again.composition) == "task + 0.5*style"
+    ready = load(None, out)
+    asked = answer(ready, "1+1=", max_new_tokens=4)
+    assert asked == answer(ready, "1+1=\n", max_new_tokens=4, raw=True)
+
+
+# The base's own head is new, hence random, each time it is loaded; the adapter has the trained one.
+@pytest.mark.filterwarnings("ignore:.*was trained on a base with other weights")
+def test_classes_of_a_table(tmp_path: Path, out: Path) -> None:
+    base = save_base(tmp_path / "base")
+    lines = "".join(f"{word}{i},{label}\n" for i in range(20) for word, label in (("aaa", "first"), ("zzz", "second")))
+    (tmp_path / "rows.csv").write_text("text,label\n" + lines)
+    done = go(str(base), str(tmp_path / "rows.csv"), out, num_train_epochs=6)
+    accuracies = [line["eval/accuracy"] for line in read_log(out / "metrics.jsonl") if "eval/accuracy" in line]
+    assert accuracies[-1] == 1.0
+    ready = load(None, out)
+    assert [answer(ready, text) for text in ("aaa7", "zzz7")] == ["first", "second"]
+    assert "score" in str(done.view.get_adapter("default"))
+
+
+def test_sources_and_targets(tmp_path: Path, out: Path) -> None:
+    base = save_base(tmp_path / "base", models.t5)
+    (tmp_path / "rows.jsonl").write_text('{"source": "ab", "target": "yes"}\n' * 20)
+    done = go(str(base), str(tmp_path / "rows.jsonl"), out, num_train_epochs=12, learning_rate=5e-2)
+    losses = [line["eval/loss"] for line in read_log(out / "metrics.jsonl") if "eval/loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+    assert done.step == 24
+
+
+def test_figures_have_the_names_that_trackers_use() -> None:
+    logs = {"loss": 1, "grad_norm": 2, "learning_rate/a": 3, "train_runtime": 4, "eval_loss": 5, "epoch": 6, "step": 7}
+    assert list(named(logs)) == [
+        "train/loss",
+        "train/grad_norm",
+        "train/learning_rate/a",
+        "train/runtime",
+        "eval/loss",
+        "epoch",
+        "step",
+    ]
