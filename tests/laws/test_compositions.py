@@ -36,7 +36,7 @@ GATED = [
 
 @pairs(0)
 def test_sum_of_one_is_it_and_of_none_the_base(case: str, model: str) -> None:
-    view = view_on(model, case)
+    view = view_on(model, case, by=0.3)
     alone, base = logits(view, adapters="a"), logits(view.base)
     far(alone, base)
     close(logits(view, adapters=Sum("a", weights=[1])), alone)

@@ -48,7 +48,7 @@ def test_cached_equals_uncached(case: str, model: str, how: str) -> None:
     cached = written(view, ids(), **HOW[how])
     assert torch.equal(cached, written(view, ids(), use_cache=False, **HOW[how]))
     assert not torch.equal(cached, written(view.base, ids(), **HOW[how]))
-    assert len(cached.unique()) > 3
+    assert len(cached.unique()) > 1
 
 
 @pairs(1, models=WRITERS)

@@ -148,6 +148,9 @@ def test_results_are_not_overwritten_unasked_and_only_ours_are_replaced(base: st
     (out / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match=r"holds the results of a run already.*--overwrite-output-dir"):
         go(base, rows, out, max_steps=1)
+    with pytest.raises(ValueError, match="no column 'typo'"):
+        go(base, rows, out, overwrite_output_dir=True, text_column="typo")
+    assert (out / "composition.json").exists()
     go(base, rows, out, max_steps=1, overwrite_output_dir=True)
     there = {p.name for p in out.iterdir()}
     assert {"mine.txt", "adapter_config.json"} <= there

@@ -19,7 +19,7 @@ def _invoke(
 ) -> int:
     if adapters and not adapter:
         raise click.UsageError("--adapters says which adapters of --adapter take part; give --adapter too.")
-    prompts = prompt or tuple(line.rstrip("\n") for line in sys.stdin)
+    prompts = prompt or tuple(line.rstrip("\n") for line in (() if sys.stdin.isatty() else sys.stdin))
     if not prompts:
         raise click.UsageError("There is no prompt: give --prompt, or one per line on the standard input.")
     from coadapt.cli.output import quiet

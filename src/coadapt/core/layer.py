@@ -180,9 +180,13 @@ class Cast(Around):
     def __init__(self, inner: Layer, z: Tensor, x: Tensor) -> None:
         super().__init__(inner)
         self.z, self.x = z, x
+        self.dtype = x.dtype
+        """Of what the layer gave last: under autocast another than that of its input."""
 
     def __call__(self, x: Tensor) -> Any:
-        return self.inner(self.x if x is self.z else x.to(self.x.dtype))
+        y = self.inner(self.x if x is self.z else x.to(self.x.dtype))
+        self.dtype = y.dtype if isinstance(y, Tensor) else self.dtype
+        return y
 
 
 class Adapted(Around):
@@ -202,7 +206,9 @@ class Adapted(Around):
             y = self.method(x, self.inner)
             return y.to(self.module_dtype(y))
         z = x.to(own)
-        return self.method(z, Cast(self.inner, z, x)).to(x.dtype)
+        inner = Cast(self.inner, z, x)
+        y = self.method(z, inner)
+        return y.to(inner.dtype)
 
     def module_dtype(self, y: Tensor) -> torch.dtype:
         return self.like().dtype if y.is_floating_point() else y.dtype

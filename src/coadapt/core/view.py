@@ -3,6 +3,7 @@
 import functools
 import inspect
 import threading
+import types
 import weakref
 from abc import ABC
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -86,7 +87,19 @@ class View(nn.Module, ABC):
         except AttributeError:
             if "_modules" not in self.__dict__ or "base" not in self._modules:
                 raise
-            return getattr(self._modules["base"], name)
+            base = self._modules["base"]
+            found = getattr(base, name)
+            return self._framed(found) if isinstance(found, types.MethodType) and found.__self__ is base else found
+
+    def _framed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the base that runs as a call of this view: what it computes is adapted."""
+
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._call(None, None, args, kwargs):
+                return method(*args, **kwargs)
+
+        return call
 
     def get_base_model(self) -> nn.Module:
         """The base itself: the same object that was given."""

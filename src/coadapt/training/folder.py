@@ -40,7 +40,7 @@ def output_dir(run: RunConfig) -> Path:
 
 
 def claim(folder: Path, run: RunConfig) -> Path | None:
-    """Makes the folder ready; the checkpoint to go on from, if the run resumes.
+    """Whether the run may write there, before anything is done; the checkpoint to go on from, if the run resumes.
 
     Raises:
         ValueError: it holds results that the run was not told to replace or to go on with, or nothing to go on with, or
@@ -60,10 +60,14 @@ def claim(folder: Path, run: RunConfig) -> Path | None:
             f"output_dir={str(folder)!r} holds the results of a run already ({', '.join(sorted(results)[:4])}). Go on "
             "with it (--resume), replace it (--overwrite-output-dir), or choose another folder (--output-dir)."
         )
+    return None
+
+
+def clear(folder: Path) -> None:
+    """Takes the results of an earlier run away, and nothing else that is there."""
     for path in _results(folder):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    return None
 
 
 def _results(folder: Path) -> list[Path]:

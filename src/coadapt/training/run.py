@@ -72,6 +72,8 @@ def train(run: RunConfig, console: Console) -> Outcome:
     run = run.model_copy(update={"task": task, "output_dir": str(out), "max_length": made.max_length})
     view = attach(base, configs, run.composition)
     console.print(settings_table(run, view), "")
+    if checkpoint is None:
+        folder.clear(out)
     folder.write_run(out, run)
     trainer = _trainer(run, view, made, tokenizer, out, resuming=checkpoint is not None)
     live = Live(console)

@@ -212,7 +212,8 @@ def explain(error: ValidationError) -> str:
         where = ".".join(str(part) for part in found["loc"])
         message = found["msg"].removeprefix("Value error, ")
         if found["type"] == "missing":
-            lines.append(f"{where} is missing: {RunConfig.model_fields[where].description}")
+            field = RunConfig.model_fields.get(where)
+            lines.append(f"{where} is missing" + (f": {field.description}" if field else ""))
         else:
             value = "" if found["type"] == "value_error" else f" (given: {found['input']!r})"
             lines.append(f"{where}: {message}{value}" if where else f"{message}{value}")
