@@ -16,7 +16,7 @@ COMPILED = ("llama", "gpt2", "bert", "plain")
 def one_layer(model: str, *cases: str) -> PeftModel:
     """Compiling takes seconds for each layer."""
     size = {"llama": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}, "bert": {"num_hidden_layers": 1}}.get(model, {})
-    return attach(MAKE[model](**size), model, *cases)
+    return attach(MAKE[model](**size), model, *cases, by=0.3)
 
 
 @pytest.fixture(autouse=True)

@@ -79,7 +79,7 @@ def loss_of(view: Any) -> torch.Tensor:
     return (out * torch.linspace(-1, 1, out.shape[-1], dtype=out.dtype)).pow(2).sum()
 
 
-def slope(view: Any, gate: Learned, by: float = 1e-3) -> torch.Tensor:
+def slope(view: Any, gate: Learned, by: float = 1e-4) -> torch.Tensor:
     with torch.no_grad():
         start = gate.log_gate.clone()
         gate.log_gate.copy_(start + by)

@@ -138,7 +138,6 @@ def test_m1_5_each_adapter_has_its_rate_and_decay() -> None:
         assert error(model.get_adapter(name).weight - start[name], expected[name] - start[name]) < 1e-4
 
 
-@pytest.mark.xfail(strict=True, reason="the rates are not in the folder yet (bugs.md, probes 5)", raises=AssertionError)
 def test_m1_4_rates_are_saved_with_the_adapters(tmp_path: Path) -> None:
     model = mixed()
     model.param_groups({"lora": 1e-3, "task": 0.3})

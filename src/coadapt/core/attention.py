@@ -38,7 +38,7 @@ class AttentionTerm:
     @property
     def is_one(self) -> bool:
         """Whether it takes part with the gate 1 in every row, so that no bias is needed."""
-        return all(g is not None and g.number == 1.0 and not g.factors for g in self.gates)
+        return all(g is not None and g.number == 1.0 and len(g.factors) == 0 for g in self.gates)
 
 
 class AttentionCall:

@@ -49,7 +49,7 @@ class Term:
             assert self.gates[0] is not None
             return self.gates[0].value(count, like)
         chosen = per_row(rows, count)
-        if all(g is None or not g.factors for g in self.gates):
+        if all(g is None or len(g.factors) == 0 for g in self.gates):
             table = torch.tensor([0.0 if g is None else g.number for g in self.gates], device=like.device)
             return table[chosen.to(like.device)]
         zero = torch.zeros(len(chosen), device=like.device)

@@ -1,4 +1,4 @@
-"""The demo's task: answer any question about a scene with a record of the thing that is asked about.
+"""The demo's task: answer any question about a scene with the whole scene as a record, on a line of its own.
 
 The base answers such questions in English ("The kite is on the roof."). It knows braces from its cards of
 animals and people, but it has never seen a scene written as a record, so its exact match on this task is 0.
@@ -20,17 +20,17 @@ Split = Literal["train", "held-out"]
 def examples(split: Split, count: int, seed: int) -> list[dict[str, str]]:
     """`count` rows of `prompt` and `completion`, the same for the same seed.
 
-    A record (name, thing, color, place) that is an answer in one split is never one in the other. A prompt
-    ends with "A:", a completion begins with a space; the end token is the caller's to add.
+    A record (name, thing, color, place) that is an answer in one split is never one in the other. A prompt ends
+    with "A:", a completion begins with a new line; the end token is the caller's to add.
     """
     rng = random.Random(f"{split} {seed}")
     rows: list[dict[str, str]] = []
     while len(rows) < count:
-        placements = scene(rng, 1)
-        asked = rng.choice(placements)
-        if _split_of(asked) == split:
-            context = " ".join(placement.sentence(rng) for placement in placements)
-            rows.append({"prompt": f"{context}\n{turn(question(rng, asked)[0])}", "completion": f" {_record(asked)}"})
+        (placement,) = scene(rng, 1)
+        asked, _ = question(rng, placement)
+        if _split_of(placement) == split:
+            prompt = f"{placement.sentence(rng)}\n{turn(asked)}"
+            rows.append({"prompt": prompt, "completion": f"\n{_record(placement)}"})
     return rows
 
 

@@ -32,6 +32,7 @@ def describe(adapters: Mapping[str, Adapter], node: Node, fingerprint: str) -> T
         "schema": SCHEMA,
         "adapters": {name: adapter.config.to_dict() for name, adapter in adapters.items()},
         "trainable": trainable(adapters),
+        "learning_rates": learning_rates(adapters),
         "composition": node_to_json(node),
         "base_fingerprint": fingerprint,
     }
@@ -41,6 +42,11 @@ def describe(adapters: Mapping[str, Adapter], node: Node, fingerprint: str) -> T
 def trainable(adapters: Mapping[str, Adapter]) -> list[str]:
     """The names of those that get gradients."""
     return [name for name, a in adapters.items() if any(p.requires_grad for p in a.parameters())]
+
+
+def learning_rates(adapters: Mapping[str, Adapter]) -> dict[str, float]:
+    """What `param_groups` was told, by name."""
+    return {name: a.learning_rate for name, a in adapters.items() if a.learning_rate is not None}
 
 
 def read(state: Tensor) -> dict[str, Any]:
@@ -96,6 +102,7 @@ def load(where: Path, base: nn.Module, fingerprint: str, is_trainable: bool, hal
         trains = is_trainable and name in (said.get("trainable") or [name])
         adapter = build(check_name(name), replace_options(without_start(config), inference_mode=not trains), base, half)
         adapter.config = replace_options(config, inference_mode=not trains)
+        adapter.learning_rate = said.get("learning_rates", {}).get(name)
         adapters.append(adapter)
     node = node_from_json(said["composition"])
     _fill(file, adapters, node, state)

@@ -40,7 +40,7 @@ class Loaded:
 
 
 def save(where: Path, adapters: Mapping[str, Adapter], node: Node, base: nn.Module, fingerprint: str) -> None:
-    """Writes adapters, and `composition.json` unless there is only the one called "default", active alone.
+    """Writes adapters, and `composition.json` unless the one called "default" is all that there is to say.
 
     The one called "default" goes into the folder itself, others into sub-folders of their names.
 
@@ -53,7 +53,7 @@ def save(where: Path, adapters: Mapping[str, Adapter], node: Node, base: nn.Modu
             raise ValueError(f"An adapter called {name!r} cannot be saved in {where}: a file there has that name.")
     if where.is_file():
         raise ValueError(f"{where} is a file; adapters are saved in a folder.")
-    plain = list(adapters) == ["default"] and node == "default"
+    plain = list(adapters) == ["default"] and node == "default" and adapters["default"].learning_rate is None
     composition = None if plain else _composition(adapters, node, fingerprint)
     with files.saving(where) as new:
         for name, adapter in adapters.items():
@@ -69,6 +69,7 @@ def _composition(adapters: Mapping[str, Adapter], node: Node, fingerprint: str) 
         "composition": node_to_json(node),
         "adapters": list(adapters),
         "trainable": checkpoint.trainable(adapters),
+        "learning_rates": checkpoint.learning_rates(adapters),
     }
 
 
@@ -171,6 +172,8 @@ def _load_composition(reader: _Reader, where: Path, name: str | None, is_trainab
         _load_adapter(reader, where if n == "default" else where / n, n, None, is_trainable and n in trained)
         for n in ([name] if name is not None else listed)
     ]
+    for adapter in adapters:
+        adapter.learning_rate = said.get("learning_rates", {}).get(adapter.name)
     node = name if name is not None else node_from_json(said["composition"])
     _fill_gates(where, learned(node), is_trainable)
     return Loaded(adapters, node)
