@@ -1,5 +1,6 @@
 """PeftModel: a view of a frozen base, and its verbs."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -231,6 +232,12 @@ class PeftModel(View):
             node = self.composition if adapter_names is None else self._checked(adapter_names)
             merging.refuse_beside(self._names, node)
             self.merge_adapter(node, keep_original=False)
+        if self._merged is not None and self._merged.new_biases:
+            warnings.warn(
+                f"{self._merged.new_biases} layers that had no bias have one now. {type(self.base).__name__} makes them "
+                "without: saved and loaded again, the model would lose them.",
+                stacklevel=2,
+            )
         merging.untie(self.base)
         self._merged = None
         return self._end()

@@ -1,10 +1,10 @@
 """A method of the base, called on a view, computes what is adapted; the base's own stays the base's."""
 
 import torch
-from models import ids, plain, stir
 from torch import Tensor
 
 from coadapt import LoraConfig, get_peft_model
+from models import ids, plain, stir
 
 
 def test_a_method_of_the_base_is_adapted() -> None:

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 SETTINGS: dict[str, Any] = {
     "adapters": {
         "prompt": {"method": "prompt", "num_virtual_tokens": 16, "learning_rate": 2e-2},
-        "lora": {"method": "lora", "r": 8, "learning_rate": 2e-3},
+        "lora": {"method": "lora", "r": 16, "learning_rate": 8e-3},
     },
     "composition": "prompt + lora",
     "per_device_train_batch_size": 16,
-    "num_train_epochs": 2,
+    "num_train_epochs": 1,
     "eval_steps": 40,
     "save_strategy": "epoch",
-    "logging_steps": 4,
+    "logging_steps": 5,
     "use_cpu": True,
 }
-TRAIN_ROWS, HELD_OUT_ROWS, ASKED, SHOWN = 1280, 64, 40, 3
+TRAIN_ROWS, HELD_OUT_ROWS, ASKED, SHOWN = 3840, 64, 40, 3
 LONGEST = 48
 """Tokens of an answer."""
 

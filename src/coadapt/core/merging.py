@@ -23,6 +23,8 @@ class Merged:
     modules: frozenset[nn.Module]
     originals: list[tuple[nn.Module, str, nn.Parameter | None]] = field(default_factory=list)
     kept: bool = True
+    new_biases: int = 0
+    """Layers that had no bias, and have one now."""
 
 
 @torch.no_grad()
@@ -63,6 +65,8 @@ def merge(base: nn.Module, adapters: Mapping[str, Adapter], node: Node, keep_ori
     done = Merged(node, frozenset(sites), kept=keep_original)
     for module, name, value in writes:
         old = getattr(module, name)
+        if name == "bias" and old is None:
+            done.new_biases += 1
         if keep_original:
             done.originals.append((module, name, old))
         if name == "weight" and value is not None:
