@@ -49,6 +49,7 @@ def logits_of(weights: dict[str, torch.Tensor], model: str, dtype: torch.dtype) 
     return logits(fresh)
 
 
+@pytest.mark.filterwarnings("ignore:.*layers that had no bias")
 @pairs(2, cases=MERGED)
 def test_merge_and_unload_equals_adapted_also_after_reload(case: str, model: str, tmp_path: Path) -> None:
     base: Any = MAKE[model]()
