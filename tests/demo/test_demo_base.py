@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from coadapt.demo.pretrain import BASE, BATCH, END, PAD, answered_right, batches, held_out_loss
+from coadapt.demo import BASE
+from coadapt.demo.pretrain import BATCH, END, PAD, answered_right, batches, held_out_loss
 from coadapt.demo.task import exact_match, examples
 from coadapt.demo.text import documents, turn
 

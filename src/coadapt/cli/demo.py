@@ -39,7 +39,7 @@ def _invoke(out: Path, seed: int, overwrite: bool) -> int:
     import torch
 
     from coadapt.cli.output import console, quiet
-    from coadapt.demo.pretrain import BASE
+    from coadapt.demo import BASE
     from coadapt.demo.task import exact_match, examples
     from coadapt.training.run import train
     from coadapt.training.settings import RunConfig

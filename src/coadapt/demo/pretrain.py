@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from coadapt.demo import BASE
 from coadapt.demo.text import documents, repetitions, turn
 from coadapt.demo.world import question, scene
 
-BASE = Path(__file__).parent / "base"
 SEED = 0
 HELD_OUT_SEED = 1
 END, PAD = "<|end|>", "<|pad|>"
