@@ -234,8 +234,8 @@ class PeftModel(View):
             self.merge_adapter(node, keep_original=False)
         if self._merged is not None and self._merged.new_biases:
             warnings.warn(
-                f"{self._merged.new_biases} layers that had no bias have one now. {type(self.base).__name__} makes them "
-                "without: saved and loaded again, the model would lose them.",
+                f"{self._merged.new_biases} layers that had no bias have one now. {type(self.base).__name__} has "
+                "none there: saved and loaded again, the model would lose them.",
                 stacklevel=2,
             )
         merging.untie(self.base)
