@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "num_train_epochs": 1,
     "eval_steps": 40,
     "save_strategy": "epoch",
-    "logging_steps": 5,
+    "logging_steps": 10,
     "use_cpu": True,
 }
 TRAIN_ROWS, HELD_OUT_ROWS, ASKED, SHOWN = 3840, 64, 40, 3
@@ -47,7 +47,7 @@ def _invoke(out: Path, seed: int, overwrite: bool) -> int:
     quiet()
     started, screen = time.monotonic(), console()
     torch.set_num_threads(min(torch.get_num_threads(), 2))
-    screen.print(_INTRODUCTION)
+    screen.print(_INTRODUCTION, soft_wrap=True)
     data = _write_data(out.with_name(f"{out.name}-data"), seed)
     run = RunConfig(
         model=str(BASE),

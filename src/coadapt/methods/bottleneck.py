@@ -72,7 +72,8 @@ class Bottleneck(ModuleMethod):
         inner = _width((reads or layer).input_width, reads or layer) if self.parallel else out
         size = config.bottleneck_size or max(1, round(out / (config.reduction_factor or 16)))
         self.down, self.up = nn.Linear(inner, size), nn.Linear(size, out)
-        nn.init.zeros_(self.up.weight), nn.init.zeros_(self.up.bias)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
         self.act = ACT2FN[config.non_linearity]
         self.before = nn.LayerNorm(inner) if config.adapter_layer_norm == "before" else nn.Identity()
         self.after = nn.LayerNorm(out) if config.adapter_layer_norm == "after" else nn.Identity()

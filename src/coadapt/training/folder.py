@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from coadapt.formats.files import COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, aside, read_json
+from coadapt.formats.files import COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, aside, read_json, settle
 from coadapt.formats.provenance import versions
 from coadapt.training.settings import RunConfig, Task
 
@@ -65,6 +65,7 @@ def claim(folder: Path, run: RunConfig) -> Path | None:
 
 def clear(folder: Path) -> None:
     """Takes the results of an earlier run away, and nothing else that is there."""
+    settle(folder)
     for path in _results(folder):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from coadapt.config import PeftConfig
 from coadapt.data.segments import Framing
-from coadapt.formats.files import PROVENANCE, read_json
+from coadapt.formats.files import PROVENANCE, read_json, settle
 from coadapt.model import PeftModel
 from coadapt.training.assemble import TASKS, load_base, load_config, load_tokenizer, task_of_model
 from coadapt.training.settings import Task
@@ -42,6 +42,8 @@ def load(model: str | None, adapter: Path | None, adapters: str | None = None) -
     """
     if adapter is not None and not adapter.is_dir():
         raise FileNotFoundError(f"There is no adapter folder {str(adapter)!r}.")
+    if adapter is not None:
+        settle(adapter)
     name = model or (base_of(adapter) if adapter else None)
     if name is None:
         raise ValueError("Which base? Give --model" + (f"; {adapter} names none." if adapter else "."))

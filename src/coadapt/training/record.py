@@ -120,11 +120,9 @@ class Live(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.progress: Progress | None = None
-        self.clock, self.tokens, self.started = 0.0, 0, 0.0
-        self.first_step = 0
+        self.clock, self.tokens, self.steps = 0.0, 0, 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.started, self.first_step = time.monotonic(), state.global_step
         self._restart(state)
         if self.console.is_terminal:
             columns = (
@@ -165,13 +163,12 @@ class Live(TrainerCallback):
             self.progress = None
 
     def _restart(self, state: TrainerState) -> None:
-        self.clock, self.tokens = time.monotonic(), state.num_input_tokens_seen
+        self.clock, self.tokens, self.steps = time.monotonic(), state.num_input_tokens_seen, state.global_step
 
     def _line(self, state: TrainerState, logs: Mapping[str, Any]) -> str:
         seconds = max(time.monotonic() - self.clock, 1e-9)
         speed = (state.num_input_tokens_seen - self.tokens) / seconds
-        done = state.global_step - self.first_step
-        left = (time.monotonic() - self.started) / max(done, 1) * (state.max_steps - state.global_step)
+        left = seconds / max(state.global_step - self.steps, 1) * (state.max_steps - state.global_step)
         several = [f"{k.split('/')[1]} {v:.1e}" for k, v in logs.items() if k.startswith("learning_rate/")]
         rates = ", ".join(several) or f"{logs['learning_rate']:.1e}"
         parts = [f"loss {logs['loss']:.4f}", f"rate {rates}", f"{speed:,.0f} tokens/s", f"peak {peak_memory()}"]
