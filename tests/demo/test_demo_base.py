@@ -34,9 +34,11 @@ def test_loss_is_what_the_card_says(base: Base) -> None:
 
 
 def test_base_answers_what_the_card_says(base: Base) -> None:
-    stated = re.search(r"Answers:\*\* (\d+)%", (BASE / "README.md").read_text(encoding="utf-8"))
+    card = (BASE / "README.md").read_text(encoding="utf-8")
+    stated = re.search(r"Answers:\*\* (\d+)% of 128 fresh questions about one sentence are right, (\d+)%", card)
     assert stated is not None
-    assert answered_right(*base) == pytest.approx(int(stated[1]) / 100, abs=0.02)
+    for sentences in (1, 2):
+        assert answered_right(*base, sentences) == pytest.approx(int(stated[sentences]) / 100, abs=0.02)
 
 
 def test_base_is_small_enough_to_ship() -> None:
@@ -47,7 +49,8 @@ def test_base_answers_in_english_and_never_in_the_task_format(base: Base) -> Non
     rows = examples("held-out", 64, seed=0)
     generated = generate(base, [row["prompt"] for row in rows])
     assert exact_match(generated, rows) == 0
-    assert all(re.fullmatch(r" (The \w+ is [\w ]+|\w+ had the \w+)\.", answer) for answer in generated)
+    english = re.compile(r" (The \w+ is [\w ]+|\w+ had the \w+)\.")
+    assert all(english.fullmatch(answer.splitlines()[0]) for answer in generated)
 
 
 def test_base_ends_what_it_says(base: Base) -> None:

@@ -154,7 +154,7 @@ def test_results_are_not_overwritten_unasked_and_only_ours_are_replaced(base: st
     go(base, rows, out, max_steps=1, overwrite_output_dir=True)
     there = {p.name for p in out.iterdir()}
     assert {"mine.txt", "adapter_config.json"} <= there
-    assert not {"prompt", "lora", "composition.json"} & there
+    assert not {"prompt", "lora"} & there
 
 
 def test_a_resume_with_other_settings_is_refused(base: str, rows: str, out: Path) -> None:

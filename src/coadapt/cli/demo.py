@@ -46,7 +46,9 @@ def _invoke(out: Path, seed: int, overwrite: bool) -> int:
 
     quiet()
     started, screen = time.monotonic(), console()
-    torch.set_num_threads(min(torch.get_num_threads(), 2))
+    # With one thread sums do not depend on how many cores there are, or on how busy they are: same seed, same numbers.
+    # At this size more threads would mostly wait for each other.
+    torch.set_num_threads(1)
     screen.print(_INTRODUCTION, soft_wrap=True)
     data = _write_data(out.with_name(f"{out.name}-data"), seed)
     run = RunConfig(
@@ -67,10 +69,7 @@ def _invoke(out: Path, seed: int, overwrite: bool) -> int:
     scores = {who: exact_match(given, rows) for who, given in answers.items()}
     _show(screen, rows, answers, scores)
     _merge(screen, view, done.tokenizer, [row["prompt"] for row in rows], answers["prompt + lora"])
-    question = rows[0]["prompt"].splitlines()[-2]
-    screen.print(
-        _NEXT.format(seconds=time.monotonic() - started, out=out, base=BASE, question=question), highlight=False
-    )
+    screen.print(_NEXT.format(seconds=time.monotonic() - started, out=out), soft_wrap=True)
     return 0
 
 
@@ -156,7 +155,7 @@ Done in {seconds:.0f} seconds. Everything is in [bold]{out}[/bold]: the adapters
 log, the settings. Try next:
 
   coadapt show {out}
-  coadapt generate --adapter {out} --prompt "…"          your own question
+  coadapt generate --adapter {out} --prompt $'Mia hid the red kite in the barn.\\nQ: Where is the kite?\\nA:'
   coadapt train --model DIR_OR_ID --data FILE --method lora     your own model and data
 """
 
