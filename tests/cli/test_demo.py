@@ -1,4 +1,4 @@
-"""The demo, with fewer rows than a person gets: it runs, keeps its numbers, and leaves a folder to go on with."""
+"""The demo, with fewer rows than a person gets: it runs offline, keeps its numbers, leaves a folder to go on with."""
 
 import re
 from collections.abc import Callable

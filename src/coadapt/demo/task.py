@@ -1,12 +1,11 @@
-"""The demo's task: answer any question about a scene with the whole scene as a record, on a line of its own.
+"""The demo's task: answer a question about a scene with a record of two lines.
 
-The base answers such questions in English ("The kite is on the roof."). It knows braces from its cards of
-animals and people, but it has never seen a scene written as a record, so its exact match on this task is 0.
+The base answers such questions in English ("The kite is on the roof."). It has never seen an answer written as
+"thing: kite" and "place: on the roof", so its exact match on this task is 0.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from typing import Literal
@@ -20,7 +19,7 @@ Split = Literal["train", "held-out"]
 def examples(split: Split, count: int, seed: int) -> list[dict[str, str]]:
     """`count` rows of `prompt` and `completion`, the same for the same seed.
 
-    A record (name, thing, color, place) that is an answer in one split is never one in the other. A prompt ends
+    A scene (name, thing, color, place) that is asked about in one split never is in the other. A prompt ends
     with "A:", a completion begins with a new line; the end token is the caller's to add.
     """
     rng = random.Random(f"{split} {seed}")
@@ -30,7 +29,7 @@ def examples(split: Split, count: int, seed: int) -> list[dict[str, str]]:
         asked, _ = question(rng, placement)
         if _split_of(placement) == split:
             prompt = f"{placement.sentence(rng)}\n{turn(asked)}"
-            rows.append({"prompt": prompt, "completion": f"\n{_record(placement)}"})
+            rows.append({"prompt": prompt, "completion": f"\n{_record(placement, asked)}"})
     return rows
 
 
@@ -41,12 +40,13 @@ def exact_match(generated: Sequence[str], rows: Sequence[dict[str, str]]) -> flo
 
 
 def _split_of(placement: Placement) -> Split:
-    """One record in five is held out."""
+    """One scene in five is held out."""
     names = [person.name for person in PEOPLE]
     index = names.index(placement.who) + THINGS.index(placement.what) + COLORS.index(placement.color)
     return "held-out" if (index + list(PLACES).index(placement.place)) % 5 == 0 else "train"
 
 
-def _record(placement: Placement) -> str:
-    fields = {"name": placement.who, "thing": placement.what, "color": placement.color, "place": placement.place}
-    return json.dumps(fields)
+def _record(placement: Placement, asked: str) -> str:
+    known = {"Where": ("place", placement.where), "Who": ("name", placement.who), "What": ("color", placement.color)}
+    field, value = known[asked.split()[0]]
+    return f"thing: {placement.what}\n{field}: {value}"
