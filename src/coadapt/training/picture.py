@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 INK, GREY, BLUE, ORANGE = "#222222", "#8a8a8a", "#2b6cb0", "#d9730d"
 
@@ -29,6 +29,7 @@ def draw_loss(log: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
         steps, losses = zip(*held_out, strict=True)
         axes.plot(steps, losses, color=ORANGE, linewidth=1, linestyle=":", marker="o", markersize=5)
         ends.append((steps[-1], losses[-1], f"held out {losses[-1]:.2f}", ORANGE))
+    _scale(axes, [y for line in axes.lines for y in line.get_ydata()])
     _name(axes, sorted(ends, key=lambda end: end[1]))
     _plain(axes, title)
     figure.savefig(file, format="png")
@@ -41,10 +42,19 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
+def _scale(axes: Any, losses: Sequence[float]) -> None:
+    """Logarithmic where a linear axis would show a cliff and a floor."""
+    if losses and min(losses) > 0 and max(losses) > 20 * min(losses):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _name(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Names at the ends of the lines, which need no legend; the lower one is put below where they would touch."""
-    low, high = axes.get_ylim()
-    touch = len(ends) == 2 and ends[1][1] - ends[0][1] < 0.06 * (high - low)
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = [to_axes.transform((x, y))[1] for x, y, _, _ in ends]
+    touch = len(ends) == 2 and heights[1] - heights[0] < 0.06
     for number, (x, y, text, color) in enumerate(ends):
         lift = (number * 14 - 7) if touch else 0
         place = {"xytext": (8, lift), "textcoords": "offset points", "va": "center", "annotation_clip": False}
