@@ -17,7 +17,7 @@ _HOMES = {
     "Learned": "core.composition",
     "PeftConfig": "methods",
     "PeftModel": "model",
-    "PeftType": "methods",
+    "PeftType": "config",
     "Seq": "core.composition",
     "Sum": "core.composition",
     "TaskType": "config",

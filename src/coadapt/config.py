@@ -3,6 +3,7 @@
 import ast
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from enum import StrEnum
@@ -20,6 +21,13 @@ class TaskType(StrEnum):
     QUESTION_ANS = "QUESTION_ANS"
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
+
+_KINDS = (
+    re.findall(r'^    kind = "(\w+)"$', file.read_text("utf-8"), re.MULTILINE)
+    for file in (Path(__file__).parent / "methods").glob("*.py")
+)
+PeftType = StrEnum("PeftType", {kind: kind for kind in sorted(sum(_KINDS, []))})
+"""The methods, by the names that adapter folders carry; read from their sources, since importing them needs torch."""
 
 CONFIGS: dict[str, type["PeftConfig"]] = {}
 """Every method's configuration class by its `peft_type`; filled as the files of `methods/` are imported."""

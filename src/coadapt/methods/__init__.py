@@ -2,7 +2,6 @@
 
 import importlib
 import pkgutil
-from enum import StrEnum
 
 from ..config import CONFIGS, PeftConfig
 from ..core.method import METHODS
@@ -10,7 +9,4 @@ from ..core.method import METHODS
 for _file in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_file.name}")
 
-PeftType = StrEnum("PeftType", {name: name for name in sorted(CONFIGS)})
-"""The methods, by the names that adapter folders carry."""
-
-__all__ = ["CONFIGS", "METHODS", "PeftConfig", "PeftType"]
+__all__ = ["CONFIGS", "METHODS", "PeftConfig"]
