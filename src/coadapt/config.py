@@ -22,11 +22,12 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
-_KINDS = (
-    re.findall(r'^    kind = "(\w+)"$', file.read_text("utf-8"), re.MULTILINE)
+_KINDS = sorted(
+    kind
     for file in (Path(__file__).parent / "methods").glob("*.py")
+    for kind in re.findall(r'^    kind = "(\w+)"$', file.read_text("utf-8"), re.MULTILINE)
 )
-PeftType = StrEnum("PeftType", {kind: kind for kind in sorted(sum(_KINDS, []))})
+PeftType = StrEnum("PeftType", [(kind, kind) for kind in _KINDS])
 """The methods, by the names that adapter folders carry; read from their sources, since importing them needs torch."""
 
 CONFIGS: dict[str, type["PeftConfig"]] = {}

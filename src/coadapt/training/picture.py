@@ -29,7 +29,7 @@ def draw_loss(log: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
         steps, losses = zip(*held_out, strict=True)
         axes.plot(steps, losses, color=ORANGE, linewidth=1, linestyle=":", marker="o", markersize=5)
         ends.append((steps[-1], losses[-1], f"held out {losses[-1]:.2f}", ORANGE))
-    _scale(axes, [y for line in axes.lines for y in line.get_ydata()])
+    _scale(axes, [loss for _, loss in (*train, *held_out)])
     _name(axes, sorted(ends, key=lambda end: end[1]))
     _plain(axes, title)
     figure.savefig(file, format="png")
