@@ -85,6 +85,9 @@ def test_merge_makes_a_plain_model_with_the_adapter_s_logits(
     assert torch.allclose(merged, adapted, atol=1e-5)
     assert not torch.allclose(merged, view(tokens, adapters="0*lora").logits, atol=1e-3)
     assert call("merge", "--adapter", trained, "--adapters", "lora", "--out", out)[0] == 2
+    asked = ("--prompt", "ab", "--max-new-tokens", "8")
+    alone = call("generate", "--adapter", trained, "--adapters", "lora", *asked)
+    assert call("generate", "--model", out, *asked)[:2] == alone[:2] != (1, "")
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 

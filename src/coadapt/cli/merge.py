@@ -12,6 +12,7 @@ def _invoke(model: str | None, adapter: Path, adapters: str | None, out: Path) -
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise click.UsageError(f"--out {out} is there already and not empty. Choose another folder.")
     from coadapt.cli.output import quiet
+    from coadapt.formats.files import PROVENANCE
     from coadapt.model import PeftModel
     from coadapt.training.load import load
 
@@ -24,6 +25,8 @@ def _invoke(model: str | None, adapter: Path, adapters: str | None, out: Path) -
     try:
         merged.save_pretrained(aside)
         ready.tokenizer.save_pretrained(aside)
+        if (adapter / PROVENANCE).is_file():  # it says how prompts were put in training
+            shutil.copy(adapter / PROVENANCE, aside)
         aside.chmod(0o755)
         if out.exists():
             out.rmdir()

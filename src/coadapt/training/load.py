@@ -50,15 +50,15 @@ def load(model: str | None, adapter: Path | None, adapters: str | None = None) -
     config = load_config(name)
     task = (_task_of(adapter) if adapter else None) or task_of_model(config) or "causal-lm"
     tokenizer = load_tokenizer(str(adapter) if adapter and (adapter / "tokenizer_config.json").is_file() else name)
+    told = _provenance(adapter if adapter is not None else Path(name))  # a merged model keeps its adapter's
+    # Where nothing is known of its training, a prompt is taken as it is.
+    framing = Framing(**told.get("prompt", {"separator": ""}))
     if adapter is None:
-        return Ready(model=load_base(name, task, tokenizer).eval(), tokenizer=tokenizer, framing=Framing(separator=""))
-    told = _provenance(adapter)
+        return Ready(model=load_base(name, task, tokenizer).eval(), tokenizer=tokenizer, framing=framing)
     base = load_base(name, task, tokenizer, classes=told.get("data", {}).get("classes", ()))
     view = PeftModel.from_pretrained(base, adapter)
     if adapters is not None:
         view.set_adapter(adapters)
-    # Where nothing is known of its training, a prompt is taken as it is.
-    framing = Framing(**told.get("prompt", {"separator": ""}))
     return Ready(model=view.eval(), tokenizer=tokenizer, framing=framing)
 
 
