@@ -30,6 +30,11 @@ def test_its_method_is_the_one_in_the_project() -> None:
     """The whole method that it shows, but for types and docstrings, is methods/bitfit.py."""
     block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
     source = (ROOT / "src" / "coadapt" / "methods" / "bitfit.py").read_text("utf-8")
-    for line in ("self.delta = nn.Parameter(torch.zeros(layer.shape[0]))", "bias + self.delta", "return weight"):
+    for line in (
+        'kind = "BITFIT"',
+        "self.delta = nn.Parameter(torch.zeros(layer.shape[0]))",
+        "bias + self.delta",
+        "return weight",
+    ):
         assert line in block
         assert line in source

@@ -295,7 +295,7 @@ class PeftModel(View):
             FileNotFoundError, ValueError: no adapter there, one for another model, or tensors missing, left over or of
                 other shapes (all are listed). Nothing is attached then.
         """
-        unused = {k: v for k, v in kwargs.items() if k not in ("low_cpu_mem_usage", "torch_device", "revision") and v}
+        unused = {k: v for k, v in kwargs.items() if k != "low_cpu_mem_usage" and v}
         if unused:
             raise TypeError(f"from_pretrained has no option {', '.join(unused)}.")
         view = model if isinstance(model, PeftModel) else cls(model)
@@ -320,7 +320,7 @@ class PeftModel(View):
         **kwargs: Any,
     ) -> None:
         """Attaches an adapter from its folder. What is active stays as it is. Raises as `from_pretrained`."""
-        if unused := {k for k, v in kwargs.items() if k not in ("low_cpu_mem_usage", "torch_device") and v}:
+        if unused := {k for k, v in kwargs.items() if k != "low_cpu_mem_usage" and v}:
             raise TypeError(f"load_adapter has no option {', '.join(unused)}.")
         self._load(Path(model_id), adapter_name, is_trainable, None, half=not autocast_adapter_dtype)
 
