@@ -1,12 +1,27 @@
 """One small configuration per method: what the laws run over. A new method adds one line."""
 
-from coadapt import BitFitConfig, BottleneckConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig
+from coadapt import (
+    BitFitConfig,
+    BottleneckConfig,
+    FullCopyConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
 from coadapt.config import PeftConfig
 
 CASES: dict[str, PeftConfig] = {
     "lora": LoraConfig(r=4, lora_alpha=8, init_lora_weights=False),
     "bottleneck": BottleneckConfig(bottleneck_size=4, placement="houlsby"),
     "bitfit": BitFitConfig(),
+    "dora": LoraConfig(r=4, use_dora=True, init_lora_weights=False),
+    "full-copy": FullCopyConfig(target_modules=r".*(v_proj|c_proj|dense|SelfAttention\.v|value|second|fc1)"),
+    "ia3": IA3Config(),
+    "ln-tuning": LNTuningConfig(),
+    "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8),
     "prefix": PrefixTuningConfig(num_virtual_tokens=3),
     "prompt": PromptTuningConfig(num_virtual_tokens=3),
 }
@@ -17,6 +32,10 @@ VARIANTS: dict[str, PeftConfig] = {
     "lora-bias": LoraConfig(r=4, bias="lora_only", init_lora_weights=False),
     "bottleneck-pfeiffer": BottleneckConfig(bottleneck_size=4, adapter_layer_norm="before"),
     "bottleneck-parallel": BottleneckConfig(bottleneck_size=4, placement="parallel", scaling="learned"),
+    "dora-all-linear": LoraConfig(r=4, use_dora=True, target_modules="all-linear", init_lora_weights=False),
+    "p-tuning-lstm": PromptEncoderConfig(
+        num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=8
+    ),
     "prefix-projected": PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True),
     "prefix-decoupled": PrefixTuningConfig(num_virtual_tokens=3, prefix_type="decoupled"),
 }

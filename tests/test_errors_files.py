@@ -115,7 +115,7 @@ def test_fields_that_are_not_read(folder: Path) -> None:
     file = folder / "adapter_config.json"
     said = json.loads(file.read_text("utf-8"))
     for change, parts in (
-        ({"use_dora": True}, ("use_dora=True",)),
+        ({"use_qalora": True}, ("use_qalora=True",)),
         ({"peft_type": "LOHA"}, ("'LOHA'", "LORA")),
         ({"some_option": 3}, ("some_option=3",)),
     ):

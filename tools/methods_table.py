@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+from coadapt.core.adapter import ModuleCopy
 from coadapt.core.method import METHODS, AttentionMethod, InputMethod, Method, WeightMethod
 from coadapt.methods import CONFIGS
 
@@ -17,15 +18,21 @@ def place(method: type[Method]) -> str:
     return next((where for kind, where in kinds.items() if issubclass(method, kind)), "blocks, modules")
 
 
+def configuration(name: str) -> str:
+    """What builds a method, as one writes it."""
+    config = METHODS[name].config_class.__name__
+    return f"`{config}`" if name in CONFIGS else f"`{config}(use_{name.lower()}=True)`"
+
+
 def row(name: str) -> str:
     """One line of the table."""
     method = METHODS[name]
     first, _, rest = (method.__doc__ or "").strip().partition("\n")
     cost = re.search(r"Parameters per site: (.+?)\.\s*$", rest, re.S)
     papers = ", ".join(f"[{i}](https://arxiv.org/abs/{i})" for i in re.findall(r"arXiv:(\d{4}\.\d{5})", rest))
-    merges = "yes" if issubclass(method, WeightMethod) else "no"
+    merges = "yes" if issubclass(method, WeightMethod | ModuleCopy) else "no"
     cells = [
-        f"`{CONFIGS[name].__name__}`",
+        configuration(name),
         f"`{first}`",
         place(method),
         " ".join(cost[1].split()) if cost else "",

@@ -113,6 +113,15 @@ class PeftConfig:
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save is a list of names; {self.modules_to_save!r} is one string.")
 
+    @property
+    def method(self) -> str:
+        """The name of the method that this builds: `peft_type`, but for variants (a LoRA with `use_dora` is DORA)."""
+        return str(self.peft_type)
+
+    def for_inference(self) -> Self:
+        """The same adapter without what only training needs (an encoder that makes its parameters), if it has that."""
+        return self
+
     def positive(self, *names: str) -> None:
         """Refuses fields that are not whole numbers of at least 1 (None passes)."""
         for name in names:
@@ -232,6 +241,36 @@ class TargetedConfig(PeftConfig):
             raise ValueError(
                 f"{type(self).__name__}: target_modules is empty; leave it out to use the method's usual places."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualTokensConfig(PeftConfig):
+    """Options of the methods that train virtual tokens: prompts, and prefixes. The checks are left out as a rule."""
+
+    num_virtual_tokens: int
+    """N, how many."""
+    token_dim: int | None = None
+    """A check: the width of the model's embeddings; for a prefix also that of the keys of one layer."""
+    num_transformer_submodules: int | None = None
+    """A check: 2 for an encoder-decoder, 1 otherwise."""
+    num_attention_heads: int | None = None
+    """A check: the model's attention heads; for a prefix also its key and value heads."""
+    num_layers: int | None = None
+    """A check: the model's layers."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("num_virtual_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputConfig(VirtualTokensConfig):
+    """Options of the methods whose virtual tokens stand in front of the embedded input."""
+
+    prompt_sites: Sequence[str] | None = None
+    """For encoder-decoders: in front of the "encoder"'s input (as published; the default), the "decoder"'s, or both."""
+    output_virtual_tokens: bool = False
+    """Also return the virtual tokens' states; otherwise the output is as long as the input."""
 
 
 def check_name(name: object) -> str:

@@ -54,6 +54,11 @@ def prefix(model: str, **options: Any) -> Case:
     return Case(model, "PrefixTuningConfig", {"num_virtual_tokens": 3, **task, **options})
 
 
+def other(model: str, config: str, **options: Any) -> Case:
+    task = {"t5": SEQ2SEQ, "bert": CLASSES, "plain": {}}.get(model, CAUSAL)
+    return Case(model, config, {**task, **options})
+
+
 CASES = {
     "llama-lora": lora("llama"),
     "llama-all-linear": lora("llama", target_modules="all-linear"),
@@ -81,6 +86,30 @@ CASES = {
     "bert-lora": lora("bert"),
     "plain-conv": lora("plain", target_modules=["conv", "embed", "first"]),
     "plain-bias": lora("plain", target_modules=["conv", "first"], bias="all"),
+    "llama-dora": lora("llama", use_dora=True, target_modules="all-linear"),
+    "gpt2-dora": lora("gpt2", use_dora=True, bias="lora_only"),
+    "t5-dora": lora("t5", use_dora=True),
+    "plain-dora": lora("plain", use_dora=True, target_modules=["conv", "embed", "first"]),
+    "llama-ia3": other("llama", "IA3Config"),
+    "gpt2-ia3": other("gpt2", "IA3Config"),
+    "t5-ia3": other("t5", "IA3Config"),
+    "bloom-ia3": other("bloom", "IA3Config"),
+    "bert-ia3": other("bert", "IA3Config", target_modules=["key", "value"], feedforward_modules=[]),
+    "plain-ia3": other("plain", "IA3Config", target_modules=["first", "second"], feedforward_modules=["second"]),
+    "llama-ln": other("llama", "LNTuningConfig"),
+    "gpt2-ln": other("gpt2", "LNTuningConfig"),
+    "t5-ln": other("t5", "LNTuningConfig"),
+    "llama-ptuning": other("llama", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),
+    "gpt2-ptuning": other("gpt2", "PromptEncoderConfig", num_virtual_tokens=3),
+    "t5-ptuning": other("t5", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),
+    "llama-ptuning-lstm": other(
+        "llama",
+        "PromptEncoderConfig",
+        num_virtual_tokens=3,
+        encoder_reparameterization_type="LSTM",
+        encoder_hidden_size=8,
+        encoder_num_layers=1,
+    ),
     "llama-prompt": prompt("llama"),
     "gpt2-prompt": prompt("gpt2"),
     "bloom-prompt": prompt("bloom"),

@@ -27,7 +27,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 def test_the_field_loads_what_coadapt_wrote(case: Case, tmp_path: Path) -> None:
     view = stirred(case)
     expected = logits(view)
-    assert far(expected, logits(case.base())) > 1e-3
+    assert far(expected, logits(case.base())) > 5e-4
     view.save_pretrained(tmp_path)
     assert far(field_logits(field_loaded(case.base(), tmp_path)), expected) < 1e-5
 
@@ -35,7 +35,7 @@ def test_the_field_loads_what_coadapt_wrote(case: Case, tmp_path: Path) -> None:
 def test_coadapt_loads_what_the_field_wrote(case: Case, tmp_path: Path) -> None:
     model = field_stirred(case)
     expected = field_logits(model)
-    assert far(expected, logits(case.base())) > 1e-3
+    assert far(expected, logits(case.base())) > 5e-4
     field_quietly(lambda: model.save_pretrained(tmp_path))
     view = PeftModel.from_pretrained(case.base(), tmp_path)
     assert far(logits(view), expected) < 1e-5

@@ -16,7 +16,7 @@ from models import MODELS, ids, logits, plain, stir
 
 EVERY: dict[str, PeftConfig] = {**CASES, **VARIANTS}
 MAKE = {**MODELS, "plain": plain}
-VIRTUAL = ("prompt", "prefix")
+VIRTUAL = ("prompt", "p-tuning", "prefix")
 """Methods of these cases need a transformers model."""
 
 _WITHOUT_BIAS = {"llama": ["q_proj", "down_proj"], "t5": ["q", "wo"]}
@@ -39,7 +39,8 @@ def config_of(case: str, model: str) -> PeftConfig:
     config = EVERY[case]
     if case == "bitfit" and model in _WITHOUT_BIAS:
         return replace(config, target_modules=_WITHOUT_BIAS[model])
-    if model == "plain" and isinstance(config, TargetedConfig) and config.target_modules is None:
+    usual = isinstance(config, TargetedConfig) and config.target_modules is None and case != "ln-tuning"
+    if model == "plain" and usual:
         ends = ["second"] if isinstance(config, BottleneckConfig) else ["first", "second", "conv"]
         return replace(config, target_modules=ends)
     return config

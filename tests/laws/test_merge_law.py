@@ -32,7 +32,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "embedding-padding": (lambda: nn.Embedding(9, 5, padding_idx=0), (2, 3)),
     "norm": (lambda: nn.LayerNorm(6), (2, 3, 6)),
 }
-WEIGHTS = [name for name, config in EVERY.items() if issubclass(METHODS[str(config.peft_type)], WeightMethod)]
+WEIGHTS = [name for name, config in EVERY.items() if issubclass(METHODS[config.method], WeightMethod)]
 
 
 class Holder(nn.Module):
@@ -44,6 +44,19 @@ class Holder(nn.Module):
         return self.layer(x)
 
 
+def refusal(case: str, kind: str) -> str | None:
+    """What a method says to a kind of layer that it has no place in."""
+    if kind == "norm" and case.startswith(("lora", "dora")):
+        return "LoRA needs a weight matrix"
+    if kind == "norm" and case == "ia3":
+        return "IA3 needs a weight matrix"
+    if case == "bitfit" and kind.startswith("embedding"):
+        return "bias"
+    if case == "ln-tuning" and kind != "norm":
+        return "LayerNorm tuning trains norms"
+    return None
+
+
 def prepared(kind: str, case: str) -> tuple[PeftModel, Tensor]:
     """A view over one layer, and an input for it; skips what a method refuses."""
     make, shape = LAYERS[kind]
@@ -53,14 +66,10 @@ def prepared(kind: str, case: str) -> tuple[PeftModel, Tensor]:
     options = {k: v for k, v in EVERY[case].to_dict().items() if k not in ("target_modules", "peft_type")}
     if getattr(layer, "bias", None) is None and options.get("bias", "none") != "none":
         pytest.skip("there is no bias")
-    if case.startswith("lora") and kind == "norm":
-        with pytest.raises(ValueError, match="LoRA needs a weight matrix"):
+    if why := refusal(case, kind):
+        with pytest.raises(ValueError, match=why):
             PeftModel(Holder(layer), type(EVERY[case])(target_modules=["layer"], **options))
-        pytest.skip("a norm has no factors")
-    if case == "bitfit" and kind.startswith("embedding"):
-        with pytest.raises(ValueError, match="bias"):
-            PeftModel(Holder(layer), type(EVERY[case])(target_modules=["layer"], **options))
-        pytest.skip("an embedding has no bias")
+        pytest.skip(f"refused: {why}")
     view = PeftModel(Holder(layer), type(EVERY[case])(target_modules=["layer"], **options))
     stir(view.adapters, by=0.3)
     return view, x

@@ -31,7 +31,9 @@ def test_what_is_read_from_the_sources_is_what_the_classes_have() -> None:
     from dataclasses import fields
 
     real = {kind.lower(): {f.name for f in fields(config)} - NOT_CHOSEN for kind, config in CONFIGS.items()}
-    assert {name: set(method.names()) for name, method in methods().items()} == real
+    forms = {name: method for name, method in methods().items() if method.fixed}
+    assert {name: set(method.names()) for name, method in methods().items() if name not in forms} == real
+    assert all(set(f.names()) | set(f.fixed) == real[f.kind.lower()] for f in forms.values())
 
 
 def test_every_recommended_option_is_one_of_its_method() -> None:
@@ -85,7 +87,7 @@ def test_other_programs_names_are_taken_with_a_hint(alias: str, name: str) -> No
     ("settings", "message"),
     [
         ({"metod": "lora"}, "'metod' is no setting of a run. Did you mean 'method'"),
-        ({"method": "lroa"}, "method='lroa' is unknown. Did you mean 'lora'?"),
+        ({"method": "lroa"}, "method='lroa' is unknown. Did you mean 'lora'"),
         ({"method": "prompt", "r": 4}, "r is not read by prompt, but by lora"),
         ({"adapters": {"a": {"method": "lora", "rr": 1}}}, "adapters.a: 'rr' is no setting of method lora"),
         ({"adapters": {"a": {"r": 1}}}, "adapters.a: it needs a method"),

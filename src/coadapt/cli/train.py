@@ -67,12 +67,13 @@ def _settings() -> Iterable[Setting]:
 
 def _method_options() -> Iterable[tuple[str, list[Option]]]:
     """Title -> options; those that several methods have come last."""
-    owners = Counter(option.name for method in methods().values() for option in method.own)
-    for method in methods().values():
+    every = [method for method in methods().values() if not method.fixed]
+    owners = Counter(option.name for method in every for option in method.own)
+    for method in every:
         if alone := [option for option in method.own if owners[option.name] == 1]:
             yield f"Options of {method.name}", alone
-    several = [option for method in methods().values() for option in method.own if owners[option.name] > 1]
-    inherited = [option for method in methods().values() for option in method.inherited]
+    several = [option for method in every for option in method.own if owners[option.name] > 1]
+    inherited = [option for method in every for option in method.inherited]
     yield "Options of several methods", [*several, *inherited]
 
 

@@ -25,7 +25,7 @@ class ModuleCopy(ModuleMethod):
 
     def __init__(self, config: PeftConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
-        self.copy = copy.deepcopy(layer.module).requires_grad_(True)
+        self.copy = _plain_copy(layer.module).requires_grad_(True)
 
     @classmethod
     def places(cls, config: PeftConfig, base: nn.Module) -> list[Place]:
@@ -34,6 +34,16 @@ class ModuleCopy(ModuleMethod):
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         return self.copy(x)
+
+
+def _plain_copy(module: nn.Module) -> nn.Module:
+    """A copy of `module` with its values, and without the hooks by which accelerate moves them."""
+    copied = copy.deepcopy(module)
+    if any(hasattr(m, "_hf_hook") for m in copied.modules()):
+        from accelerate.hooks import remove_hook_from_module
+
+        remove_hook_from_module(copied, recurse=True)
+    return copied
 
 
 @dataclass(frozen=True)
@@ -139,10 +149,12 @@ def make(
 ) -> Method:
     """One method at one place, on the place's device and, unless that is half precision, in its dtype."""
     made: Callable[..., Method] = cls
+    layer = Layer(place.module, place.path)
+    layer.role = place.role
     if place.reads is not None:
-        method = made(config, Layer(place.module, place.path), shared, Layer(place.reads[1], place.reads[0]))
+        method = made(config, layer, shared, Layer(place.reads[1], place.reads[0]))
     elif issubclass(cls, WeightMethod | ModuleMethod):
-        method = made(config, Layer(place.module, place.path), shared)
+        method = made(config, layer, shared)
     else:
         method = made(config, place, base, shared)
     return _settled(method, place.module, half)

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from .store import store_of
+from .frame import entered
+from .store import store_of, value
 
 
 def _linear(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
@@ -27,6 +29,18 @@ def _embedding(module: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 def _norm(module: Any, x: Tensor, weight: Tensor) -> Tensor:
     return F.layer_norm(x, module.normalized_shape, weight, None, module.eps)
+
+
+def _group_norm(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    return F.group_norm(x, module.num_groups, weight, None, module.eps)
+
+
+def _other_norm(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """By the norm's own code: models have dozens of them, which differ in a cast or in a 1 that is added."""
+    bias = getattr(module, "bias", None)
+    values = {"weight": weight} if bias is None else {"weight": weight, "bias": torch.zeros_like(bias)}
+    with entered(None, carried=True):
+        return functional_call(module, values, (x,))
 
 
 def _same(weight: Tensor) -> Tensor:
@@ -60,7 +74,9 @@ KINDS: dict[type[nn.Module], Kind] = {
     nn.Conv2d: Kind("conv", _conv, channel=1),
     nn.Conv3d: Kind("conv", _conv, channel=1),
     nn.LayerNorm: Kind("norm", _norm, factors=False),
+    nn.GroupNorm: Kind("norm", _group_norm, channel=1, factors=False),
 }
+_OTHER_NORM = Kind("norm", _other_norm, factors=False)
 _CONV1D = Kind("linear", _linear, _transposed)  # GPT-2's: a linear layer whose weight is stored as (I, O)
 
 
@@ -72,11 +88,18 @@ def kind_of(module: nn.Module) -> Kind | None:
     shapes = sys.modules.get("transformers.pytorch_utils")
     if shapes is not None and isinstance(module, shapes.Conv1D):
         return _CONV1D
-    return LINEAR if hasattr(module, "in_features") and hasattr(module, "weight") else None
+    if hasattr(module, "in_features") and hasattr(module, "weight"):
+        return LINEAR
+    weight = getattr(module, "weight", None)
+    plain = isinstance(weight, nn.Parameter) and weight.dim() == 1 and not hasattr(module, "track_running_stats")
+    return _OTHER_NORM if plain and "Norm" in type(module).__name__ else None
 
 
 class Layer:
     """The frozen layer at `path`. Subclasses are the same layer seen through an adapter."""
+
+    role: str = ""
+    """What the method's `places` said of it."""
 
     def __init__(self, module: nn.Module, path: str = "", call: Callable[[Any], Any] | None = None) -> None:
         self.module, self.path, self.call = module, path, call
@@ -121,6 +144,10 @@ class Layer:
     def weight(self) -> Tensor:
         """(O, I, *K), detached."""
         return self.kind.canonical(store_of(self.module).read(self.module))
+
+    def value(self, name: str) -> Tensor:
+        """A parameter of the module, as it is stored; detached."""
+        return value(self.module, name)
 
     def __call__(self, x: Any) -> Any:
         assert self.call is not None
@@ -198,7 +225,8 @@ class Adapted(Around):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.method.merge_bias(self.inner.bias)
+        below = self.inner.bias
+        return self.method.merge_bias(below) if hasattr(self.method, "merge_bias") else below
 
     def __call__(self, x: Tensor) -> Tensor:
         own = next((p.dtype for p in self.method.parameters() if p.is_floating_point()), None)
@@ -214,8 +242,6 @@ class Adapted(Around):
         return self.like().dtype if y.is_floating_point() else y.dtype
 
     def weight(self) -> Tensor:
-        if not hasattr(self.method, "merge"):
-            raise TypeError(
-                f"{type(self.method).__name__} at {self.path!r} is not a map of a weight, so it cannot be merged."
-            )
-        return self.method.merge(self.inner.weight())
+        """As far as it is changed by maps of weights: what works on activations leaves it as it is."""
+        below = self.inner.weight()
+        return self.method.merge(below) if hasattr(self.method, "merge") else below

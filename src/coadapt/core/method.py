@@ -18,7 +18,7 @@ from .layer import Layer
 from .target import Place
 
 METHODS: dict[str, type["Method"]] = {}
-"""Every method by its `peft_type`."""
+"""Every method by the name that its configuration gives as `method`."""
 M = TypeVar("M", bound=type["Method"])
 
 
@@ -31,11 +31,11 @@ class Companion:
     places: Sequence[Place]
 
 
-def register(config: type[PeftConfig]) -> Callable[[M], M]:
-    """Class decorator: the method that `config` configures, known by its `peft_type` from now on."""
+def register(config: type[PeftConfig], variant: str | None = None) -> Callable[[M], M]:
+    """Class decorator: the method that `config` configures; a `variant` of it where its `method` says that name."""
 
     def add(cls: M) -> M:
-        name = str(config.kind)
+        name = variant or str(config.kind)
         if name in METHODS:
             raise ValueError(f"Method {name!r} is already registered by {METHODS[name].__module__}.")
         cls.config_class = config
@@ -52,9 +52,9 @@ def method_for(config: Any) -> type["Method"]:
             f"A configuration of coadapt is needed (LoraConfig, PromptTuningConfig ...); got a "
             f"{type(config).__module__}.{type(config).__name__}. Import it from coadapt instead."
         )
-    if str(config.peft_type) not in METHODS:
+    if config.method not in METHODS:
         raise ValueError(f"{type(config).__name__} names no method; known: {', '.join(METHODS)}.")
-    return METHODS[str(config.peft_type)]
+    return METHODS[config.method]
 
 
 class Method(nn.Module, ABC):
@@ -81,6 +81,10 @@ class Method(nn.Module, ABC):
     def companions(cls, config: Any, base: nn.Module, places: list[Place]) -> list[Companion]:
         """Other methods that belong to the same adapter. Default: none."""
         return []
+
+
+class Reparametrization(nn.Module):
+    """What makes an adapter's parameters while it trains. Files for inference hold what it has made."""
 
 
 class WeightMethod(Method):

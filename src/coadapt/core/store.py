@@ -1,6 +1,6 @@
 """Reading and writing the weight of a layer, whatever holds it. Quantisers add a row from quant/."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -13,11 +13,19 @@ class Store(Protocol):
     def write(self, module: nn.Module, weight: Tensor) -> None: ...
 
 
+def value(module: Any, name: str) -> Tensor:
+    """A parameter's value, detached; also where accelerate keeps it elsewhere. On meta where nobody has it."""
+    own = module.get_parameter(name).detach()
+    hook = getattr(module, "_hf_hook", None)
+    maps = [m for h in getattr(hook, "hooks", [hook]) if (m := getattr(h, "weights_map", None)) is not None]
+    return maps[0][name] if own.is_meta and maps else own
+
+
 class Plain:
     """A weight that is a parameter of floats, as PyTorch's own layers have it."""
 
     def read(self, module: nn.Module) -> Tensor:
-        return module.get_parameter("weight").detach()
+        return value(module, "weight")
 
     def write(self, module: nn.Module, weight: Tensor) -> None:
         """A new Parameter: the old one may be shared with another module, which must keep its value."""

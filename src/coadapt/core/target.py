@@ -12,6 +12,7 @@ from ..config import TargetedConfig, did_you_mean, nearest
 from .layer import LINEAR, kind_of
 
 _QUERY_OR_VALUE = frozenset({"q_proj", "q", "query", "q_lin", "v_proj", "v", "value", "v_lin"})
+_KEY_OR_VALUE = frozenset({"k_proj", "k", "key", "k_lin", "v_proj", "v", "value", "v_lin"})
 _FUSED = frozenset({"c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "W_pack", "in_proj"})
 
 
@@ -24,7 +25,7 @@ class Place:
     reads: tuple[str, nn.Module] | None = None
     """The module whose input the method gets, where that is not `module` itself (a block that has no module)."""
     role: str = ""
-    """Which of several alike this is: "encoder", "decoder" or "cross"."""
+    """Which of several alike this is: "encoder", "decoder" or "cross", or what else a method tells apart."""
 
 
 def linears(base: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -232,9 +233,53 @@ def _block(path: str, module: nn.Module) -> Block | None:
 
 def query_and_value(base: nn.Module) -> list[str]:
     """The projections that make queries and values, or the one that makes them all, of every attention module."""
+    return _projections(base, _QUERY_OR_VALUE)
+
+
+def keys_and_values(base: nn.Module) -> list[str]:
+    """As `query_and_value`, for keys and values."""
+    return _projections(base, _KEY_OR_VALUE)
+
+
+def _projections(base: nn.Module, names: frozenset[str]) -> list[str]:
     named = [(p, p.rpartition(".")[2]) for p, _ in linears(base)]
-    split = [p for p, end in named if end in _QUERY_OR_VALUE]
+    split = [p for p, end in named if end in names]
     return split or [p for p, end in named if end in _FUSED]
+
+
+def norms(base: nn.Module) -> list[str]:
+    """The normalisations that have a trained scale."""
+    return [p for p, m in base.named_modules() if (kind := kind_of(m)) is not None and kind.name == "norm"]
+
+
+def among(config: TargetedConfig, field: str, paths: Sequence[str], usual: Sequence[str]) -> list[str]:
+    """Those of the targets `paths` that a second field of the configuration names; left out, those in `usual`.
+
+    Raises:
+        ValueError: a name matches none of the targets.
+    """
+    wanted = getattr(config, field)
+    if wanted is None:
+        return [path for path in paths if path in usual]
+    if isinstance(wanted, str):
+        found, idle = [p for p in paths if re.fullmatch(wanted, p)], [wanted]
+        idle = [] if found else idle
+    else:
+        found = [p for p in paths if any(suffix_match(p, name) for name in wanted)]
+        idle = [name for name in wanted if not any(suffix_match(p, name) for p in paths)]
+    if idle:
+        ends = sorted({p.rpartition(".")[2] for p in paths})
+        raise ValueError(f"{_who(config)}: {field} {idle} matches none of the targets, which are called {ends}.")
+    return found
+
+
+def check_transposed(config: Any, modules: Sequence[nn.Module]) -> None:
+    """Refuses fan_in_fan_out=True where no layer stores its weight transposed."""
+    if config.fan_in_fan_out and not any("Conv1D" in type(module).__name__ for module in modules):
+        raise ValueError(
+            f"{_who(config)}: fan_in_fan_out=True, but no target stores its weight transposed. Leave it out: it is "
+            "found."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,19 @@
 """adapter_config.json: an adapter's configuration as the field's programs read it, and theirs as we do."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
 from torch import nn
 
-from ..config import PeftConfig, TargetedConfig
+from ..config import InputConfig, PeftConfig, TargetedConfig
 from ..core.adapter import Adapter, replace_options
 from ..core.backbone import backbones
 from ..core.method import method_for
-from ..core.target import HEADS, suffix_match
-from ..methods.lora import LoRA, LoraConfig, targets_of
+from ..core.target import HEADS, Place, suffix_match
+from ..methods.ia3 import FEED_FORWARD, IA3Config
+from ..methods.ln_tuning import LNTuningConfig
+from ..methods.lora import LoraConfig
 from ..methods.prefix import PrefixTuningConfig
 from ..methods.prompt import PromptTuningConfig
 
@@ -20,7 +22,7 @@ PEFT_VERSION = "0.21.2"
 READABLE = "readable_by_peft"
 """Written as false into a configuration that the field's library would get wrong."""
 _OURS = ("prompt_sites", "output_virtual_tokens", "prefix_sites", "prefix_type", "prefix_layout", "position_offset")
-_START = ("init_from", "init_seed", "init_lora_weights")
+_START = ("init_from", "init_seed", "init_lora_weights", "init_ia3_weights")
 _WITH_NULL = frozenset({"task_type", "base_model_name_or_path", "revision", "modules_to_save"})
 """Written also where they are None, since some readers ask for them."""
 
@@ -39,7 +41,10 @@ def described(adapter: Adapter, base: nn.Module) -> dict[str, Any]:
         if name in said and said[name] == assumed.get(name, _default(config, name)):
             del said[name]
     if isinstance(config, LoraConfig):
-        said |= _lora(config, adapter, base)
+        said |= {"init_lora_weights": True, "lora_alpha": _whole(config.lora_alpha)}
+        said["alpha_pattern"] = {k: _whole(v) for k, v in config.alpha_pattern.items()}
+    if isinstance(config, TargetedConfig) and _readable(config, adapter, base):
+        said |= _targets(config, adapter, base)
     if not _readable(config, adapter, base):
         said[READABLE] = False
     said |= {k: v for k, v in adapter.facts.items() if said.get(k) is None}
@@ -59,21 +64,10 @@ def _assumed(kind: Any, base: Any) -> dict[str, Any]:
     match kind:
         case "PREFIX_TUNING" if getattr(facts, "is_encoder_decoder", False):
             return {"prefix_layout": "peft"}
-        case "PROMPT_TUNING" if [b.role for b in backbones(base)] == ["encoder"]:
+        case "PROMPT_TUNING" | "P_TUNING" if [b.role for b in backbones(base)] == ["encoder"]:
             return {"output_virtual_tokens": True}
         case _:
             return {}
-
-
-def _lora(config: LoraConfig, adapter: Adapter, base: nn.Module) -> dict[str, Any]:
-    places = [p.place for p in adapter.parts if isinstance(p.method, LoRA)]
-    transposed = any("Conv1D" in type(p.module).__name__ for p in places)
-    said: dict[str, Any] = {"use_dora": False, "init_lora_weights": True, "fan_in_fan_out": transposed}
-    said["lora_alpha"] = _whole(config.lora_alpha)
-    said["alpha_pattern"] = {k: _whole(v) for k, v in config.alpha_pattern.items()}
-    if isinstance(config.target_modules, str) or config.target_modules is None:
-        said |= _listed(config, [p.path for p in places], targets_of(places), base)
-    return said
 
 
 def _whole(alpha: float) -> float:
@@ -81,26 +75,48 @@ def _whole(alpha: float) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def _listed(config: LoraConfig, paths: list[str], ends: list[str], base: nn.Module) -> dict[str, Any]:
+def _targets(config: TargetedConfig, adapter: Adapter, base: nn.Module) -> dict[str, Any]:
     """Targets as a list: the last parts of their names where those name just them, else whole paths."""
-    named = replace_options(config, target_modules=ends, fan_in_fan_out=False)
+    places = [p.place for p in adapter.parts if isinstance(p.method, method_for(config))]
+    said: dict[str, Any] = {}
+    if hasattr(config, "fan_in_fan_out"):
+        said["fan_in_fan_out"] = any("Conv1D" in type(p.module).__name__ for p in places)
+    inputs = [p.path for p in places if p.role == FEED_FORWARD]
+    if isinstance(config, IA3Config):
+        said |= {"feedforward_modules": inputs, "target_modules": sorted(p.path for p in places)}
+    if isinstance(config, IA3Config) or isinstance(config.target_modules, str) or config.target_modules is None:
+        ends = _ends(p.path for p in places)
+        changes: dict[str, Any] = {"target_modules": ends}
+        if isinstance(config, IA3Config):
+            changes["feedforward_modules"] = _ends(inputs)
+        if _same(config, changes, places, base):
+            return said | changes
+        none = ("exclude_modules", "layers_to_transform", "layers_pattern")
+        return said | {"target_modules": sorted(p.path for p in places), **dict.fromkeys(none)}
+    return said
+
+
+def _ends(paths: Iterable[str]) -> list[str]:
+    return sorted({path.rpartition(".")[2] for path in paths})
+
+
+def _same(config: TargetedConfig, changes: Mapping[str, Any], places: Sequence[Place], base: nn.Module) -> bool:
+    """Whether a configuration so changed has the same places."""
+    named = replace_options(config, **changes)
     try:
-        found = sorted(p.path for p in method_for(named).places(named, base))
+        found = method_for(named).places(named, base)
     except ValueError:  # a last part also names what cannot be adapted
-        found = []
-    if found == sorted(paths):
-        return {"target_modules": ends}
-    none = ("exclude_modules", "layers_to_transform", "layers_pattern")
-    return {"target_modules": sorted(paths), **dict.fromkeys(none)}
+        return False
+    return {(p.path, p.role) for p in found} == {(p.path, p.role) for p in places}
 
 
 def _readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
     """Whether the field's library, given this folder, computes what coadapt does."""
     as_theirs = all(getattr(config, k) == v for k, v in _assumed(config.peft_type, base).items())
     match config:
-        case LoraConfig():
+        case LoraConfig() | IA3Config() | LNTuningConfig():
             return True
-        case PromptTuningConfig():
+        case InputConfig():
             return as_theirs and (not adapter.two_stacks or list(config.prompt_sites or ["encoder"]) == ["encoder"])
         case PrefixTuningConfig():
             moves = config.position_offset in (None, config.num_virtual_tokens)
@@ -127,11 +143,14 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
     said = {k: v for k, v in values.items() if k != READABLE}
     said["modules_to_save"] = _there(said.get("modules_to_save"), base)
     match said.get("peft_type"):
-        case "LORA":
+        case "LORA" | "IA3":
             said["fan_in_fan_out"] = False  # found in the model
         case "PREFIX_TUNING":
             if not said.get("prefix_projection"):
                 said.pop("encoder_hidden_size", None)  # without one it says nothing
+        case "P_TUNING" if str(said.get("encoder_reparameterization_type", "MLP")).endswith("MLP"):
+            said.pop("encoder_num_layers", None)  # of the LSTM
+            said.pop("encoder_dropout", None)
     return PeftConfig.from_dict({**_assumed(said.get("peft_type"), base), **said})
 
 

@@ -12,14 +12,12 @@ from ..config import PeftConfig, check_name
 from ..core.adapter import Adapter, build, replace_options
 from ..core.base import base_of
 from ..core.composition import Learned, Node, learned
-from ..methods.bitfit import BitFit
-from ..methods.lora import LoraConfig
-from ..methods.prefix import PrefixTuningConfig, Projection
+from ..core.method import Reparametrization
 from . import checkpoint, files
 from .compositions import node_from_json, node_to_json
 from .configs import asked_targets, described, understood, without_start
 from .files import CHECKPOINT, COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, aside
-from .keys import ROOT, entries
+from .keys import ROOT, entries, holds_biases
 from .provenance import compare_bases, fingerprint_in, record
 
 __all__ = ["CONFIG", "Loaded", "aside", "load", "save"]
@@ -77,7 +75,7 @@ def _save_adapter(
     new: files.Saving, where: Path, inside: str, adapter: Adapter, base: nn.Module, fingerprint: str
 ) -> None:
     _refuse_merged(adapter, base)
-    training = adapter.shared.state_dict() if isinstance(adapter.shared, Projection) else {}
+    training = adapter.shared.state_dict() if isinstance(adapter.shared, Reparametrization) else {}
     said = described(adapter, base)
     asked, name = asked_targets(adapter.config), said.get("base_model_name_or_path")
     facts = record(where / inside / PROVENANCE, fingerprint, name, asked_target_modules=asked)
@@ -89,8 +87,7 @@ def _save_adapter(
 
 def _refuse_merged(adapter: Adapter, base: nn.Module) -> None:
     """Files hold whole biases, ours are changes to the base's: those must be there."""
-    biases = isinstance(adapter.config, LoraConfig) and any(isinstance(p.method, BitFit) for p in adapter.parts)
-    if biases and base_of(base).merged_by is not None:
+    if holds_biases(adapter) and base_of(base).merged_by is not None:
         raise RuntimeError(
             f"Adapter {adapter.name!r} trains biases, and adapters are merged into the base; unmerge_adapter() first."
         )
@@ -195,28 +192,28 @@ def _load_adapter(reader: _Reader, where: Path, name: str, config: PeftConfig | 
     stored = understood(files.read_json(where / CONFIG), reader.base) if config is None else config
     tensors = files.read_tensors(where / WEIGHTS)
     compare_bases(where, fingerprint_in(where), reader.fingerprint)
-    projected = isinstance(stored, PrefixTuningConfig) and stored.prefix_projection
-    if projected and not (where / TRAINING).is_file():
+    whole = stored.for_inference() is stored or (where / TRAINING).is_file()
+    if not whole:
         if is_trainable:
             raise ValueError(
-                f"{where} holds what inference needs of a prefix with prefix_projection, not the projection itself "
-                f"({TRAINING} is missing), so it cannot be trained on. Load it without is_trainable."
+                f"{where} holds what inference needs of this {stored.method} adapter, not the network that makes its "
+                f"virtual tokens ({TRAINING} is missing), so it cannot be trained on. Load it without is_trainable."
             )
-        stored, projected = replace_options(stored, prefix_projection=False, encoder_hidden_size=None), False
+        stored = stored.for_inference()
     stored = replace_options(stored, inference_mode=not is_trainable, adapter_name=None)
     adapter = build(name, without_start(stored), reader.base, reader.half)
     adapter.config = replace_options(stored, modules_to_save=adapter.config.modules_to_save)
     _refuse_merged(adapter, reader.base)
-    if projected and adapter.shared is not None:
+    if isinstance(adapter.shared, Reparametrization):
         _fill_shared(adapter.shared, where / TRAINING)
     _fill(adapter, reader.base, tensors, where / WEIGHTS)
     return adapter
 
 
-def _fill_shared(projection: nn.Module, file: Path) -> None:
+def _fill_shared(network: nn.Module, file: Path) -> None:
     tensors = files.read_tensors(file)
-    checkpoint.refuse_misfits(file, {k: tuple(t.shape) for k, t in projection.state_dict().items()}, tensors)
-    projection.load_state_dict(tensors)
+    checkpoint.refuse_misfits(file, {k: tuple(t.shape) for k, t in network.state_dict().items()}, tensors)
+    network.load_state_dict(tensors)
 
 
 def _fill(adapter: Adapter, base: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:

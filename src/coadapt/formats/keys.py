@@ -8,18 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import VirtualTokensConfig
 from ..core.adapter import Adapter, ModuleCopy, Part
 from ..core.layer import kind_of
+from ..core.method import Method
 from ..methods.bitfit import BitFit
+from ..methods.dora import DoRA
+from ..methods.ia3 import IA3
+from ..methods.ln_tuning import LNTuning
 from ..methods.lora import LoRA, LoraConfig
 from ..methods.prefix import Blocks, PrefixTuning, PrefixTuningConfig
-from ..methods.prompt import PromptTuning, PromptTuningConfig
+from ..methods.prompt import VirtualTokens
 
 ROOT = "base_model.model."
 """Before every module path, as the field writes it."""
 VIRTUAL_ROOT = "base_model."
 """The same in files of prompts and prefixes, where the field's model is wrapped once less."""
 PROMPT = "prompt_embeddings"
+_FIELD: Mapping[type[Method], Mapping[str, str]] = {
+    LoRA: {"A": "lora_A.weight", "B": "lora_B.weight"},
+    DoRA: {"change.A": "lora_A.weight", "change.B": "lora_B.weight", "m": "lora_magnitude_vector"},
+    IA3: {"l": "ia3_l"},
+    LNTuning: {"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"},
+}
+"""Method -> parameter of its class -> what the field calls that; methods without a line keep our names."""
 _WRAPPERS = {
     "_orig_mod": "OptimizedModule",
     "module": "DistributedDataParallel",
@@ -57,7 +69,7 @@ def entries(adapter: Adapter, base: nn.Module) -> list[Entry]:
 
 
 def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
-    prompts = {p.place.role: p.method for p in adapter.parts if isinstance(p.method, PromptTuning)}
+    prompts = {p.place.role: p.method for p in adapter.parts if isinstance(p.method, VirtualTokens)}
     if prompts:
         yield _prompt(adapter, prompts)
     if isinstance(adapter.shared, Blocks):
@@ -67,7 +79,7 @@ def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
     for part in adapter.parts:
         path = plain_path(base, part.place.path)
         match part.method:
-            case PromptTuning():
+            case VirtualTokens():
                 continue
             case PrefixTuning() if in_one_tensor(adapter) or isinstance(adapter.shared, Blocks):
                 continue
@@ -75,7 +87,9 @@ def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
                 yield _computed(method, f"{ROOT}{path}.P")
                 yield from _plain(adapter, part, path)
             case BitFit() if isinstance(adapter.config, LoraConfig):
-                yield _bias(adapter, part, path)
+                layers = {p.place.path for p in adapter.parts if isinstance(p.method, LoRA | DoRA)}
+                inside = "base_layer." if part.place.path in layers else ""
+                yield _bias(part, f"{ROOT}{path}.{inside}bias")
             case _:
                 yield from _plain(adapter, part, path)
 
@@ -95,12 +109,25 @@ def plain_path(base: nn.Module, path: str) -> str:
 
 
 def _plain(adapter: Adapter, part: Part, path: str) -> Iterator[Entry]:
-    module = part.place.module
     for name, value in part.method.state_dict(keep_vars=True).items():
-        shape = tuple(value.shape)
-        if isinstance(part.method, LoRA) and name == "B" and (kind := kind_of(module)) and kind.name == "conv":
-            shape = (*shape, *[1] * (module.get_parameter("weight").dim() - 2))
-        yield _whole(_key(adapter, part, path, name), value, shape)
+        yield _whole(_key(adapter, part, path, name), value, _shape(part, name, value))
+
+
+def _shape(part: Part, name: str, value: Tensor) -> tuple[int, ...]:
+    """As the field stores it: with a dim of 1 for each that the parameter is broadcast over."""
+    kind = kind_of(part.place.module)
+    convolved = part.place.module.get_parameter("weight").dim() - 2 if kind is not None and kind.name == "conv" else 0
+    match part.method, name:
+        case ((LoRA() | DoRA()), ("B" | "change.B")):
+            return (*value.shape, *[1] * convolved)
+        case (DoRA(), "m") if convolved:
+            return (1, len(value), *[1] * convolved)
+        case IA3() as method, "l" if convolved or method.on_input:
+            return (1, len(value), *[1] * convolved)
+        case IA3(), "l":
+            return (len(value), 1)
+        case _:
+            return tuple(value.shape)
 
 
 def _whole(key: str, value: Tensor, shape: tuple[int, ...] | None = None) -> Entry:
@@ -110,23 +137,20 @@ def _whole(key: str, value: Tensor, shape: tuple[int, ...] | None = None) -> Ent
 
 def _key(adapter: Adapter, part: Part, path: str, name: str) -> str:
     inside = f"{path}." if path else ""
-    match part.method:
-        case ModuleCopy():
-            virtual = isinstance(adapter.config, PromptTuningConfig | PrefixTuningConfig)
-            return (VIRTUAL_ROOT if virtual else ROOT) + inside + name.removeprefix("copy.")
-        case LoRA():
-            kind = kind_of(part.place.module)
-            embedding = kind is not None and kind.name == "embedding"
-            return ROOT + inside + (f"lora_embedding_{name}" if embedding else f"lora_{name}.weight")
-        case _:
-            return ROOT + inside + name
+    if isinstance(part.method, ModuleCopy):
+        virtual = isinstance(adapter.config, VirtualTokensConfig)
+        return (VIRTUAL_ROOT if virtual else ROOT) + inside + name.removeprefix("copy.")
+    known = _FIELD.get(type(part.method), {}).get(name, name)
+    kind = kind_of(part.place.module)
+    if kind is not None and kind.name == "embedding" and known.endswith(".weight"):
+        known = known.replace("lora_", "lora_embedding_").removesuffix(".weight")
+    return ROOT + inside + known
 
 
-def _bias(adapter: Adapter, part: Part, path: str) -> Entry:
-    """The field stores the trained bias, we its change; and the field calls a targeted layer `base_layer`."""
-    change: nn.Parameter = part.method.get_parameter("delta")
+def _bias(part: Part, key: str) -> Entry:
+    """The field stores the trained bias, we its change."""
+    change = part.method.get_parameter("delta")
     own = part.place.module.get_parameter("bias")
-    targeted = any(isinstance(p.method, LoRA) and p.place.module is part.place.module for p in adapter.parts)
 
     def read() -> Tensor:
         return own.detach().to(change) + change.detach()
@@ -134,7 +158,12 @@ def _bias(adapter: Adapter, part: Part, path: str) -> Entry:
     def write(tensor: Tensor) -> None:
         _copy(tensor.to(change) - own.detach().to(change), change)
 
-    return Entry(f"{ROOT}{path}.{'base_layer.' if targeted else ''}bias", tuple(change.shape), read, write)
+    return Entry(key, tuple(change.shape), read, write)
+
+
+def holds_biases(adapter: Adapter) -> bool:
+    """Whether its file holds the base's biases with their changes, so that the base's own must be in place."""
+    return isinstance(adapter.config, LoraConfig) and any(isinstance(p.method, BitFit) for p in adapter.parts)
 
 
 @torch.no_grad()
@@ -147,20 +176,35 @@ def _copy(source: Tensor, target: Tensor) -> None:
 # ---- prompts: [N, D], for an encoder-decoder [2N, D], the encoder's first --------------------------------------------
 
 
-def _prompt(adapter: Adapter, methods: Mapping[str, PromptTuning]) -> Entry:
-    one = next(iter(methods.values())).P
+def _prompt(adapter: Adapter, methods: Mapping[str, VirtualTokens]) -> Entry:
+    one = next(iter(methods.values())).prompt().detach()
     roles = ("encoder", "decoder") if adapter.two_stacks else tuple(methods)
     n = len(one)
 
     def read() -> Tensor:
-        return torch.cat([methods[r].P.detach() if r in methods else torch.zeros_like(one.detach()) for r in roles])
+        made = {role: method.prompt().detach() for role, method in methods.items()}
+        return torch.cat([made.get(role, torch.zeros_like(one)) for role in roles])
 
     def write(tensor: Tensor) -> None:
         for i, role in enumerate(roles):
             if role in methods:
-                _copy(tensor[i * n : (i + 1) * n], methods[role].P)
+                _copy_or_compare(tensor[i * n : (i + 1) * n], methods[role], methods[role].prompt())
 
     return Entry(PROMPT, (n * len(roles), one.shape[1]), read, write)
+
+
+def _copy_or_compare(stored: Tensor, method: nn.Module, made: Tensor) -> None:
+    """Where a network makes the virtual tokens, the file's must be those that it makes."""
+    parameter = getattr(method, "P", None)
+    if parameter is not None:
+        return _copy(stored, parameter)
+    found = made.detach().float()
+    if not torch.allclose(found, stored.reshape(found.shape).to(found), rtol=1e-2, atol=1e-4):
+        raise ValueError(
+            "The virtual tokens in adapter_model.safetensors are not what the network in training_state.safetensors "
+            "makes: the two files are of different adapters. Without the second, the first loads for inference."
+        )
+    return None
 
 
 # ---- prefixes: [N, layers * 2 * H * D], per layer keys, then values --------------------------------------------------
@@ -191,15 +235,7 @@ def _computed(method: PrefixTuning, key: str) -> Entry:
 
 def _write_pieces(methods: Sequence[PrefixTuning], pieces: Sequence[Tensor]) -> None:
     for method, piece in zip(methods, pieces, strict=True):
-        if method.projection is None:
-            _copy(piece, method.P)
-            continue
-        computed = _keys_values(method).float()
-        if not torch.allclose(computed, piece.reshape(computed.shape).to(computed), rtol=1e-2, atol=1e-4):
-            raise ValueError(
-                "The prefix in adapter_model.safetensors is not what the projection in training_state.safetensors "
-                "gives: the two files are of different adapters. Without the second, the first loads for inference."
-            )
+        _copy_or_compare(piece, method, _keys_values(method))
 
 
 def _keys_values(method: PrefixTuning) -> Tensor:

@@ -1,6 +1,6 @@
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -40,6 +40,12 @@ class LoraConfig(TargetedConfig):
     """Other ranks for some layers: end of a module's name, or a regular expression for it -> rank."""
     alpha_pattern: Mapping[str, int | float] = field(default_factory=dict)
     """Other alphas for some layers, in the same way."""
+    use_dora: bool = False
+    """Train each row's length apart from its direction: DoRA (arXiv:2402.09353)."""
+
+    @property
+    def method(self) -> str:
+        return "DORA" if self.use_dora else "LORA"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,11 +100,7 @@ class LoRA(LowRankMethod):
                         f"LoraConfig: {field_name} key {key!r} matches none of the {len(places)} targets, "
                         f"{places[0].path!r} among them."
                     )
-        if config.fan_in_fan_out and not any("Conv1D" in type(p.module).__name__ for p in places):
-            raise ValueError(
-                "LoraConfig: fan_in_fan_out=True, but no target stores its weight transposed. "
-                "Leave it out: it is found."
-            )
+        target.check_transposed(config, [place.module for place in places])
         return places
 
     @classmethod
@@ -122,8 +124,3 @@ def _matches(key: str, path: str) -> bool:
 
 def _pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
     return next((value for key, value in pattern.items() if _matches(key, path)), default)
-
-
-def targets_of(places: Sequence[Place]) -> list[str]:
-    """The last parts of the names of places, each once: what adapter files list as target_modules."""
-    return sorted({p.path.rpartition(".")[2] for p in places})

@@ -1,25 +1,23 @@
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig
+from ..config import VirtualTokensConfig
 from ..core import attention, target
 from ..core.backbone import stack_facts, takes_positions
-from ..core.method import AttentionMethod, Place, register
+from ..core.method import AttentionMethod, Place, Reparametrization, register
 from ..core.target import Attention
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixTuningConfig(PeftConfig):
+class PrefixTuningConfig(VirtualTokensConfig):
     """Trained keys and values in front of every attention's own."""
 
     kind = "PREFIX_TUNING"
 
-    num_virtual_tokens: int
-    """N, the length of the prefix."""
     prefix_projection: bool = False
     """Train the prefix through an MLP, tanh between two linear layers, as the paper does."""
     encoder_hidden_size: int | None = None
@@ -36,18 +34,10 @@ class PrefixTuningConfig(PeftConfig):
     """By how much the input's positions are shifted: N if left out, as the field's files assume. 0 suits stacks."""
     init_weights: str | None = None
     """Only None: the prefix starts normal with a spread of 0.02."""
-    token_dim: int | None = None
-    """A check: the width of the keys of one layer (or the hidden size)."""
-    num_transformer_submodules: int | None = None
-    """A check: 2 for an encoder-decoder, 1 otherwise."""
-    num_attention_heads: int | None = None
-    """A check: the model's attention heads (or its key and value heads)."""
-    num_layers: int | None = None
-    """A check: the model's layers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.positive("num_virtual_tokens", "encoder_hidden_size")
+        self.positive("encoder_hidden_size")
         self.choice("prefix_type", ("joint", "decoupled"))
         self.choice("init_weights", (None,))
         self.choice("prefix_layout", ("own", "peft"))
@@ -66,8 +56,11 @@ class PrefixTuningConfig(PeftConfig):
                 "the input."
             )
 
+    def for_inference(self) -> Self:
+        return replace(self, prefix_projection=False, encoder_hidden_size=None) if self.prefix_projection else self
 
-class Projection(nn.Module):
+
+class Projection(Reparametrization):
     """P = W_2 tanh(W_1 E): one embedding for all layers, a slice of the output for each (the paper's section 4.3)."""
 
     def __init__(self, tokens: int, width: int, hidden: int, outputs: int) -> None:

@@ -1,23 +1,21 @@
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig
+from ..config import InputConfig
 from ..core.backbone import Backbone, backbones, stack_facts
 from ..core.method import InputMethod, Place, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptTuningConfig(PeftConfig):
+class PromptTuningConfig(InputConfig):
     """Trained virtual tokens in front of the embedded input."""
 
     kind = "PROMPT_TUNING"
 
-    num_virtual_tokens: int
-    """N, the length of the prompt."""
     prompt_tuning_init: str = "RANDOM"
     """"RANDOM" (normal, with the spread of the model's own embeddings), "SAMPLE_VOCAB" (embeddings of tokens drawn from
     the vocabulary) or "TEXT" (embeddings of `prompt_tuning_init_text`, repeated or cut to N)."""
@@ -27,22 +25,9 @@ class PromptTuningConfig(PeftConfig):
     """The tokenizer for that text; left out, the one at the base's `name_or_path`."""
     tokenizer_kwargs: Mapping[str, Any] | None = None
     """Passed on to the tokenizer's `from_pretrained`."""
-    prompt_sites: Sequence[str] | None = None
-    """For encoder-decoders: in front of the "encoder"'s input (as published; the default), the "decoder"'s, or both."""
-    output_virtual_tokens: bool = False
-    """Also return the virtual tokens' states; otherwise the output is as long as the input."""
-    token_dim: int | None = None
-    """A check: the width of the model's embeddings."""
-    num_transformer_submodules: int | None = None
-    """A check: 2 for an encoder-decoder, 1 otherwise."""
-    num_attention_heads: int | None = None
-    """A check: the model's attention heads."""
-    num_layers: int | None = None
-    """A check: the model's layers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.positive("num_virtual_tokens")
         object.__setattr__(self, "prompt_tuning_init", str(self.prompt_tuning_init).rpartition(".")[2])
         self.choice("prompt_tuning_init", ("RANDOM", "SAMPLE_VOCAB", "TEXT"))
         by_text = self.prompt_tuning_init == "TEXT"
@@ -55,21 +40,15 @@ class PromptTuningConfig(PeftConfig):
                 )
 
 
-@register(PromptTuningConfig)
-class PromptTuning(InputMethod):
-    """base([P; e]), without the first N outputs
+class VirtualTokens(InputMethod):
+    """What all methods that put virtual tokens in front of the input have in common."""
 
-    The Power of Scale for Parameter-Efficient Prompt Tuning, Lester et al. 2021, arXiv:2104.08691.
-    Parameters per site: N D.
-    """
-
-    def __init__(self, config: PromptTuningConfig, place: Backbone, base: Any, shared: nn.Module | None = None) -> None:
+    def __init__(self, config: Any, place: Backbone, base: Any, shared: nn.Module | None = None) -> None:
         super().__init__()
         self.keeps_virtual_tokens = config.output_virtual_tokens
-        self.P = nn.Parameter(_start(config, place.embedding.weight, base))  # (N, D)
 
     @classmethod
-    def places(cls, config: PromptTuningConfig, base: Any) -> list[Place]:
+    def places(cls, config: Any, base: Any) -> list[Place]:
         found = backbones(base)
         roles = [b.role for b in found]
         facts = base.config.get_text_config()
@@ -79,13 +58,26 @@ class PromptTuning(InputMethod):
         )  # fmt: skip
         wanted = config.prompt_sites or roles[:1]
         if wrong := [role for role in wanted if role not in roles]:
-            raise ValueError(f"PromptTuningConfig: prompt_sites {wrong} are not in this model; it has {roles}.")
+            raise ValueError(f"{type(config).__name__}: prompt_sites {wrong} are not in this model; it has {roles}.")
         return [b for b in found if b.role in wanted]
 
     @classmethod
-    def facts(cls, config: PromptTuningConfig, base: Any) -> dict[str, Any]:
+    def facts(cls, config: Any, base: Any) -> dict[str, Any]:
         heads = base.config.get_text_config().num_attention_heads
         return {**stack_facts(base), "token_dim": backbones(base)[0].width, "num_attention_heads": heads}
+
+
+@register(PromptTuningConfig)
+class PromptTuning(VirtualTokens):
+    """base([P; e]), without the first N outputs
+
+    The Power of Scale for Parameter-Efficient Prompt Tuning, Lester et al. 2021, arXiv:2104.08691.
+    Parameters per site: N D.
+    """
+
+    def __init__(self, config: PromptTuningConfig, place: Backbone, base: Any, shared: nn.Module | None = None) -> None:
+        super().__init__(config, place, base, shared)
+        self.P = nn.Parameter(_start(config, place.embedding.weight, base))  # (N, D)
 
     def prompt(self) -> Tensor:
         return self.P

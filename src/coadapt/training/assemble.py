@@ -12,6 +12,7 @@ import coadapt.methods  # noqa: F401  makes the configurations known
 from coadapt.config import CONFIGS, PeftConfig, TaskType
 from coadapt.model import PeftModel, get_peft_model
 from coadapt.training.folder import AUTO_NAMES
+from coadapt.training.options import method_named
 from coadapt.training.settings import AdapterSettings, RunConfig, Task
 from coadapt.training.trainer import Rates
 
@@ -95,8 +96,9 @@ def adapter_config(name: str, adapter: AdapterSettings, task: Task, revision: st
     Raises:
         ValueError: an option has a value that its method does not take.
     """
+    method = method_named(adapter.method)
     try:
-        return CONFIGS[adapter.method.upper()](**adapter.options, task_type=TASK_TYPES[task], revision=revision)
+        return CONFIGS[method.kind](**method.fixed, **adapter.options, task_type=TASK_TYPES[task], revision=revision)
     except TypeError as error:
         raise ValueError(f"adapters.{name}: {error}") from error
 

@@ -3,7 +3,7 @@
 import importlib.util
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,15 @@ NOT_CHOSEN = frozenset(
 )
 """Fields of configurations that a run fills in by itself."""
 
-SHORT_NAMES = {"prompt": "prompt_tuning", "prefix": "prefix_tuning", "adapter": "bottleneck"}
+SHORT_NAMES = {"prompt": "prompt_tuning", "prefix": "prefix_tuning", "adapter": "bottleneck", "ptuning": "p_tuning"}
 """What people call some methods."""
+
+FORMS: Mapping[str, tuple[str, str]] = {"dora": ("lora", "use_dora")}
+"""Methods that are another one with an option switched on."""
 
 RECOMMENDED: Mapping[str, Mapping[str, Any]] = {
     "lora": {"learning_rate": 2e-4, "r": 16, "target_modules": "all-linear"},
+    "dora": {"learning_rate": 2e-4, "r": 16, "target_modules": "all-linear"},
     "prompt_tuning": {
         "learning_rate": 5e-3,
         "weight_decay": 0.0,
@@ -28,7 +32,11 @@ RECOMMENDED: Mapping[str, Mapping[str, Any]] = {
     },
     "prefix_tuning": {"learning_rate": 5e-3, "weight_decay": 0.0, "num_virtual_tokens": 20},
     "bottleneck": {"learning_rate": 1e-4},
+    "p_tuning": {"learning_rate": 1e-3, "weight_decay": 0.0, "num_virtual_tokens": 20},
     "bitfit": {"learning_rate": 1.6e-3},
+    "ln_tuning": {"learning_rate": 1e-3},
+    "ia3": {"learning_rate": 3e-3},
+    "full_copy": {"learning_rate": 2e-5},
 }
 """Starting values of the command line: the best published rates (a prompt wants 25 to 100 times the rate of a LoRA,
 and no decay)."""
@@ -44,6 +52,13 @@ class MethodOptions:
     name: str
     own: tuple[Option, ...]
     inherited: tuple[Option, ...]
+    fixed: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Options that the name itself sets."""
+
+    @property
+    def kind(self) -> str:
+        """The `peft_type` of its configuration."""
+        return FORMS.get(self.name, (self.name, ""))[0].upper()
 
     def names(self) -> list[str]:
         """All options that a run may set."""
@@ -70,10 +85,14 @@ def methods() -> dict[str, MethodOptions]:
         for name, base, body in CLASS.findall(source):
             bases[name] = base
             kinds |= {kind.lower(): name for kind in KIND.findall(body)}
-    return {
+    found = {
         kind: MethodOptions(name=kind, own=tuple(options[name]), inherited=_inherited(name, bases, options))
         for kind, name in kinds.items()
     }
+    for form, (kind, switch) in FORMS.items():
+        own = tuple(option for option in found[kind].own if option.name != switch)
+        found[form] = replace(found[kind], name=form, own=own, fixed={switch: True})
+    return found
 
 
 def method_named(word: str) -> MethodOptions:
@@ -94,7 +113,7 @@ def recommended(method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The starting values of a method that `chosen` leaves open."""
     known = method_named(method)
     values = {"learning_rate": DEFAULT_RATE, **RECOMMENDED.get(known.name, {})}
-    if known.name == "lora":
+    if known.kind == "LORA":
         # The usual ratio: a rank that is changed alone keeps the size of the first step.
         values["lora_alpha"] = 2 * int(chosen.get("r") or values["r"])
     return {name: value for name, value in values.items() if chosen.get(name) is None}

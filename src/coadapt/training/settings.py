@@ -21,7 +21,7 @@ class AdapterSettings(BaseModel):
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True, defer_build=True)
 
     method: str
-    """lora, prompt_tuning (or prompt), prefix_tuning (or prefix), bottleneck …"""
+    """lora, dora, prompt_tuning (or prompt), prefix_tuning (or prefix), bottleneck, ia3 …"""
     learning_rate: float = Field(gt=0)
     """Peak learning rate of this adapter."""
     warmup_steps: float | None = Field(default=None, ge=0)
@@ -94,7 +94,7 @@ class RunConfig(BaseModel):
     """Longest example in tokens; left out, 1024 or what the model and its virtual tokens leave room for."""
 
     method: str | None = None
-    """lora, prompt, prefix or bottleneck; several at once as in `prompt + lora`."""
+    """lora, dora, prompt, prefix, p-tuning, bottleneck, ia3, ln-tuning, bitfit …; several as in `prompt + lora`."""
     adapters: dict[str, AdapterSettings] = Field(default_factory=dict)
     """Named adapters, each with its method, its rate and its options; instead of `method`."""
     composition: str | None = None

@@ -1,0 +1,67 @@
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TargetedConfig
+from ..core import target
+from ..core.layer import Layer
+from ..core.method import Place, WeightMethod, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3Config(TargetedConfig):
+    """Keys, values and the inner states of feed-forward parts, each feature multiplied by a trained number."""
+
+    kind = "IA3"
+
+    feedforward_modules: Sequence[str] | str | None = None
+    """Targets whose input is rescaled and not their output, named as in `target_modules`. Left out, those that end the
+    feed-forward part of a block."""
+    fan_in_fan_out: bool = False
+    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
+    init_ia3_weights: bool = True
+    """True: all numbers start at 1, so that nothing changes; False: random."""
+
+
+FEED_FORWARD = "feed-forward"
+"""The role of the places whose input is rescaled."""
+
+
+@register(IA3Config)
+class IA3(WeightMethod):
+    """W' = diag(l) W; where a feed-forward part ends W' = W diag(l)
+
+    Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, Liu et al. 2022,
+    arXiv:2205.05638. Parameters per site: O, or I.
+    """
+
+    def __init__(self, config: IA3Config, layer: Layer, shared: nn.Module | None = None) -> None:
+        super().__init__(config, layer, shared)
+        if not layer.kind.factors:
+            raise ValueError(f"IA3 needs a weight matrix; {layer.path!r} is a {type(layer.module).__name__}.")
+        self.on_input = layer.role == FEED_FORWARD
+        size = layer.shape[1] if self.on_input else layer.shape[0]
+        self.l = nn.Parameter(torch.ones(size) if config.init_ia3_weights else torch.randn(size))  # (I,) or (O,)
+
+    @classmethod
+    def places(cls, config: IA3Config, base: nn.Module) -> list[Place]:
+        ends = [block.feed_forward[1][0] for block in target.blocks(base) if block.feed_forward]
+        found = target.layers(config, base, [*target.keys_and_values(base), *ends])
+        target.check_transposed(config, [module for _, module in found])
+        inputs = target.among(config, "feedforward_modules", [path for path, _ in found], ends)
+        return [Place(path, module, role=FEED_FORWARD if path in inputs else "") for path, module in found]
+
+    def merge(self, weight: Tensor) -> Tensor:
+        along = (1, -1) if self.on_input else (-1, 1)
+        return weight * self.l.view(*along, *[1] * (weight.dim() - 2))
+
+    def merge_bias(self, bias: Tensor | None) -> Tensor | None:
+        return bias if bias is None or self.on_input else bias * self.l
+
+    def forward(self, x: Tensor, base: Layer) -> Tensor:
+        if self.on_input:
+            return base(x * base.along_channels(self.l, x)) if x.is_floating_point() else super().forward(x, base)
+        y = base(x)
+        return y * base.along_channels(self.l.to(y.dtype), y)

@@ -1,0 +1,45 @@
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import TargetedConfig
+from ..core import target
+from ..core.layer import Layer
+from ..core.method import Place, WeightMethod, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class LNTuningConfig(TargetedConfig):
+    """The scales, and biases, of the normalisations; all of them unless targets are named."""
+
+    kind = "LN_TUNING"
+
+
+@register(LNTuningConfig)
+class LNTuning(WeightMethod):
+    """w' and b' in place of the norm's w and b
+
+    Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning, Zhao et al. 2023, arXiv:2312.11420.
+    Parameters per site: D, or 2 D with a bias.
+    """
+
+    def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
+        super().__init__(config, layer, shared)
+        if layer.kind.name != "norm":
+            raise ValueError(
+                f"LayerNorm tuning trains norms; {layer.path!r} is a {type(layer.module).__name__}. Leave it out of "
+                "target_modules."
+            )
+        self.weight = nn.Parameter(layer.weight().clone())  # (D,)
+        self.bias = None if layer.bias is None else nn.Parameter(layer.value("bias").clone())  # (D,)
+
+    @classmethod
+    def places(cls, config: LNTuningConfig, base: nn.Module) -> list[Place]:
+        return [Place(path, module) for path, module in target.layers(config, base, target.norms(base))]
+
+    def merge(self, weight: Tensor) -> Tensor:
+        return self.weight
+
+    def merge_bias(self, bias: Tensor | None) -> Tensor | None:
+        return self.bias
