@@ -12,6 +12,7 @@ VERBS = {
     "demo": "Adapt a tiny model in a minute: offline, on the CPU.",
     "train": "Train adapters on your data.",
     "generate": "Ask a model with its adapter.",
+    "chat": "Talk to a model with its adapters.",
     "merge": "Put an adapter into the weights of its base.",
     "show": "What an adapter folder, or a model, is made of.",
 }
