@@ -110,9 +110,7 @@ class Talk:
 
     def _one(self, request: "Request", stop: threading.Event, base: bool = False) -> str:
         try:
-            return self.chat.answer(
-                request, lambda piece: click.echo(piece, nl=False), base=base, stopped=stop.is_set
-            )
+            return self.chat.answer(request, lambda piece: click.echo(piece, nl=False), base=base, stopped=stop.is_set)
         finally:
             click.echo()
 

@@ -332,17 +332,19 @@ def _number(gate: Gate) -> str:
 
 
 class _Heard(TextStreamer):
-    """Hands each piece on as soon as it is known how it is spelt."""
+    """Hands each piece on as soon as it is known how it is spelt, less the white space around the whole."""
 
     def __init__(self, tokenizer: Any, hear: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.hear, self.begun = hear, False
+        self.hear, self.begun, self.held = hear, False, ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        text = text if self.begun else text.lstrip()
-        if text:
+        whole = self.held + text
+        said = whole.rstrip() if self.begun else whole.strip()
+        self.held = whole[len(whole.rstrip()) :]
+        if said:
             self.begun = True
-            self.hear(text)
+            self.hear(said)
 
 
 class _Stopped(StoppingCriteria):
