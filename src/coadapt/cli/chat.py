@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from coadapt.cli.completion import paths
+
 if TYPE_CHECKING:
     from coadapt.training.chat import Chat, Request
 
@@ -190,7 +192,11 @@ command = click.Command(
     another try, saving it all as training data. Through a pipe, each line is a question and only answers come out.
     """,
     params=[
-        click.Option(["--model"], help="The base: a folder or a hub id; left out, the one that the adapter names."),
+        click.Option(
+            ["--model"],
+            shell_complete=paths,
+            help="The base: a folder or a hub id; left out, the one that the adapter names.",
+        ),
         click.Option(
             ["--adapter"],
             type=click.Path(file_okay=False, path_type=Path),

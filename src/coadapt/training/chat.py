@@ -328,7 +328,7 @@ def length(inputs: dict[str, Tensor]) -> int:
 
 def _number(gate: Gate) -> str:
     value = gate.value(1, torch.empty(0))
-    return f"{float(value):.4g}" if isinstance(value, float) or value.numel() == 1 else "one per row"
+    return "one per row" if isinstance(value, Tensor) and value.numel() != 1 else f"{float(value):.4g}"
 
 
 class _Heard(TextStreamer):
