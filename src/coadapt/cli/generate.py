@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from coadapt.cli.completion import paths
+
 
 def _invoke(
     model: str | None,
@@ -46,7 +48,11 @@ command = click.Command(
     A prompt is put to the model as it was in training (chat template, separator). Prints answers only.
     """,
     params=[
-        click.Option(["--model"], help="The base: a folder or a hub id; left out, the one that the adapter names."),
+        click.Option(
+            ["--model"],
+            shell_complete=paths,
+            help="The base: a folder or a hub id; left out, the one that the adapter names.",
+        ),
         click.Option(
             ["--adapter"], type=click.Path(path_type=Path), help="Adapter folder; left out, the base alone answers."
         ),

@@ -12,8 +12,10 @@ VERBS = {
     "demo": "Adapt a tiny model in a minute: offline, on the CPU.",
     "train": "Train adapters on your data.",
     "generate": "Ask a model with its adapter.",
+    "chat": "Talk to a model with its adapters.",
     "merge": "Put an adapter into the weights of its base.",
     "show": "What an adapter folder, or a model, is made of.",
+    "completion": "The script that lets a shell complete coadapt.",
 }
 """Verb -> the first line of its help; each verb is a file here, imported when it is used."""
 
@@ -38,7 +40,7 @@ class Verbs(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         from difflib import get_close_matches
 
-        if args and args[0] not in VERBS and not args[0].startswith("-"):
+        if args and args[0] not in VERBS and not args[0].startswith("-") and not ctx.resilient_parsing:
             near = get_close_matches(args[0], VERBS)
             hint = f" Did you mean {near[0]}?" if near else ""
             ctx.fail(f"There is no verb {args[0]!r}.{hint} There are: {', '.join(VERBS)}.")

@@ -7,6 +7,8 @@ from typing import Any, cast
 
 import click
 
+from coadapt.cli.completion import paths
+
 
 def _invoke(model: str | None, adapter: Path, adapters: str | None, out: Path) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -48,7 +50,11 @@ command = click.Command(
     changes of weights and cannot be merged.
     """,
     params=[
-        click.Option(["--model"], help="The base: a folder or a hub id; left out, the one that the adapter names."),
+        click.Option(
+            ["--model"],
+            shell_complete=paths,
+            help="The base: a folder or a hub id; left out, the one that the adapter names.",
+        ),
         click.Option(["--adapter"], required=True, type=click.Path(path_type=Path), help="Adapter folder."),
         click.Option(
             ["--adapters"], help="Which of its adapters to merge, as in `task + 0.5*style`; left out, as saved."

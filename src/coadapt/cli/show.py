@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from coadapt.cli.completion import paths
+
 
 def _invoke(folder: Path | None, model: str | None) -> int:
     if folder is None and model is None:
@@ -33,6 +35,10 @@ command = click.Command(
     """,
     params=[
         click.Argument(["folder"], required=False, type=click.Path(path_type=Path), metavar="[DIR]"),
-        click.Option(["--model"], help="The base: a folder or a hub id; with DIR, in place of the one that it names."),
+        click.Option(
+            ["--model"],
+            shell_complete=paths,
+            help="The base: a folder or a hub id; with DIR, in place of the one that it names.",
+        ),
     ],
 )

@@ -12,10 +12,14 @@ import click
 import yaml
 from pydantic import ValidationError
 
+from coadapt.cli.completion import paths, words
 from coadapt.config import Option
 from coadapt.training.options import RECOMMENDED, methods
 from coadapt.training.settings import RunConfig, explain
 from coadapt.training.vocabulary import ALIASES, SettingHint, override, read_yaml
+
+PATHS = ("model", "data", "eval_data", "output_dir")
+"""Settings that can be a file or a folder."""
 
 
 class Setting(click.Option):
@@ -23,6 +27,12 @@ class Setting(click.Option):
 
     def __init__(self, name: str, section: str, **options: Any) -> None:
         flag = name.replace("_", "-")
+        if name in PATHS:
+            options["shell_complete"] = paths
+        elif "|" in (options.get("metavar") or ""):
+            options["shell_complete"] = words(options["metavar"].split("|"))
+        elif name == "method":
+            options["shell_complete"] = words(list(methods()))
         names = [f"--{flag}/--no-{flag}"] if options.pop("switch", False) else [f"--{flag}"]
         super().__init__([*names, name], default=None, show_default=False, **options)
         self.section = section

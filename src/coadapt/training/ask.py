@@ -11,7 +11,6 @@ from coadapt.training.assemble import pad_token
 from coadapt.training.load import Ready
 
 
-@torch.no_grad()
 def answer(
     ready: Ready, text: str, *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 42, raw: bool = False
 ) -> str:
@@ -19,27 +18,49 @@ def answer(
 
     `temperature` 0 takes the likeliest token; otherwise tokens are drawn, the same for the same `seed`.
     """
+    asked = text if raw else ready.framing.prompt(text, ready.tokenizer)
+    inputs = tokens(ready, asked, special=raw or ready.framing.style != "chat")
+    if classifies(ready.model):
+        return classify(ready, inputs)
+    return say(ready, inputs, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+
+def tokens(ready: Ready, text: str, *, special: bool) -> dict[str, torch.Tensor]:
+    """The text as a batch of one row, on the model's device; `special`: with the tokenizer's own first and last."""
+    inputs = ready.tokenizer(text, return_tensors="pt", add_special_tokens=special)
+    device = cast(Any, ready.model).device
+    return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+@torch.no_grad()
+def classify(ready: Ready, inputs: dict[str, torch.Tensor]) -> str:
+    """The class that a classifier finds."""
     model = cast(Any, ready.model)
-    tokenizer = ready.tokenizer
-    asked = text if raw else ready.framing.prompt(text, tokenizer)
-    inputs = tokenizer(asked, return_tensors="pt", add_special_tokens=raw or ready.framing.style != "chat")
-    inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
-    if _classifies(ready.model):
-        return str(model.config.id2label[int(model(**inputs).logits.argmax())])
+    return str(model.config.id2label[int(model(**inputs).logits.argmax())])
+
+
+@torch.no_grad()
+def say(
+    ready: Ready, inputs: dict[str, torch.Tensor], *, max_new_tokens: int, temperature: float, seed: int, **more: Any
+) -> str:
+    """What the model goes on with; `more` is for transformers' `generate` (a streamer, a rule that stops it)."""
+    model = cast(Any, ready.model)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
     out = model.generate(
         **inputs,
         **sampling,
         max_new_tokens=max_new_tokens,
-        pad_token_id=pad_token(tokenizer),
-        eos_token_id=_ends(model.generation_config.eos_token_id, tokenizer),
+        pad_token_id=pad_token(ready.tokenizer),
+        eos_token_id=_ends(model.generation_config.eos_token_id, ready.tokenizer),
+        **more,
     )
     start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    return cast(str, tokenizer.decode(out[0, start:], skip_special_tokens=True))
+    return cast(str, ready.tokenizer.decode(out[0, start:], skip_special_tokens=True))
 
 
-def _classifies(model: nn.Module) -> bool:
+def classifies(model: nn.Module) -> bool:
+    """Whether it answers with a class."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return "ForSequenceClassification" in type(base).__name__
 

@@ -59,11 +59,15 @@ def longest(run: RunConfig, config: PreTrainedConfig, tokenizer: PreTrainedToken
     """`max_length`: as told, else the model's positions less those that virtual tokens take, at most 1024."""
     if run.max_length is not None:
         return run.max_length
-    limits = [USUAL_LENGTH, *(value for name in POSITIONS if (value := getattr(config, name, None)))]
-    if tokenizer.model_max_length < 1e6:
-        limits.append(tokenizer.model_max_length)
+    limits = [USUAL_LENGTH, *positions(config, tokenizer)]
     virtual = sum(int(a.options.get("num_virtual_tokens", 0)) for a in run.adapters.values())
     return max(min(limits) - virtual, 2)
+
+
+def positions(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a base and its tokenizer say of the longest text, in tokens; empty where they say nothing."""
+    known = [value for name in POSITIONS if (value := getattr(config, name, None))]
+    return [*known, tokenizer.model_max_length] if tokenizer.model_max_length < 1e6 else known
 
 
 def load_base(

@@ -23,6 +23,8 @@ class Ready:
     model: PeftModel | nn.Module
     tokenizer: PreTrainedTokenizerBase
     framing: Framing
+    trained: bool = False
+    """Whether the framing is that of a training; otherwise nothing is known of one."""
 
 
 def base_of(adapter: Path) -> str | None:
@@ -53,13 +55,14 @@ def load(model: str | None, adapter: Path | None, adapters: str | None = None) -
     told = _provenance(adapter if adapter is not None else Path(name))  # a merged model keeps its adapter's
     # Where nothing is known of its training, a prompt is taken as it is.
     framing = Framing(**told.get("prompt", {"separator": ""}))
+    how: dict[str, Any] = {"tokenizer": tokenizer, "framing": framing, "trained": "prompt" in told}
     if adapter is None:
-        return Ready(model=load_base(name, task, tokenizer).eval(), tokenizer=tokenizer, framing=framing)
+        return Ready(model=load_base(name, task, tokenizer).eval(), **how)
     base = load_base(name, task, tokenizer, classes=told.get("data", {}).get("classes", ()))
     view = PeftModel.from_pretrained(base, adapter)
     if adapters is not None:
         view.set_adapter(adapters)
-    return Ready(model=view.eval(), tokenizer=tokenizer, framing=framing)
+    return Ready(model=view.eval(), **how)
 
 
 def _task_of(adapter: Path) -> Task | None:
