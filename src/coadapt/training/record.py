@@ -3,7 +3,6 @@
 import json
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -11,11 +10,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from coadapt.training import memory
 
 FINAL = "train_runtime"
 """A key of the summary that Trainer logs after the last step."""
@@ -169,22 +169,15 @@ class Live(TrainerCallback):
         seconds = max(time.monotonic() - self.clock, 1e-9)
         speed = (state.num_input_tokens_seen - self.tokens) / seconds
         left = seconds / max(state.global_step - self.steps, 1) * (state.max_steps - state.global_step)
-        several = [f"{k.split('/')[1]} {v:.1e}" for k, v in logs.items() if k.startswith("learning_rate/")]
-        rates = ", ".join(several) or f"{logs['learning_rate']:.1e}"
-        parts = [f"loss {logs['loss']:.4f}", f"rate {rates}", f"{speed:,.0f} tokens/s", f"peak {peak_memory()}"]
+        each = {k.split("/")[1]: f"{v:.1e}" for k, v in logs.items() if k.startswith("learning_rate/")}
+        rates = ", ".join(f"{k} {v}" for k, v in each.items()) if len(each) > 1 else f"{logs['learning_rate']:.1e}"
+        parts = [
+            f"loss {logs['loss']:.4f}",
+            f"rate {rates}",
+            f"{speed:,.0f} tokens/s",
+            f"peak {memory.size(memory.peak())}",
+        ]
         return " · ".join([*parts, f"{duration(left)} left"])
-
-
-def peak_memory() -> str:
-    """The most memory that was in use so far: the GPU's, or the process's where there is none."""
-    if torch.cuda.is_available() and (used := torch.cuda.max_memory_allocated()):
-        return f"{used / 2**30:.2f} GiB"
-    if sys.platform == "win32":
-        return "?"
-    import resource
-
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"{used / 2**30:.2f} GiB"
 
 
 def duration(seconds: float) -> str:
