@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import psutil
 import torch
@@ -98,8 +99,7 @@ def _states(optimizer: Optimizer) -> int | None:
         for group in optimizer.param_groups
     ]
     try:
-        kind: Callable[..., Optimizer] = type(optimizer)
-        twin = kind(groups)
+        twin = cast(Callable[..., Optimizer], type(optimizer))(groups)
         for parameter in (p for group in twin.param_groups for p in group["params"]):
             parameter.grad = torch.empty_like(parameter)
         twin.step()

@@ -38,8 +38,9 @@ from coadapt.training.assemble import (
 from coadapt.training.memory import Forecast, size
 from coadapt.training.memory import total as device_memory
 from coadapt.training.monitor import Stillness, teller
+from coadapt.training.panel import screen
 from coadapt.training.picture import draw_loss
-from coadapt.training.record import Interrupt, Live, MetricsLog, Watch, read_log
+from coadapt.training.record import Interrupt, MetricsLog, Watch, read_log
 from coadapt.training.settings import RunConfig, Task
 from coadapt.training.trainer import AdapterTrainer
 
@@ -79,14 +80,16 @@ def train(run: RunConfig, console: Console) -> Outcome:
     if checkpoint is None:
         folder.clear(out)
     folder.write_run(out, run)
-    live, log = Live(console), out / folder.METRICS
+    log = out / folder.METRICS
+    stillness = Stillness(view, teller(console, log))
     with Interrupt() as interrupt:
-        for callback in (Watch(), MetricsLog(log), Stillness(view, teller(console, log)), live, interrupt):
+        shown = screen(console, stillness, interrupt)
+        for callback in (Watch(), MetricsLog(log), stillness, shown, interrupt):
             trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
-            live.stop()
+            shown.stop()
     return _finish(run, trainer, view, tokenizer, found, made, out, interrupt.asked)
 
 
