@@ -155,7 +155,7 @@ def teller(console: Console, file: Path) -> Callable[[int, str], None]:
     """Says a warning on `console`, and as a line of the log in `file`."""
 
     def tell(step: int, message: str) -> None:
-        console.print(Text(f"warning: {message}", "yellow"), soft_wrap=True)
+        console.print(Text(f"warning: {message}", "yellow"), soft_wrap=not console.is_terminal)
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, "warning": message}) + "\n")
 

@@ -168,7 +168,9 @@ class Panel(Screen):
         doing = f"step {self.step:,} of {self.last:,} · epoch {self.epoch:.2f} · {self._doing()}"
         title = Text(doing, "not dim bold", overflow="ellipsis", no_wrap=True)
         parts = [line, "", self._facts(inner), *(["", self._adapters(inner)] if self.figures else [])]
-        return Box(Group(*parts), title=title, title_align="left", box=ROUNDED, width=width, border_style="dim")
+        box = Box(Group(*parts), title=title, title_align="left", box=ROUNDED, width=width, border_style="dim")
+        # The cursor waits on a line of its own, where the `^C` that a terminal writes breaks nothing.
+        return box if self.ended else Group(box, "")
 
     def _doing(self) -> str:
         asked = self.interrupt.asked and self.phase in ("training", "evaluating")
