@@ -52,7 +52,9 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(base: str, rows: str, 
     held_out = [line["eval/loss"] for line in log if "eval/loss" in line]
     assert done.held_out_loss == held_out[-1] < 0.96 * held_out[0]
     assert [line["step"] for line in log if "train/loss" in line] == [1, 2, 3, 4, 6]
-    assert {"train/loss", "train/learning_rate", "train/grad_norm"} <= set(log[1])
+    norms = {f"train/{figure}/default" for figure in ("grad_norm", "update_norm", "update_ratio", "learning_rate")}
+    assert {"train/loss", "train/learning_rate", "train/peak_memory_gib", *norms} <= set(log[1])
+    assert all(norms <= set(line) for line in log if "train/loss" in line)
     assert yaml.safe_load((out / "run.yaml").read_text())["adapters"]["default"]["r"] == 4
     told = json.loads((out / "provenance.json").read_text())
     assert told["versions"]["torch"] == torch.__version__
@@ -111,7 +113,8 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     assert len(one) > 4
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
-    figures = ("step", "train/loss", "eval/loss", "train/grad_norm/lora", "train/learning_rate/prompt")
+    figures = ("step", "train/loss", "eval/loss", "train/grad_norm/lora", "train/learning_rate/prompt", "warning")
+    figures += ("train/update_norm/lora", "train/update_ratio/prompt")
     logs = [
         [{k: line[k] for k in figures if k in line} for line in read_log(o / "metrics.jsonl")] for o in (whole, broken)
     ]
@@ -155,6 +158,18 @@ def test_results_are_not_overwritten_unasked_and_only_ours_are_replaced(base: st
     there = {p.name for p in out.iterdir()}
     assert {"mine.txt", "adapter_config.json"} <= there
     assert not {"prompt", "lora"} & there
+
+
+def test_an_adapter_that_stands_still_is_told_of_on_the_screen_and_in_the_log(base: str, rows: str, out: Path) -> None:
+    text = io.StringIO()
+    adapters = {"moves": {"method": "lora"}, "stays": {"method": "prompt", "learning_rate": 1e-14}}
+    settings = {"max_steps": 4, "logging_steps": 1, "use_cpu": True, "warmup_steps": 0}
+    run = RunConfig(model=base, data=rows, output_dir=str(out), adapters=adapters, **settings)
+    train(run, Console(file=text, width=100))
+    [told] = [line for line in read_log(out / "metrics.jsonl") if "warning" in line]
+    assert told["step"] == 3
+    assert "'stays' stands still" in told["warning"]
+    assert text.getvalue().count(f"warning: {told['warning']}") == 1
 
 
 def test_a_resume_with_other_settings_is_refused(base: str, rows: str, out: Path) -> None:

@@ -89,7 +89,7 @@ def test_clipping_one_adapter_leaves_the_other_s_gradient_whole(out: Path) -> No
     assert spy.gradients[0]["slow"] > 1e-3
     assert moved["slow"] == pytest.approx(1e-4, rel=1e-2)
     assert moved["fast"] == pytest.approx(spy.gradients[0]["fast"], rel=1e-4)
-    assert trainer.last["slow"]["grad_norm"] == pytest.approx(spy.gradients[0]["slow"], rel=1e-5)
+    assert trainer.monitor.figures["slow"]["grad_norm"] == pytest.approx(spy.gradients[0]["slow"], rel=1e-5)
 
 
 def test_decay_is_of_the_adapter_that_asks_for_it(out: Path) -> None:

@@ -1,20 +1,14 @@
-"""What a run leaves behind while it goes: the log, the live line, and a checkpoint where it is interrupted."""
+"""What a run leaves behind while it goes: the log, and a checkpoint where it is interrupted."""
 
 import json
 import math
 import signal
-import sys
 import threading
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 FINAL = "train_runtime"
@@ -112,83 +106,3 @@ class Interrupt(TrainerCallback):
         if self.asked:
             # The epoch did not end, training did. An evaluation now would draw random numbers before a second save.
             control.should_save = control.should_evaluate = False
-
-
-class Live(TrainerCallback):
-    """One line that moves on a terminal; one line for each log entry elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.progress: Progress | None = None
-        self.clock, self.tokens, self.steps = 0.0, 0, 0
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._restart(state)
-        if self.console.is_terminal:
-            columns = (
-                BarColumn(bar_width=16),
-                TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.description}"),
-            )
-            progress = self.progress = Progress(*columns, console=self.console, transient=True)
-            self.task = progress.add_task("…", total=state.max_steps, completed=state.global_step)
-            progress.start()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.progress is not None:
-            self.progress.update(self.task, completed=state.global_step)
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
-        if "loss" in logs:
-            line = self._line(state, logs)
-            if self.progress is not None:
-                self.progress.update(self.task, description=line)
-            else:
-                self.console.print(Text(f"step {state.global_step}/{state.max_steps} · {line}"), soft_wrap=True)
-        elif "eval_loss" in logs:
-            figures = [f"held-out loss {logs['eval_loss']:.4f}"]
-            figures += [f"accuracy {logs['eval_accuracy']:.1%}"] if "eval_accuracy" in logs else []
-            self.console.print(Text(f"step {state.global_step}/{state.max_steps} · {' · '.join(figures)}", "bold"))
-        self._restart(state)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Takes the moving line away."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
-
-    def _restart(self, state: TrainerState) -> None:
-        self.clock, self.tokens, self.steps = time.monotonic(), state.num_input_tokens_seen, state.global_step
-
-    def _line(self, state: TrainerState, logs: Mapping[str, Any]) -> str:
-        seconds = max(time.monotonic() - self.clock, 1e-9)
-        speed = (state.num_input_tokens_seen - self.tokens) / seconds
-        left = seconds / max(state.global_step - self.steps, 1) * (state.max_steps - state.global_step)
-        several = [f"{k.split('/')[1]} {v:.1e}" for k, v in logs.items() if k.startswith("learning_rate/")]
-        rates = ", ".join(several) or f"{logs['learning_rate']:.1e}"
-        parts = [f"loss {logs['loss']:.4f}", f"rate {rates}", f"{speed:,.0f} tokens/s", f"peak {peak_memory()}"]
-        return " · ".join([*parts, f"{duration(left)} left"])
-
-
-def peak_memory() -> str:
-    """The most memory that was in use so far: the GPU's, or the process's where there is none."""
-    if torch.cuda.is_available() and (used := torch.cuda.max_memory_allocated()):
-        return f"{used / 2**30:.2f} GiB"
-    if sys.platform == "win32":
-        return "?"
-    import resource
-
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f"{used / 2**30:.2f} GiB"
-
-
-def duration(seconds: float) -> str:
-    """`75` as `1:15`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

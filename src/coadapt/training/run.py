@@ -35,8 +35,12 @@ from coadapt.training.assemble import (
     seed_everything,
     task_of_model,
 )
+from coadapt.training.memory import Forecast, size
+from coadapt.training.memory import total as device_memory
+from coadapt.training.monitor import Stillness, teller
+from coadapt.training.panel import screen
 from coadapt.training.picture import draw_loss
-from coadapt.training.record import Interrupt, Live, MetricsLog, Watch, read_log
+from coadapt.training.record import Interrupt, MetricsLog, Watch, read_log
 from coadapt.training.settings import RunConfig, Task
 from coadapt.training.trainer import AdapterTrainer
 
@@ -71,19 +75,21 @@ def train(run: RunConfig, console: Console) -> Outcome:
     base = load_base(run.model, task, tokenizer, dtype=run.dtype, revision=run.revision, classes=found.classes)
     run = run.model_copy(update={"task": task, "output_dir": str(out), "max_length": made.max_length})
     view = attach(base, configs, run.composition)
-    console.print(settings_table(run, view), "")
+    trainer = _trainer(run, view, made, tokenizer, out, resuming=checkpoint is not None)
+    console.print(settings_table(run, view, trainer.forecast()), "")
     if checkpoint is None:
         folder.clear(out)
     folder.write_run(out, run)
-    trainer = _trainer(run, view, made, tokenizer, out, resuming=checkpoint is not None)
-    live = Live(console)
+    log = out / folder.METRICS
+    stillness = Stillness(view, teller(console, log))
     with Interrupt() as interrupt:
-        for callback in (Watch(), MetricsLog(out / folder.METRICS), live, interrupt):
+        shown = screen(console, stillness, interrupt)
+        for callback in (Watch(), MetricsLog(log), stillness, shown, interrupt):
             trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
-            live.stop()
+            shown.stop()
     return _finish(run, trainer, view, tokenizer, found, made, out, interrupt.asked)
 
 
@@ -169,8 +175,8 @@ def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(np.equal(prediction.predictions, prediction.label_ids)))}
 
 
-def settings_table(run: RunConfig, view: PeftModel) -> Table:
-    """Every setting of the run, those that were left at their default dimmed, and what trains."""
+def settings_table(run: RunConfig, view: PeftModel, needed: Forecast) -> Table:
+    """Every setting of the run, those that were left at their default dimmed, what trains, and what memory it needs."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -185,6 +191,7 @@ def settings_table(run: RunConfig, view: PeftModel) -> Table:
     table.add_row(Text("defaults", "dim"), Text(rest, "dim"))
     trained, total = view.get_nb_trainable_parameters()
     table.add_row("trainable", f"{trained:,} of {total:,} parameters ({trained / total:.2%})")
+    table.add_row("memory", Text(f"{needed}; the device has {size(device_memory())}"))
     return table
 
 

@@ -11,6 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, get_scheduler
 
 from coadapt.model import PeftModel
+from coadapt.training import memory
+from coadapt.training.monitor import Monitor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,26 +52,44 @@ class AdapterTrainer(Trainer):
             )
         self.view = model
         self.rates = dict(rates)
-        self.last: dict[str, dict[str, float]] = {}
-        """Adapter -> its rate and its gradient norm before clipping, at the last step."""
+        self.monitor = Monitor()
+        self._measured = -1
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """One group for each adapter; its gradients are clipped right before the optimiser's step."""
         if self.optimizer is None:
-            groups = self.view.param_groups({name: rates.group() for name, rates in self.rates.items()})
-            silent = [g["name"] for g in groups if g["name"] not in self.rates]
-            if silent:
-                raise ValueError(f"No rate is given for {', '.join(silent)}; rates has {', '.join(self.rates)}.")
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, model or self.model))
-            self.optimizer = kind(groups, **options)
-            self.optimizer.register_step_pre_hook(self._clip)
+            self.optimizer = self._new_optimizer(model)
+            self.optimizer.register_step_pre_hook(self._before_step)
+            self.optimizer.register_step_post_hook(self._after_step)
         return self.optimizer
 
-    def _clip(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for group in optimizer.param_groups:
-            longest = group["max_grad_norm"] or float("inf")
-            norm = nn.utils.clip_grad_norm_(group["params"], longest)
-            self.last[group["name"]] = {"learning_rate": group["lr"], "grad_norm": float(norm)}
+    def forecast(self) -> memory.Forecast:
+        """The memory that the run will hold from its first step to its last."""
+        return memory.forecast(self.view.get_base_model(), _own(self.view), self._new_optimizer())
+
+    def _new_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        groups = self.view.param_groups({name: rates.group() for name, rates in self.rates.items()})
+        silent = [g["name"] for g in groups if g["name"] not in self.rates]
+        if silent:
+            raise ValueError(f"No rate is given for {', '.join(silent)}; rates has {', '.join(self.rates)}.")
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, model or self.model))
+        return kind(groups, **options)
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.monitor.before_step(optimizer.param_groups, measure=self._will_log())
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.monitor.after_step(optimizer.param_groups)
+        self._measured = self.state.global_step + 1
+
+    def _will_log(self) -> bool:
+        """Whether the step that is about to be made is logged: at intervals, at the ends of epochs, at both ends."""
+        step, state, args = self.state.global_step + 1, self.state, self.args
+        kinds = ((args.logging_strategy, state.logging_steps), (args.eval_strategy, state.eval_steps))
+        kinds += ((args.save_strategy, state.save_steps),)
+        at_interval = any(kind == "steps" and step % every == 0 for kind, every in kinds)
+        at_epoch = any(kind == "epoch" for kind, _ in kinds) and self.accelerator.gradient_state.end_of_dataloader
+        return at_interval or at_epoch or step in (1, state.max_steps)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """The usual schedule, with the warm-up of each group."""
@@ -90,7 +110,14 @@ class AdapterTrainer(Trainer):
         return schedule.lr_lambdas[0]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the rate and the gradient norm of each adapter, where there are several."""
-        if "loss" in logs and len(self.last) > 1:
-            logs |= {f"{figure}/{name}": value for name, last in self.last.items() for figure, value in last.items()}
+        """Adds the figures of each adapter (rate, norms of gradient and update) and the peak of memory."""
+        if "loss" in logs:
+            # A step that was skipped (fp16, gradients that are not finite) has no figures.
+            figures = self.monitor.logs() if self._measured == self.state.global_step else {}
+            logs |= {**figures, "peak_memory_gib": memory.peak() / memory.GIB}
         super().log(logs, start_time)
+
+
+def _own(view: PeftModel) -> list[nn.Parameter]:
+    """The parameters that the view adds to its base."""
+    return [*view.adapters.parameters(), *view.gates.parameters()]
