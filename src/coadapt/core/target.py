@@ -2,11 +2,12 @@
 
 import inspect
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import TargetedConfig, did_you_mean, nearest
 from .layer import LINEAR, kind_of
@@ -102,6 +103,8 @@ def modules(config: TargetedConfig, base: nn.Module, usual: Sequence[str]) -> li
                 )
         case "all-linear":
             paths = [n for n, _ in linears(base) if not _is_head(base, n)]
+            if left := [mixture for mixture in mixtures(base) if mixture.raw]:
+                warnings.warn(_left_out(config, paths, left), stacklevel=2)
         case str():
             paths = [n for n in every if re.fullmatch(wanted, n)]
             if not paths:
@@ -118,6 +121,15 @@ def modules(config: TargetedConfig, base: nn.Module, usual: Sequence[str]) -> li
     if both := sorted({p for p in paths for name in config.modules_to_save or () if suffix_match(p, name)}):
         raise ValueError(f"{_who(config)}: {both} are in target_modules and in modules_to_save; choose one.")
     return [(p, every[p]) for p in paths]
+
+
+def _left_out(config: TargetedConfig, paths: Sequence[str], mixed: Sequence["Mixture"]) -> str:
+    ends = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    return (
+        f"{_who(config)}: target_modules='all-linear' found {len(paths)} layers ({ends}). The experts of {len(mixed)} "
+        f"mixtures are not among them: {mixed[0].experts!r} holds {' and '.join(mixed[0].raw)} as parameters, not as "
+        "layers. Name target_modules to say that this is meant."
+    )
 
 
 def _by_names(config: TargetedConfig, names: Sequence[str], every: dict[str, nn.Module], base: nn.Module) -> list[str]:
@@ -202,7 +214,7 @@ class Block:
     attention: tuple[tuple[str, nn.Module], ...]
     """The projection that ends each attention of the block (self-attention, then cross-attention)."""
     feed_forward: tuple[tuple[str, nn.Module], tuple[str, nn.Module]] | None
-    """The first and the last linear layer of the feed-forward part."""
+    """The first and the last linear layer of the feed-forward part; twice the whole module for a mixture of experts."""
 
 
 def blocks(base: nn.Module) -> list[Block]:
@@ -226,8 +238,59 @@ def _block(path: str, module: nn.Module) -> Block | None:
     inside = [(f"{path}.{n}", m) for n, m in module.named_modules() if _is_linear(m)]
     ends = tuple([(p, m) for p, m in inside if p.startswith(f"{path}.{root}.")][-1] for root in roots)
     rest = [(p, m) for p, m in inside if not any(p.startswith(f"{path}.{root}.") for root in roots)]
-    many = any(re.search(r"experts?\.\d", p) for p, _ in rest)
-    return Block(path, ends, (rest[0], rest[-1]) if len(rest) > 1 and not many else None)
+    mixed = [(f"{path}.{m.path}", m.module) for m in mixtures(module) if m.path]
+    beside = [p for p, _ in rest if not any(p.startswith(f"{whole}.") for whole, _ in mixed)]
+    if mixed:
+        return Block(path, ends, (mixed[0], mixed[0]) if len(mixed) == 1 and not beside else None)
+    return Block(path, ends, (rest[0], rest[-1]) if len(rest) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts: the module that sends each token to some of them."""
+
+    path: str
+    module: nn.Module
+    experts: str
+    """The path of the module that holds them."""
+    router: str
+    """The path of the module whose weight, (E, D), scores E experts."""
+    raw: tuple[str, ...]
+    """Names of their parameters, (E, ...) each, where they are no layers."""
+    width: int
+    """D of what goes in and comes out."""
+
+
+def mixtures(base: nn.Module) -> list[Mixture]:
+    """Every mixture of experts, found by a router with a row for each of its experts."""
+    every = dict(base.named_modules())
+    found: list[Mixture] = []
+    for path, module in every.items():
+        count, raw = _experts(path, module)
+        parent = path
+        while count and parent:
+            parent = parent.rpartition(".")[0]
+            routers = [
+                (n, m.weight.shape[1])
+                for n, m in every[parent].named_modules(prefix=parent)
+                if isinstance(weight := getattr(m, "weight", None), Tensor) and weight.shape[0] == count
+                and weight.dim() == 2 and not n.startswith(f"{path}.")
+            ]  # fmt: skip
+            if routers:
+                found.append(Mixture(parent, every[parent], path, routers[0][0], raw, routers[0][1]))
+                break
+    return found
+
+
+def _experts(path: str, module: nn.Module) -> tuple[int, tuple[str, ...]]:
+    """How many experts a module holds (0: it holds none), and its parameters where these are no modules."""
+    if isinstance(module, nn.ModuleList):
+        many = re.fullmatch(r"(.*\.)?experts?", path) and all(any(map(_is_linear, m.modules())) for m in module)
+        return (len(module) if many else 0), ()
+    if kind_of(module) is not None:
+        return 0, ()
+    raw = {n: len(p) for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and len(p) > 1}
+    return (next(iter(raw.values())), tuple(raw)) if len(set(raw.values())) == 1 else (0, ())
 
 
 def query_and_value(base: nn.Module) -> list[str]:
