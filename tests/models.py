@@ -262,14 +262,14 @@ def logits(model: Any, tokens: Tensor | None = None, **options: Any) -> Tensor:
     """
     tokens = ids() if tokens is None else tokens
     if "pixel_values" in inspect.signature(model.forward).parameters:
-        out = model(pixel_values=picture(tokens), **options)
+        out = model(pixel_values=picture(tokens).to(next(model.parameters()).dtype), **options)
         return out if isinstance(out, Tensor) else out.logits
     if not hasattr(model, "config"):
         return model(tokens, **options)
     if model.config.is_encoder_decoder:
         options = {"decoder_input_ids": tokens[:, :5], **options}
     if "input_features" in inspect.signature(model.forward).parameters:
-        return model(input_features=sound(tokens), **options).logits
+        return model(input_features=sound(tokens).to(next(model.parameters()).dtype), **options).logits
     return model(input_ids=tokens, **options).logits
 
 

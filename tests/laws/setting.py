@@ -19,7 +19,7 @@ MAKE = {**MODELS, **FAMILIES, "plain": plain, "conv": conv}
 VIRTUAL = ("prompt", "prefix")
 """Methods of these cases need a transformers model."""
 
-_WITHOUT_BIAS: dict[str, list[str]] = {
+WITHOUT_BIAS: dict[str, list[str]] = {
     **{model: ["q_proj", "down_proj"] for model in ("llama", "gemma2", "gemma3", "qwen3")},
     "mixtral": ["q_proj", "o_proj"],
     "t5": ["q", "wo"],
@@ -37,7 +37,7 @@ few = settings(max_examples=12, deadline=None, derandomize=True)
 
 def fits(case: str, model: str) -> bool:
     """Whether a method has a place in a model (BLOOM's attention takes no prefix; a plain module has no input)."""
-    if case == "lora-bias" and model in _WITHOUT_BIAS:
+    if case == "lora-bias" and model in WITHOUT_BIAS:
         return False  # there is no bias
     if case == "lora-all-linear" and model == "mixtral":
         return False  # says in a warning what it leaves out: tests/models/…
@@ -49,8 +49,8 @@ def fits(case: str, model: str) -> bool:
 def config_of(case: str, model: str) -> PeftConfig:
     """The case's configuration, with targets where the model is none of transformers'."""
     config = EVERY[case]
-    if case == "bitfit" and model in _WITHOUT_BIAS:
-        return replace(config, target_modules=_WITHOUT_BIAS[model])
+    if case == "bitfit" and model in WITHOUT_BIAS:
+        return replace(config, target_modules=WITHOUT_BIAS[model])
     if model in _ENDS and isinstance(config, TargetedConfig) and config.target_modules is None:
         return replace(config, target_modules=_ENDS[model][isinstance(config, BottleneckConfig)])
     return config
@@ -65,6 +65,11 @@ def pairs(turn: int, cases: Iterable[str] = tuple(EVERY), models: Sequence[str] 
             chosen = j == (i + turn) % len(able)
             out.append(pytest.param(case, model, marks=() if chosen else pytest.mark.full))
     return pytest.mark.parametrize(("case", "model"), out)
+
+
+def rest(*models: str) -> list[Any]:
+    """Further models for a law, in the full run only."""
+    return [pytest.param(model, marks=pytest.mark.full) for model in models]
 
 
 def attach(base: nn.Module, model: str, *cases: str, by: float = 0.1) -> PeftModel:
@@ -134,6 +139,6 @@ def recompute(model: Any, reentrant: bool) -> None:
 
 
 __all__ = [
-    "EVERY", "MAKE", "attach", "close", "config_of", "far", "few", "fits", "gradients", "ids", "logits", "loss",
-    "pairs", "recompute", "same_gradients", "stir", "view_on",
+    "EVERY", "MAKE", "WITHOUT_BIAS", "attach", "close", "config_of", "far", "few", "fits", "gradients", "ids", "logits",
+    "loss", "pairs", "recompute", "rest", "same_gradients", "stir", "view_on",
 ]  # fmt: skip

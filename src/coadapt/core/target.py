@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from ..config import TargetedConfig, did_you_mean, nearest
 from .layer import LINEAR, kind_of
 
-_QUERY_OR_VALUE = frozenset({"q_proj", "q", "query", "q_lin", "v_proj", "v", "value", "v_lin"})
-_FUSED = frozenset({"c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "W_pack", "in_proj"})
+PROJECTIONS = {
+    "query": ("q_proj", "q", "query", "q_lin"),
+    "key": ("k_proj", "k", "key", "k_lin"),
+    "value": ("v_proj", "v", "value", "v_lin"),
+    "fused": ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "W_pack", "in_proj"),
+}
+"""What models call the layers that make queries, keys and values, or all three at once."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,8 @@ def modules(config: TargetedConfig, base: nn.Module, usual: Sequence[str]) -> li
                     f"{_who(config)} found no usual place in {type(base).__name__}; name target_modules. {_some(base)}"
                 )
         case "all-linear":
-            paths = [n for n, _ in linears(base) if not _is_head(base, n)]
+            top = heads(base)
+            paths = [n for n, _ in linears(base) if n not in top]
             if left := [mixture for mixture in mixtures(base) if mixture.raw]:
                 warnings.warn(_left_out(config, paths, left), stacklevel=2)
         case str():
@@ -181,10 +187,10 @@ def _some(base: nn.Module) -> str:
     return f"Linear layers of this {type(base).__name__}: {', '.join(ends) or 'none'}."
 
 
-def _is_head(base: Any, path: str) -> bool:
+def heads(base: Any) -> list[str]:
     """The output head, or the classifier that a task has put on top: never part of "all-linear"."""
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    return base.get_submodule(path) is head or path in HEADS
+    return [p for p, m in base.named_modules() if (m is head and head is not None) or p in HEADS]
 
 
 HEADS = ("classifier", "score", "qa_outputs")
@@ -296,8 +302,8 @@ def _experts(path: str, module: nn.Module) -> tuple[int, tuple[str, ...]]:
 def query_and_value(base: nn.Module) -> list[str]:
     """The projections that make queries and values, or the one that makes them all, of every attention module."""
     named = [(p, p.rpartition(".")[2]) for p, _ in linears(base)]
-    split = [p for p, end in named if end in _QUERY_OR_VALUE]
-    return split or [p for p, end in named if end in _FUSED]
+    split = [p for p, end in named if end in (*PROJECTIONS["query"], *PROJECTIONS["value"])]
+    return split or [p for p, end in named if end in PROJECTIONS["fused"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +352,7 @@ def _attention(base: Any, path: str, module: Any) -> Attention | None:
     if heads is None:
         return None
     dim = dim or config.hidden_size // heads
-    keys = next((getattr(module, n) for n in ("k_proj", "k", "key", "k_lin") if hasattr(module, n)), None)
+    keys = next((getattr(module, n) for n in PROJECTIONS["key"] if hasattr(module, n)), None)
     if keys is not None and hasattr(keys, "out_features"):
         kv = keys.out_features // dim
     else:
