@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from coadapt import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
-from laws.setting import MAKE, close, config_of, far, few, ids, logits, pairs, rest, stir, view_on
+from laws.setting import MAKE, close, config_of, far, few, fits, ids, logits, pairs, rest, stir, view_on
 
 ROWS = ["a", "b", None, "a + 0.5*b", "b >> a", "2*a"]
 
@@ -20,7 +20,8 @@ def alone(view: PeftModel, tokens: torch.Tensor, node: Any) -> torch.Tensor:
 
 @pairs(5)
 def test_a_row_of_a_mixed_batch_equals_it_alone(case: str, model: str) -> None:
-    view = view_on(model, case, "lora" if model == "plain" or case != "lora" else "prompt", by=0.3)
+    other = next(c for c in ("lora", "prompt", "bottleneck") if c != case and fits(c, model))
+    view = view_on(model, case, other, by=0.3)
     tokens = ids(len(ROWS))
     mixed = logits(view, tokens, adapter_names=ROWS)
     for row, node, expected in zip(mixed, ROWS, tokens, strict=True):

@@ -41,7 +41,7 @@ def roles(base: nn.Module) -> list[Role]:
         if (role := named.get(path) or _role_of(path, module)) is not None:
             found.setdefault(role, []).append(path)
     out = [Role(name, tuple(paths), _note(base, name, paths)) for name, paths in found.items()]
-    return sorted(out, key=lambda r: _ORDER.index(r.name)) + [*_prefix_sites(base), *_inputs(base)]
+    return [*sorted(out, key=lambda r: _ORDER.index(r.name)), *_prefix_sites(base), *_inputs(base)]
 
 
 _ORDER = (
@@ -125,7 +125,7 @@ def _inputs(base: Any) -> list[Role]:
     except ValueError:
         return []
     out = [Role(f"input: {b.role}", (b.path,), f"tokens, {b.width} wide") for b in found]
-    return [Role(f"input: {role}", (), f"no tokens: a {cls} makes it") for role, cls in others.items()] + out
+    return [*(Role(f"input: {role}", (), f"no tokens: a {cls} makes it") for role, cls in others.items()), *out]
 
 
 def fits(base: nn.Module) -> list[Fit]:

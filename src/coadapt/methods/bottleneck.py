@@ -86,9 +86,9 @@ class Bottleneck(ModuleMethod):
         if config.target_modules is not None:
             return [Place(path, module) for path, module in target.modules(config, base, ())]
         blocks = target.blocks(base)
-        if any(block.feed_forward is None for block in blocks):
+        if without := [block.path for block in blocks if block.feed_forward is None]:
             raise ValueError(
-                f"BottleneckConfig: the feed-forward part of {blocks[0].path!r} is not one; name target_modules."
+                f"BottleneckConfig: the feed-forward part of {without[0]!r} is not one; name target_modules."
             )
         ends = [block.feed_forward for block in blocks if block.feed_forward]
         paths = [last[0] for _, last in ends]
