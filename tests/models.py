@@ -1,21 +1,40 @@
 """Small random models of every family that must work. All weights are made here; nothing is downloaded."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     BloomConfig,
     BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 VOCABULARY = 64
@@ -70,6 +89,92 @@ def bert(**options: Any) -> BertForSequenceClassification:
     return _made(BertForSequenceClassification, BertConfig(**{"vocab_size": VOCABULARY, **sizes, **quiet, **options}))
 
 
+def opt(**options: Any) -> OPTForCausalLM:
+    """Learned positions counted from 2 and read off the mask, biases, an input as wide as the layers."""
+    sizes = {"hidden_size": 32, "ffn_dim": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "dropout": 0.0}
+    wide = {"word_embed_proj_dim": 32, "max_position_embeddings": 128}
+    return _made(OPTForCausalLM, OPTConfig(**{"vocab_size": VOCABULARY, **sizes, **wide, **_TOKENS, **options}))
+
+
+def bart(**options: Any) -> BartForConditionalGeneration:
+    """Encoder-decoder, learned positions, biases, embeddings with a scale, layers that end in a norm."""
+    one = {"layers": 2, "attention_heads": 4, "ffn_dim": 40}
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in one.items()}
+    own = {"d_model": 32, "dropout": 0.0, "max_position_embeddings": 128, "scale_embedding": True, "init_std": 0.1}
+    tokens = {**_TOKENS, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+    return _made(
+        BartForConditionalGeneration, BartConfig(**{"vocab_size": VOCABULARY, **sizes, **own, **tokens, **options})
+    )
+
+
+def whisper(**options: Any) -> WhisperForConditionalGeneration:
+    """An encoder of audio features behind two convolutions, and a decoder of tokens; keys have no bias."""
+    one = {"layers": 2, "attention_heads": 4, "ffn_dim": 40}
+    sizes = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in one.items()}
+    own = {"d_model": 32, "num_mel_bins": 6, "max_source_positions": 8, "max_target_positions": 128, "dropout": 0.0}
+    tokens = {**_TOKENS, "decoder_start_token_id": 1, "begin_suppress_tokens": None}
+    return _made(
+        WhisperForConditionalGeneration,
+        WhisperConfig(**{"vocab_size": VOCABULARY, **sizes, **own, **tokens, **options}),
+    )
+
+
+def vit(**options: Any) -> ViTForImageClassification:
+    """Images: patches by a convolution, a class token, an encoder, a classifier."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+    image = {"image_size": 8, "patch_size": 4, "num_labels": 3}
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return _made(ViTForImageClassification, ViTConfig(**{**sizes, **image, **quiet, **options}))
+
+
+_NARROW = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "max_position_embeddings": 128,
+}
+"""Heads that together are not as wide as the hidden states."""
+
+
+def gemma2(**options: Any) -> Gemma2ForCausalLM:
+    """Soft caps on scores and logits, a sliding window in every other layer, scaled embeddings, norms behind parts."""
+    own = {"query_pre_attn_scalar": 6, "sliding_window": 4, "attn_implementation": "eager"}
+    return _made(Gemma2ForCausalLM, Gemma2Config(**{"vocab_size": VOCABULARY, **_NARROW, **own, **_TOKENS, **options}))
+
+
+def gemma3(**options: Any) -> Gemma3ForCausalLM:
+    """Normed queries and keys, one head of keys and values, a sliding window and rotary positions of its own there."""
+    own = {"query_pre_attn_scalar": 6, "sliding_window": 4, "num_key_value_heads": 1}
+    kinds = {"layer_types": ["sliding_attention", "full_attention"]}
+    return _made(
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(**{"vocab_size": VOCABULARY, **_NARROW, **own, **kinds, **_TOKENS, **options}),
+    )
+
+
+def qwen2(**options: Any) -> Qwen2ForCausalLM:
+    """Biases at queries, keys and values only."""
+    sizes = {k: v for k, v in _NARROW.items() if k != "head_dim"}
+    return _made(Qwen2ForCausalLM, Qwen2Config(**{"vocab_size": VOCABULARY, **sizes, **_TOKENS, **options}))
+
+
+def qwen3(**options: Any) -> Qwen3ForCausalLM:
+    """Normed queries and keys, no biases."""
+    return _made(Qwen3ForCausalLM, Qwen3Config(**{"vocab_size": VOCABULARY, **_NARROW, **_TOKENS, **options}))
+
+
+def mixtral(**options: Any) -> MixtralForCausalLM:
+    """A mixture of experts: their weights are 3-D parameters without layers, and so is the router's matrix."""
+    sizes = {k: v for k, v in _NARROW.items() if k != "head_dim"}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return _made(
+        MixtralForCausalLM, MixtralConfig(**{"vocab_size": VOCABULARY, **sizes, **experts, **_TOKENS, **options})
+    )
+
+
 class Plain(nn.Module):
     """No transformers model: an embedding, a convolution, linear layers, a norm."""
 
@@ -88,9 +193,32 @@ class Plain(nn.Module):
         return self.head(self.norm(h + self.second(torch.relu(self.first(h)))))
 
 
+class Convolutions(nn.Module):
+    """No transformers model, and no layer that is linear but the head: images, statistics of batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 12, 3, stride=2, padding=1)
+        self.hidden = nn.Linear(12, 16)
+        self.head = nn.Linear(16, 5)
+        self.norm.running_mean.uniform_(-0.1, 0.1)  # type: ignore[union-attr]
+        self.norm.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        h = self.second(torch.relu(self.norm(self.first(pixel_values))))
+        return self.head(torch.tanh(self.hidden(torch.tanh(h).flatten(2).mean(-1))))
+
+
 def plain() -> Plain:
     torch.manual_seed(0)
     return Plain().eval().requires_grad_(False)
+
+
+def conv() -> Convolutions:
+    torch.manual_seed(0)
+    return Convolutions().eval().requires_grad_(False)
 
 
 def _made(cls: Any, config: Any) -> Any:
@@ -100,6 +228,11 @@ def _made(cls: Any, config: Any) -> Any:
 
 
 MODELS: dict[str, Callable[..., Any]] = {"llama": llama, "gpt2": gpt2, "bloom": bloom, "t5": t5, "bert": bert}
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "opt": opt, "bart": bart, "whisper": whisper, "vit": vit, "gemma2": gemma2, "gemma3": gemma3, "qwen2": qwen2,
+    "qwen3": qwen3, "mixtral": mixtral,
+}  # fmt: skip
+"""Further families of transformers' models, which the laws hold for as well."""
 
 
 def ids(rows: int = 3, length: int = 7, seed: int = 0) -> Tensor:
@@ -107,13 +240,36 @@ def ids(rows: int = 3, length: int = 7, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def picture(tokens: Tensor) -> Tensor:
+    """(rows, 3, 8, 8) made of a row's tokens, whatever their number."""
+    return _signal(tokens, 3 * 8 * 8).view(-1, 3, 8, 8)
+
+
+def sound(tokens: Tensor) -> Tensor:
+    """(rows, 6, 16): bands of frequencies, made of a row's tokens."""
+    return _signal(tokens, 6 * 16).view(-1, 6, 16)
+
+
+def _signal(tokens: Tensor, size: int) -> Tensor:
+    at = torch.arange(size)
+    return torch.sin(tokens[:, at % tokens.shape[1]] * (1 + at / 7))
+
+
 def logits(model: Any, tokens: Tensor | None = None, **options: Any) -> Tensor:
-    """What a model (or a view) gives for tokens; an encoder-decoder gets the first five as its decoder's input."""
+    """What a model (or a view) gives for tokens, or for images or sounds that are made of them.
+
+    An encoder-decoder gets the first five as its decoder's input.
+    """
     tokens = ids() if tokens is None else tokens
+    if "pixel_values" in inspect.signature(model.forward).parameters:
+        out = model(pixel_values=picture(tokens).to(next(model.parameters()).dtype), **options)
+        return out if isinstance(out, Tensor) else out.logits
     if not hasattr(model, "config"):
         return model(tokens, **options)
     if model.config.is_encoder_decoder:
         options = {"decoder_input_ids": tokens[:, :5], **options}
+    if "input_features" in inspect.signature(model.forward).parameters:
+        return model(input_features=sound(tokens).to(next(model.parameters()).dtype), **options).logits
     return model(input_ids=tokens, **options).logits
 
 

@@ -104,6 +104,10 @@ def test_show_counts_what_there_is(call: Call, base: Path, trained: Path) -> Non
     assert row.split() == ["model.layers.*.self_attn.q_proj", "2", "lora_A", "4x32,", "lora_B", "32x4", "512"]
     _, layers, _ = call("show", "--model", base)
     assert f"LlamaForCausalLM · {total:,} parameters" in layers
+    lines = [line.split() for line in layers.splitlines()]
+    count = sum(1 for name, _ in view.get_base_model().named_modules() if name.endswith("q_proj"))
+    assert ["attention", "query", str(count), "model.layers.0.self_attn.q_proj"] in lines
+    assert ["prompt_tuning", "1", "model"] in lines
 
 
 def test_show_reads_what_a_trainer_wrote(call: Call, trained: Path) -> None:

@@ -40,13 +40,14 @@ def test_base_is_the_base_while_attached(case: str, model: str, tmp_path: Path) 
         assert isinstance(module, cls)
         assert type(module).__name__ == cls.__name__
         assert type(module).__module__ == cls.__module__
-    if model != "plain":
+    if hasattr(base, "save_pretrained"):
         base.save_pretrained(tmp_path)
         assert [f.name for f in tmp_path.iterdir() if "adapter" in f.name] == []
         reloaded, info = type(base).from_pretrained(tmp_path, output_loading_info=True)
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
-        assert set(load_file(tmp_path / "model.safetensors")) <= set(keys)
+        MAKE[model]().save_pretrained(tmp_path / "alone")  # some models write other keys than they have
+        assert set(load_file(tmp_path / "model.safetensors")) == set(load_file(tmp_path / "alone/model.safetensors"))
         close(logits(reloaded.eval().requires_grad_(False)), before)
 
 

@@ -19,7 +19,7 @@ from coadapt import (
     Seq,
     Sum,
 )
-from laws.setting import MAKE, attach, close, far, few, ids, logits, pairs, stir, view_on
+from laws.setting import MAKE, attach, close, far, few, ids, logits, pairs, rest, stir, view_on
 
 GATED = [
     "lora",
@@ -222,7 +222,7 @@ def _text(node: Any) -> str | None:
 # ---- prompts and prefixes --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("model", ["llama", "gpt2", "bloom", "opt", "gemma3", *rest("gemma2", "qwen2", "mixtral")])
 def test_prompts_in_a_seq_are_joined_and_in_a_sum_added(model: str) -> None:
     base = MAKE[model]()
     view = PeftModel(base)
@@ -241,7 +241,7 @@ def test_prompts_in_a_seq_are_joined_and_in_a_sum_added(model: str) -> None:
         logits(view, adapters="p + r")
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("model", ["llama", "gpt2", "opt", *rest("qwen2", "qwen3", "mixtral")])
 def test_prefix_is_what_a_cache_would_hold(model: str) -> None:
     """Keys and values of the prefix as a cache, positions moved by its length: the field's way."""
     from transformers import DynamicCache
@@ -258,7 +258,7 @@ def test_prefix_is_what_a_cache_would_hold(model: str) -> None:
     close(logits(view), expected, 2e-6)
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt2", "t5", "bert"])
+@pytest.mark.parametrize("model", ["llama", "gpt2", "t5", "bert", "gemma2", *rest("opt", "gemma3", "qwen3", "mixtral")])
 def test_a_gate_before_a_joint_prefix_counts_it_that_often(model: str) -> None:
     """log g on its scores: gate 2 is the prefix twice, a half and a half is it once; 0 is its absence."""
     view = PeftModel(MAKE[model]())

@@ -15,7 +15,8 @@ from accelerate.hooks import (
 )
 from torch import nn
 
-from laws.setting import MAKE, attach, close, gradients, logits, loss, pairs, same_gradients
+from laws.setting import MAKE, attach, close, fits, gradients, logits, loss, pairs, rest, same_gradients
+from models import FAMILIES
 
 
 class Count(ModelHook):
@@ -116,10 +117,10 @@ def test_offloaded_weights(case: str, model: str, attach_first: bool) -> None:
 
 
 @pytest.mark.parametrize("attach_first", [True, False])
-@pytest.mark.parametrize("model", ["llama", "gpt2", "bloom", "t5", "bert"])
+@pytest.mark.parametrize("model", ["llama", "gpt2", "bloom", "t5", "bert", *rest(*FAMILIES)])
 def test_dispatched(model: str, attach_first: bool) -> None:
     base = MAKE[model]()
-    kinds = ["lora", "bottleneck", "prompt"] + ([] if model == "bloom" else ["prefix"])
+    kinds = [case for case in ("lora", "bottleneck", "prompt", "prefix") if fits(case, model)]
     view = attach(base, model, *kinds) if attach_first else None
     dispatched: Any = dispatch_model(base, device_map={"": "cpu"}, main_device="cpu", force_hooks=True)
     view = view or attach(dispatched, model, *kinds)

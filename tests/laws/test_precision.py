@@ -21,8 +21,9 @@ def no_worse(
 @HALF
 @pairs(3)
 def test_a_half_base_with_full_adapters(case: str, model: str, dtype: torch.dtype) -> None:
-    base = MAKE[model]().to(dtype)
-    exact = MAKE[model]()
+    every = {"num_experts_per_tok": 4} if model == "mixtral" else {}  # or rounding sends tokens to other experts
+    base = MAKE[model](**every).to(dtype)
+    exact = MAKE[model](**every)
     exact.load_state_dict(base.state_dict())
     half, full = attach(base, model, case, "lora"), attach(exact, model, case, "lora")
     assert {p.dtype for p in half.adapters.parameters()} == {torch.float32}

@@ -8,9 +8,36 @@ import torch
 from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from coadapt import BottleneckConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from coadapt import (
+    BitFitConfig,
+    BottleneckConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from coadapt.core.plan import Plan
-from models import bert, bloom, gpt2, ids, llama, logits, stir, t5
+from models import (
+    bart,
+    bert,
+    bloom,
+    conv,
+    gemma2,
+    gemma3,
+    gpt2,
+    ids,
+    llama,
+    logits,
+    mixtral,
+    opt,
+    qwen2,
+    qwen3,
+    stir,
+    t5,
+    vit,
+    whisper,
+)
 from steps import error, flat
 
 ENDS: dict[Any, tuple[tuple[str, ...], str, str]] = {
@@ -19,6 +46,15 @@ ENDS: dict[Any, tuple[tuple[str, ...], str, str]] = {
     bloom: (("self_attention.dense",), "dense_h_to_4h", "dense_4h_to_h"),
     t5: (("Attention.o",), "wi", "wo"),
     bert: (("attention.output.dense",), "intermediate.dense", r"\d.output.dense"),
+    opt: (("out_proj",), "fc1", "fc2"),
+    bart: (("out_proj",), "fc1", "fc2"),
+    whisper: (("out_proj",), "fc1", "fc2"),
+    vit: (("o_proj",), "fc1", "fc2"),
+    gemma2: (("o_proj",), "gate_proj", "down_proj"),
+    gemma3: (("o_proj",), "gate_proj", "down_proj"),
+    qwen2: (("o_proj",), "gate_proj", "down_proj"),
+    qwen3: (("o_proj",), "gate_proj", "down_proj"),
+    mixtral: (("o_proj",), "mlp", "mlp"),
 }
 """Where attention ends, where the feed-forward part begins, and where it ends."""
 
@@ -54,16 +90,19 @@ def test_m2_1_adapters_in_the_published_places(make: Callable[..., Any], placeme
     assert error(logits(view), logits(base)) < 1e-6
     assert error(logits(view), logits(make())) > 1e-3
     attention, _, last = ENDS[make]
-    blocks = 4 if make is t5 else 2
+    two = make in (t5, bart, whisper)
+    blocks = 4 if two else 2
     assert sum(p.endswith(last.removeprefix(r"\d")) and not p.endswith(attention) for p in paths) == blocks
-    after_attention = 0 if placement != "houlsby" else 6 if make is t5 else 2
+    after_attention = 0 if placement != "houlsby" else 6 if two else 2
     assert sum(p.endswith(attention) for p in paths) == after_attention == len(paths) - blocks
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, bloom, t5, bert])
+@pytest.mark.parametrize("make", [*ENDS, conv])
 def test_m2_2_merged_is_a_plain_model_again(make: Callable[..., Any]) -> None:
     """No added latency: after the merge nothing of the adapter runs, modules and keys are the base's."""
-    view = get_peft_model(make(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    named = {mixtral: ["q_proj", "v_proj", "o_proj", "lm_head"], conv: ["first", "second", "hidden"]}
+    targets = named.get(make, "all-linear")
+    view = get_peft_model(make(), LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
     adapted = logits(view)
     view.merge_adapter()
     assert error(logits(view), adapted) < 1e-5
@@ -105,19 +144,38 @@ def test_m2_3_prefix_share() -> None:
     assert trained / total < 1e-3
 
 
+@pytest.mark.parametrize("make", [make for make in ENDS if make is not bloom])
+def test_m2_3_prefix_has_the_heads_of_each_layer_s_own_keys(make: Callable[..., Any]) -> None:
+    """Narrow heads, few heads of keys, one: a vector of the layer's own width for each key and each value."""
+    base = make()
+    ends = ("k_proj", "k", "key", "c_attn")
+    keys = [m for n, m in base.named_modules() if n.rpartition(".")[2] in ends]
+    width = sum(m.weight.shape[1] // 3 if type(m).__name__ == "Conv1D" else m.out_features for m in keys)
+    assert len(keys) == (6 if make in (t5, bart, whisper) else 2)
+    view = get_peft_model(base, PrefixTuningConfig(num_virtual_tokens=5))
+    assert view.get_nb_trainable_parameters()[0] == 5 * 2 * width
+
+
+@pytest.mark.parametrize("make", [make for make in ENDS if make is not vit])
+def test_m2_4_prompt_is_as_wide_as_the_input(make: Callable[..., Any]) -> None:
+    base = make()
+    view = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=8))
+    assert view.get_nb_trainable_parameters()[0] == 8 * base.get_input_embeddings().embedding_dim
+
+
 def test_m2_4_prompt_share_of_bloomz_560m() -> None:
     view = get_peft_model(bloomz_560m(), PromptTuningConfig(num_virtual_tokens=8))
     assert view.get_nb_trainable_parameters() == (8_192, 559_222_784)
 
 
-@pytest.mark.parametrize("make", [llama, gpt2, t5, bert])
+@pytest.mark.parametrize("make", [make for make in ENDS if make is not bloom])
 def test_m2_5_many_tasks_share_one_base(make: Callable[..., Any]) -> None:
     """Twelve tasks of four methods; each, switched to in any order, gives what it gives alone on its own base."""
     kinds = [
         LoraConfig(r=2),
         BottleneckConfig(bottleneck_size=3),
         PrefixTuningConfig(num_virtual_tokens=2),
-        PromptTuningConfig(num_virtual_tokens=2),
+        PromptTuningConfig(num_virtual_tokens=2) if make is not vit else BitFitConfig(),
     ]
     base = make()
     pointers = [p.data_ptr() for p in base.parameters()]

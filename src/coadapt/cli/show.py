@@ -1,4 +1,4 @@
-"""`coadapt show`: the adapters of a folder and where they sit, or the layers of a model."""
+"""`coadapt show`: the adapters of a folder and where they sit, or what a model has for adapters to sit at."""
 
 from pathlib import Path
 
@@ -17,7 +17,9 @@ def _invoke(folder: Path | None, model: str | None) -> int:
     out = console()
     if folder is None:
         assert model is not None
-        out.print(inspect.layers_table(inspect.outline(model)))
+        base = inspect.outline(model)
+        for table in (inspect.layers_table(base), *inspect.coverage_tables(base)):
+            out.print(table)
         return 0
     for table in inspect.folder_tables(folder, model):
         out.print(table)
@@ -31,7 +33,7 @@ command = click.Command(
 
     \b
     coadapt show DIR            which adapters at which sites, their share of the base, sizes
-    coadapt show --model M      the layers of a model that adapters can sit at
+    coadapt show --model M      the layers of a model, their roles, and where each method has a place
     """,
     params=[
         click.Argument(["folder"], required=False, type=click.Path(path_type=Path), metavar="[DIR]"),

@@ -35,6 +35,8 @@ class Base:
         """How many calls each view is in."""
         self.merged_by: int | None = None
         self.trained: list[nn.Parameter] = []
+        self.counting: list[nn.Module] = []
+        """Layers that kept running statistics before: those are part of the base, and frozen while views last."""
         self._fingerprint: str | None = None
         self.checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         """Modules that may checkpoint: as sites they take the frame along into recomputation."""
@@ -51,6 +53,7 @@ class Base:
             if not self.views:
                 self.trained = [p for p in self.model.parameters() if p.requires_grad]
                 self.model.requires_grad_(False)
+                self.counting = [m for m in statistics(self.model) if m.training]
             self.views.add(view)
 
     def leave(self, view: int, modules: Iterable[nn.Module]) -> None:
@@ -66,6 +69,8 @@ class Base:
                 for parameter in self.trained:
                     parameter.requires_grad_(True)
                 if (model := self._model()) is not None:
+                    for module in self.counting:
+                        module.train(model.training)
                     _BASES.pop(model, None)
 
     def attach(self, modules: Iterable[nn.Module]) -> None:
@@ -90,6 +95,11 @@ class Base:
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self.model)
         return self._fingerprint
+
+
+def statistics(model: nn.Module) -> list[nn.Module]:
+    """The layers that count along in training (BatchNorm): in evaluation mode their statistics stay as they are."""
+    return [m for m in model.modules() if "running_mean" in m._buffers and m._buffers["running_mean"] is not None]
 
 
 @torch.no_grad()

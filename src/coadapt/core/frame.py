@@ -83,7 +83,18 @@ class Carried:
             with entered(frame, carried=True):
                 return function(*inputs, **named)
 
+        told = {**getattr(self.checkpoint, "keywords", {}), **kwargs}
+        if frame is not None and told.get("use_reentrant") and torch.is_grad_enabled():
+            args = _with_gradient(args)
         return self.checkpoint(again, *args, **kwargs)
+
+
+def _with_gradient(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Reentrant checkpointing gives what is inside gradients only if an input has one; frozen features have none."""
+    if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return inputs
+    first = next((i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.is_floating_point()), len(inputs))
+    return (*inputs[:first], *(x.detach().requires_grad_() for x in inputs[first : first + 1]), *inputs[first + 1 :])
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, use_reentrant: bool = False, **kwargs: Any) -> Any:

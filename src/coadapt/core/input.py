@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backbone import Backbone
+from .backbone import Backbone, counts_alone, counts_by_mask
 from .composition import Gate, Node, Seq, is_zero, per_row
 from .frame import Frame, SiteCall
 from .method import InputMethod
@@ -67,6 +67,8 @@ class InputCall:
         ]
         self.cuts = place.role == "decoder" or not _feeds_a_decoder(place.module)
         self.embedded = f"{place.path}'s embedded input"
+        self.trailing = place.role == "encoder" and "position_ids" not in self.names
+        """Whether rows with fewer virtual tokens are filled up behind their input: positions cannot be told."""
         self.keeps = any(m.keeps_virtual_tokens for m in methods.values())
 
     # ---- the virtual tokens ------------------------------------------------------------------------------------------
@@ -163,7 +165,12 @@ class InputCall:
         if virtual is None:
             call["position_ids"] = positions if shift is None or positions is None else positions + shift
             return None
-        wide = _widened(virtual, mask, past + length - (virtual.count if past else 0))
+        if not virtual.full and not self.trailing and counts_alone(self.place.module):
+            raise ValueError(
+                f"The rows of a batch need prompts of one length in front of {self.place.path!r}: "
+                f"{type(self.place.module).__name__} counts positions itself, so shorter ones would be out of place."
+            )
+        wide = _widened(virtual, mask, past + length - (virtual.count if past else 0), self.trailing)
         order: Tensor | None = None
         if wide is not None:
             call["attention_mask"], order = wide
@@ -188,6 +195,8 @@ class InputCall:
             return given
         before = past - (virtual.count if virtual is not None and past else 0)
         length, first = call["inputs_embeds"].shape[1], _first_position(self.place.module)
+        if (mask := call.get("attention_mask")) is not None and counts_by_mask(self.place.module):
+            return (mask.long().cumsum(1) * mask - 1)[:, -length:]
         return torch.arange(before, before + length, device=call["inputs_embeds"].device)[None] + first
 
     def _widen_encoder_mask(self, frame: Frame, call: dict[str, Any]) -> None:
@@ -196,16 +205,18 @@ class InputCall:
         assert self.encoder is not None
         if states is None or (virtual := self.encoder.virtual(frame, states)) is None:
             return
-        if mask is not None and mask.shape[1] + virtual.count != states.shape[1]:
+        real = states.shape[1] - virtual.count
+        if mask is not None and mask.shape[1] != real:
             return
-        if (wide := _widened(virtual, mask, states.shape[1] - virtual.count)) is not None:
+        if (wide := _widened(virtual, mask, real, self.encoder.trailing)) is not None:
             call["encoder_attention_mask"] = wide[0]
 
 
-def _widened(virtual: Virtual, mask: Any, length: int) -> tuple[Tensor, Tensor] | None:
+def _widened(virtual: Virtual, mask: Any, length: int, trailing: bool = False) -> tuple[Tensor, Tensor] | None:
     """The mask with the virtual tokens, (B, N + S), and the order in which [virtual; real] tokens stand, (B, N + S).
 
     Virtual tokens stand right before the first real one: behind padding on the left, so that no model sees a gap.
+    Slots that a row has no virtual token for are padding too: on the left, or on the right if `trailing`.
     None where nothing is masked.
     """
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
@@ -218,8 +229,9 @@ def _widened(virtual: Virtual, mask: Any, length: int) -> tuple[Tensor, Tensor] 
         return None
     seen = virtual.real.new_ones(len(virtual.real), length) if mask is None else mask
     both = torch.cat([virtual.real.to(seen.dtype), seen], dim=1)
-    padding = torch.cat([~virtual.real, seen.cumsum(1) == 0], dim=1)
-    order = (~padding).to(torch.uint8).argsort(dim=1, stable=True)
+    free = (~virtual.real).to(torch.int8) * (1 if trailing else -1)
+    before = -(seen.cumsum(1) == 0).to(torch.int8)
+    order = torch.cat([free, before], dim=1).argsort(dim=1, stable=True)
     return both.gather(1, order), order
 
 

@@ -1,16 +1,15 @@
 """A layer as a method sees it: callable, with a float weight in (O, I, *K) order. The only file about dtype."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from .frame import entered
+from .site import plain_class
 from .store import store_of, value
 
 
@@ -38,9 +37,18 @@ def _group_norm(module: Any, x: Tensor, weight: Tensor) -> Tensor:
 def _other_norm(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
     """By the norm's own code: models have dozens of them, which differ in a cast or in a 1 that is added."""
     bias = getattr(module, "bias", None)
-    values = {"weight": weight} if bias is None else {"weight": weight, "bias": torch.zeros_like(bias)}
-    with entered(None, carried=True):
-        return functional_call(module, values, (x,))
+    values = {"weight": weight, "bias": None if bias is None else torch.zeros_like(bias)}
+    return plain_class(type(module)).forward(StandIn(module, values), x)
+
+
+class StandIn:
+    """A module as its own code sees it, with other values; the module is not touched, since others may be in it."""
+
+    def __init__(self, module: nn.Module, values: Mapping[str, Any]) -> None:
+        self._module, self._values = module, values
+
+    def __getattr__(self, name: str) -> Any:
+        return self._values[name] if name in self._values else getattr(self._module, name)
 
 
 def _same(weight: Tensor) -> Tensor:

@@ -2,18 +2,23 @@
 
 import inspect
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import TargetedConfig, did_you_mean, nearest
 from .layer import LINEAR, kind_of
 
-_QUERY_OR_VALUE = frozenset({"q_proj", "q", "query", "q_lin", "v_proj", "v", "value", "v_lin"})
-_KEY_OR_VALUE = frozenset({"k_proj", "k", "key", "k_lin", "v_proj", "v", "value", "v_lin"})
-_FUSED = frozenset({"c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "W_pack", "in_proj"})
+PROJECTIONS = {
+    "query": ("q_proj", "q", "query", "q_lin"),
+    "key": ("k_proj", "k", "key", "k_lin"),
+    "value": ("v_proj", "v", "value", "v_lin"),
+    "fused": ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "W_pack", "in_proj"),
+}
+"""What models call the layers that make queries, keys and values, or all three at once."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,10 @@ def modules(config: TargetedConfig, base: nn.Module, usual: Sequence[str]) -> li
                     f"{_who(config)} found no usual place in {type(base).__name__}; name target_modules. {_some(base)}"
                 )
         case "all-linear":
-            paths = [n for n, _ in linears(base) if not _is_head(base, n)]
+            top = heads(base)
+            paths = [n for n, _ in linears(base) if n not in top]
+            if left := [mixture for mixture in mixtures(base) if mixture.raw]:
+                warnings.warn(_left_out(config, paths, left), stacklevel=2)
         case str():
             paths = [n for n in every if re.fullmatch(wanted, n)]
             if not paths:
@@ -119,6 +127,15 @@ def modules(config: TargetedConfig, base: nn.Module, usual: Sequence[str]) -> li
     if both := sorted({p for p in paths for name in config.modules_to_save or () if suffix_match(p, name)}):
         raise ValueError(f"{_who(config)}: {both} are in target_modules and in modules_to_save; choose one.")
     return [(p, every[p]) for p in paths]
+
+
+def _left_out(config: TargetedConfig, paths: Sequence[str], mixed: Sequence["Mixture"]) -> str:
+    ends = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    return (
+        f"{_who(config)}: target_modules='all-linear' found {len(paths)} layers ({ends}). The experts of {len(mixed)} "
+        f"mixtures are not among them: {mixed[0].experts!r} holds {' and '.join(mixed[0].raw)} as parameters, not as "
+        "layers. Name target_modules to say that this is meant."
+    )
 
 
 def _by_names(config: TargetedConfig, names: Sequence[str], every: dict[str, nn.Module], base: nn.Module) -> list[str]:
@@ -170,10 +187,10 @@ def _some(base: nn.Module) -> str:
     return f"Linear layers of this {type(base).__name__}: {', '.join(ends) or 'none'}."
 
 
-def _is_head(base: Any, path: str) -> bool:
+def heads(base: Any) -> list[str]:
     """The output head, or the classifier that a task has put on top: never part of "all-linear"."""
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    return base.get_submodule(path) is head or path in HEADS
+    return [p for p, m in base.named_modules() if (m is head and head is not None) or p in HEADS]
 
 
 HEADS = ("classifier", "score", "qa_outputs")
@@ -203,7 +220,7 @@ class Block:
     attention: tuple[tuple[str, nn.Module], ...]
     """The projection that ends each attention of the block (self-attention, then cross-attention)."""
     feed_forward: tuple[tuple[str, nn.Module], tuple[str, nn.Module]] | None
-    """The first and the last linear layer of the feed-forward part."""
+    """The first and the last linear layer of the feed-forward part; twice the whole module for a mixture of experts."""
 
 
 def blocks(base: nn.Module) -> list[Block]:
@@ -227,24 +244,75 @@ def _block(path: str, module: nn.Module) -> Block | None:
     inside = [(f"{path}.{n}", m) for n, m in module.named_modules() if _is_linear(m)]
     ends = tuple([(p, m) for p, m in inside if p.startswith(f"{path}.{root}.")][-1] for root in roots)
     rest = [(p, m) for p, m in inside if not any(p.startswith(f"{path}.{root}.") for root in roots)]
-    many = any(re.search(r"experts?\.\d", p) for p, _ in rest)
-    return Block(path, ends, (rest[0], rest[-1]) if len(rest) > 1 and not many else None)
+    mixed = [(f"{path}.{m.path}", m.module) for m in mixtures(module) if m.path]
+    beside = [p for p, _ in rest if not any(p.startswith(f"{whole}.") for whole, _ in mixed)]
+    if mixed:
+        return Block(path, ends, (mixed[0], mixed[0]) if len(mixed) == 1 and not beside else None)
+    return Block(path, ends, (rest[0], rest[-1]) if len(rest) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts: the module that sends each token to some of them."""
+
+    path: str
+    module: nn.Module
+    experts: str
+    """The path of the module that holds them."""
+    router: str
+    """The path of the module whose weight, (E, D), scores E experts."""
+    raw: tuple[str, ...]
+    """Names of their parameters, (E, ...) each, where they are no layers."""
+    width: int
+    """D of what goes in and comes out."""
+
+
+def mixtures(base: nn.Module) -> list[Mixture]:
+    """Every mixture of experts, found by a router with a row for each of its experts."""
+    every = dict(base.named_modules())
+    found: list[Mixture] = []
+    for path, module in every.items():
+        count, raw = _experts(path, module)
+        parent = path
+        while count and parent:
+            parent = parent.rpartition(".")[0]
+            routers = [
+                (n, weight.shape[1])
+                for n, m in every[parent].named_modules(prefix=parent)
+                if isinstance(weight := getattr(m, "weight", None), Tensor) and weight.shape[0] == count
+                and weight.dim() == 2 and not n.startswith(f"{path}.")
+            ]  # fmt: skip
+            if routers:
+                found.append(Mixture(parent, every[parent], path, routers[0][0], raw, routers[0][1]))
+                break
+    return found
+
+
+def _experts(path: str, module: nn.Module) -> tuple[int, tuple[str, ...]]:
+    """How many experts a module holds (0: it holds none), and its parameters where these are no modules."""
+    if isinstance(module, nn.ModuleList):
+        many = re.fullmatch(r"(.*\.)?experts?", path) and all(any(map(_is_linear, m.modules())) for m in module)
+        return (len(module) if many else 0), ()
+    if kind_of(module) is not None:
+        return 0, ()
+    raw = {n: len(p) for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and len(p) > 1}
+    return (next(iter(raw.values())), tuple(raw)) if len(set(raw.values())) == 1 else (0, ())
 
 
 def query_and_value(base: nn.Module) -> list[str]:
     """The projections that make queries and values, or the one that makes them all, of every attention module."""
-    return _projections(base, _QUERY_OR_VALUE)
+    return _projections(base, "query", "value")
 
 
 def keys_and_values(base: nn.Module) -> list[str]:
     """As `query_and_value`, for keys and values."""
-    return _projections(base, _KEY_OR_VALUE)
+    return _projections(base, "key", "value")
 
 
-def _projections(base: nn.Module, names: frozenset[str]) -> list[str]:
+def _projections(base: nn.Module, one: str, other: str) -> list[str]:
     named = [(p, p.rpartition(".")[2]) for p, _ in linears(base)]
-    split = [p for p, end in named if end in names]
-    return split or [p for p, end in named if end in _FUSED]
+    split = [p for p, end in named if end in (*PROJECTIONS[one], *PROJECTIONS[other])]
+    return split or [p for p, end in named if end in PROJECTIONS["fused"]]
 
 
 def norms(base: nn.Module) -> list[str]:
@@ -328,7 +396,7 @@ def _attention(base: Any, path: str, module: Any) -> Attention | None:
     if heads is None:
         return None
     dim = dim or config.hidden_size // heads
-    keys = next((getattr(module, n) for n in ("k_proj", "k", "key", "k_lin") if hasattr(module, n)), None)
+    keys = next((getattr(module, n) for n in PROJECTIONS["key"] if hasattr(module, n)), None)
     if keys is not None and hasattr(keys, "out_features"):
         kv = keys.out_features // dim
     else:

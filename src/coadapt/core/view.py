@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from . import composition
 from .adapter import Adapter, attribute, sites_of
-from .base import Base, base_of
+from .base import Base, base_of, statistics
 from .composition import Node, as_node
 from .frame import entered
 from .merging import Merged
@@ -78,6 +78,13 @@ class View(nn.Module, ABC):
         self._node = composition.Sum()
         self._plans.clear()
         return self.base
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; but layers of the base that keep running statistics stay in evaluation mode, frozen too."""
+        super().train(mode)
+        for module in statistics(self.base):
+            module.eval()
+        return self
 
     # ---- what it is --------------------------------------------------------------------------------------------------
 

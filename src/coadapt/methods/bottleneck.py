@@ -7,7 +7,7 @@ from transformers.activations import ACT2FN
 
 from ..config import TargetedConfig
 from ..core import target
-from ..core.layer import Layer
+from ..core.layer import Layer, kind_of
 from ..core.method import ModuleMethod, register
 from ..core.target import Place
 
@@ -68,8 +68,9 @@ class Bottleneck(ModuleMethod):
     ) -> None:
         super().__init__(config, layer, shared)
         self.parallel = config.placement == "parallel"
-        out = _width(layer.width, layer)
-        inner = _width((reads or layer).input_width, reads or layer) if self.parallel else out
+        mixed = next((m.width for m in target.mixtures(layer.module) if not m.path), None)
+        out = _width(mixed or layer.width, layer)
+        inner = _width(mixed or (reads or layer).input_width, reads or layer) if self.parallel else out
         size = config.bottleneck_size or max(1, round(out / (config.reduction_factor or 16)))
         self.down, self.up = nn.Linear(inner, size), nn.Linear(size, out)
         nn.init.zeros_(self.up.weight)
@@ -85,9 +86,9 @@ class Bottleneck(ModuleMethod):
         if config.target_modules is not None:
             return [Place(path, module) for path, module in target.modules(config, base, ())]
         blocks = target.blocks(base)
-        if any(block.feed_forward is None for block in blocks):
+        if without := [block.path for block in blocks if block.feed_forward is None]:
             raise ValueError(
-                f"BottleneckConfig: the feed-forward part of {blocks[0].path!r} is not one; name target_modules."
+                f"BottleneckConfig: the feed-forward part of {without[0]!r} is not one; name target_modules."
             )
         ends = [block.feed_forward for block in blocks if block.feed_forward]
         paths = [last[0] for _, last in ends]
@@ -95,7 +96,8 @@ class Bottleneck(ModuleMethod):
             paths = [
                 p for block in blocks for p, _ in (*block.attention, *(e[1:][0] for e in [block.feed_forward] if e))
             ]
-        reads = {last[0]: first for first, last in ends} if config.placement == "parallel" else {}
+        apart = [(first, last) for first, last in ends if first != last]
+        reads = {last[0]: first for first, last in apart} if config.placement == "parallel" else {}
         return [Place(path, module, reads.get(path)) for path, module in target.modules(config, base, paths)]
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
@@ -105,6 +107,11 @@ class Bottleneck(ModuleMethod):
 
 
 def _width(width: int | None, layer: Layer) -> int:
+    if (kind := kind_of(layer.module)) is not None and kind.channel != -1:
+        raise ValueError(
+            f"BottleneckConfig: {layer.path!r} is a {type(layer.module).__name__}, whose features do not stand last in "
+            "its output, (batch, features, ...). Target linear layers, or modules that give (..., features)."
+        )
     if width is None:
         raise ValueError(
             f"BottleneckConfig: the width of {layer.path!r} ({type(layer.module).__name__}) cannot be found; "

@@ -165,10 +165,12 @@ def places_of(config: PrefixTuningConfig, base: Any) -> list[Attention]:
     found = target.attentions(base)
     if not found:
         classes = target.without_interface(base)
+        if not classes:
+            raise ValueError(f"PrefixTuningConfig: {type(base).__name__} has no attention that a prefix could join.")
         raise ValueError(
-            f"PrefixTuningConfig: {type(base).__name__} does not go through transformers' attention interface"
-            f"{f' (its {classes[0]} computes attention itself)' if classes else ''}, so a prefix cannot be joined "
-            "to it. Prompt tuning, LoRA and bottleneck adapters work on this model."
+            f"PrefixTuningConfig: {type(base).__name__} does not go through transformers' attention interface (its "
+            f"{classes[0]} computes attention itself), so a prefix cannot be joined to it. Prompt tuning, LoRA and "
+            "bottleneck adapters work on this model."
         )
     attention.prepare([p.module for p in found])
     facts = base.config.get_text_config()

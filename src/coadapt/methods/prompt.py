@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import InputConfig
-from ..core.backbone import Backbone, backbones, stack_facts
+from ..core.backbone import Backbone, backbones, stack_facts, without_tokens
 from ..core.method import InputMethod, Place, register
 
 
@@ -49,16 +49,18 @@ class VirtualTokens(InputMethod):
 
     @classmethod
     def places(cls, config: Any, base: Any) -> list[Place]:
-        found = backbones(base)
+        found, other = backbones(base), without_tokens(base)
         roles = [b.role for b in found]
         facts = base.config.get_text_config()
         config.restates(
-            token_dim=found[0].width, num_transformer_submodules=len(found), num_layers=facts.num_hidden_layers,
-            num_attention_heads=facts.num_attention_heads,
+            token_dim=found[0].width, num_transformer_submodules=len(found) + len(other),
+            num_layers=facts.num_hidden_layers, num_attention_heads=facts.num_attention_heads,
         )  # fmt: skip
         wanted = config.prompt_sites or roles[:1]
         if wrong := [role for role in wanted if role not in roles]:
-            raise ValueError(f"{type(config).__name__}: prompt_sites {wrong} are not in this model; it has {roles}.")
+            who = type(config).__name__
+            why = "".join(f" Its {role} has no tokens: {maker} makes its input." for role, maker in other.items())
+            raise ValueError(f"{who}: prompt_sites {wrong} are not in this model; it has {roles}.{why}")
         return [b for b in found if b.role in wanted]
 
     @classmethod
@@ -77,15 +79,15 @@ class PromptTuning(VirtualTokens):
 
     def __init__(self, config: PromptTuningConfig, place: Backbone, base: Any, shared: nn.Module | None = None) -> None:
         super().__init__(config, place, base, shared)
-        self.P = nn.Parameter(_start(config, place.embedding.weight, base))  # (N, D)
+        self.P = nn.Parameter(_start(config, place.embedding, base))  # (N, D)
 
     def prompt(self) -> Tensor:
         return self.P
 
 
-def _start(config: PromptTuningConfig, vocabulary: Tensor, base: Any) -> Tensor:
-    """(N, D), from (V, D)"""
-    n = config.num_virtual_tokens
+def _start(config: PromptTuningConfig, embedding: nn.Embedding, base: Any) -> Tensor:
+    """(N, D), as the embedding gives tokens: scaled, where it scales what it looks up."""
+    n, vocabulary = config.num_virtual_tokens, embedding.weight  # (V, D)
     if vocabulary.is_meta and config.prompt_tuning_init == "RANDOM":
         return 0.02 * torch.randn(n, vocabulary.shape[1])
     if vocabulary.is_meta:
@@ -93,7 +95,7 @@ def _start(config: PromptTuningConfig, vocabulary: Tensor, base: Any) -> Tensor:
             f"PromptTuningConfig: prompt_tuning_init={config.prompt_tuning_init!r} reads the model's embeddings, whose "
             "values are not here (meta device, or offloaded). Use 'RANDOM'."
         )
-    vocabulary = vocabulary.detach().float()
+    vocabulary = vocabulary.detach().float() * getattr(embedding, "embed_scale", 1.0)
     match config.prompt_tuning_init:
         case "SAMPLE_VOCAB":
             return vocabulary[torch.randint(len(vocabulary), (n,))].clone()

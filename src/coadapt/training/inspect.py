@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from coadapt.config import PeftConfig
+from coadapt.core import coverage
 from coadapt.core.adapter import attribute
 from coadapt.core.composition import Node
 from coadapt.formats import checkpoint
@@ -26,6 +27,8 @@ from coadapt.training.load import base_of
 
 Shape = tuple[int, ...]
 PREFIX = "base_model.model."
+MOST = 6
+"""Places that are named for one method."""
 
 
 @dataclass(kw_only=True)
@@ -142,7 +145,7 @@ def _parted_state(key: str, shape: Shape) -> tuple[str, str, Shape]:
 def _alike(modules: Iterable[tuple[str, dict[str, Shape]]]) -> list[Site]:
     found: dict[tuple[str, str], Site] = {}
     for module, parameters in modules:
-        name = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", module)
+        name = _numberless(module)
         key = (name, str(sorted(parameters.items())))
         if key in found:
             found[key].count += 1
@@ -154,27 +157,28 @@ def _alike(modules: Iterable[tuple[str, dict[str, Shape]]]) -> list[Site]:
 def outline(model: str) -> nn.Module:
     """A model with its modules and shapes, and no weights."""
     config = load_config(model)
+    named = [cls for name in config.architectures or [] if (cls := getattr(transformers, name, None)) is not None]
     auto = getattr(transformers, AUTO_NAMES[task_of_model(config) or "causal-lm"])
     with torch.device("meta"):
-        return auto.from_config(config)
+        return named[0](config) if named else auto.from_config(config)
 
 
 def layers_table(model: nn.Module) -> Table:
-    """The layers that adapters can sit at, alike ones in one row."""
+    """The modules with parameters of their own, alike ones in one row."""
     kinds: dict[str, str] = {}
     modules: list[tuple[str, dict[str, Shape]]] = []
     seen: dict[int, str] = {}
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
+        own = dict(module.named_parameters(recurse=False))
+        if own:
+            weight = own.get("weight", next(iter(own.values())))
             first = seen.setdefault(id(weight), name)
             if first != name:
                 modules.append((name, {}))
                 kinds[name] = f"{type(module).__name__}, tied to {first}"
                 continue
-            shapes = {key: tuple(value.shape) for key, value in module.named_parameters(recurse=False)}
-            modules.append((name, shapes))
-            kinds[re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)] = type(module).__name__
+            modules.append((name, {key: tuple(value.shape) for key, value in own.items()}))
+            kinds[_numberless(name)] = type(module).__name__
     total = sum(p.numel() for p in model.parameters())
     table = Table(
         title=f"{type(model).__name__} · {total:,} parameters", title_justify="left", box=None, padding=(0, 2, 0, 0)
@@ -187,6 +191,31 @@ def layers_table(model: nn.Module) -> Table:
     for site in _alike(modules):
         table.add_row(site.name, str(site.count), kinds[site.name], _shapes(site.parameters), f"{site.numbers:,}")
     return table
+
+
+def coverage_tables(model: nn.Module) -> Iterable[Table | Text]:
+    """What was found in a model, by role; then each method's own places, or why it has none."""
+    found = Table(title="by role", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for name in ("role", "count", "for example", ""):
+        found.add_column(name, justify="right" if name == "count" else "left", overflow="fold")
+    for role in coverage.roles(model):
+        found.add_row(role.name, str(len(role.paths)), role.paths[0] if role.paths else "", role.note)
+    yield Text("")
+    yield found
+    table = Table(title="by method", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for name in ("method", "places", "where, if no target is named"):
+        table.add_column(name, justify="right" if name == "places" else "left", overflow="fold")
+    for fit in sorted(coverage.fits(model), key=lambda fit: fit.method):
+        places = list(dict.fromkeys(_numberless(path) for path in fit.paths))
+        more = [f"{len(places) - MOST} more"] if len(places) > MOST else []
+        where = ", ".join([*places[:MOST], *more]) or fit.why
+        table.add_row(fit.method.lower(), str(len(fit.paths)) if fit.paths else "none", where)
+    yield Text("")
+    yield table
+
+
+def _numberless(path: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
 
 
 def folder_tables(folder: Path, model: str | None) -> Iterable[Table | Text]:
