@@ -343,7 +343,10 @@ class PeftModel(View):
 
 
 class BaseModel:
-    """What `view.base_model` is: the base's attributes, and the view's verbs where it has one of that name."""
+    """What `view.base_model` is: the base's attributes, and the view's verbs where it has one of that name.
+
+    Called, it is the base's body, adapted: the model without its head, as transformers' models name their `base_model`.
+    """
 
     def __init__(self, view: PeftModel) -> None:
         self.__dict__["_view"] = view
@@ -352,8 +355,28 @@ class BaseModel:
         view: PeftModel = self.__dict__["_view"]
         return getattr(view if hasattr(PeftModel, name) else view.base, name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_view"](*args, **kwargs)
+    def __call__(self, *args: Any, adapters: Any = None, adapter_names: Sequence[Any] | None = None, **kw: Any) -> Any:
+        """Hidden states; the whole of a model that has no body of its own.
+
+        Raises:
+            ValueError: an active adapter sits outside of the body, at the head: nothing here would use it.
+        """
+        view: PeftModel = self.__dict__["_view"]
+        base: Any = view.base
+        body = base.base_model if hasattr(base, "base_model_prefix") else base
+        if body is base:
+            return view(*args, adapters=adapters, adapter_names=adapter_names, **kw)
+        inside = set(body.modules())
+        asked = adapter_names or [view.composition if adapters is None else adapters]
+        for name in {n for a in asked if a not in (None, "__base__") for n in composition.names(view._checked(a))}:
+            out = [p.place.path for p in view.get_adapter(name).parts if p.place.module not in inside]
+            if out:
+                raise ValueError(
+                    f"base_model gives hidden states, without the head; the adapter {name!r} at {out[0]!r} would have "
+                    "no part in them, nor in what reads the head's weight itself. Call the view, or leave the head out."
+                )
+        with view._call(adapters, adapter_names, args, kw):
+            return body(*args, **kw)
 
     def __repr__(self) -> str:
         return repr(self.__dict__["_view"].base)

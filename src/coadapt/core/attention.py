@@ -89,10 +89,8 @@ class AttentionCall:
             return attend(module, q, k, v, mask, **kw)
         causal = kw.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        if mask is None and causal and q.shape[2] > 1:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])[
-                None, None
-            ]
+        if mask is None and causal and q.shape[2] > 1:  # the cache was empty; a static one has room behind its keys
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()[None, None]
             mask = mask if self.kind == "sdpa" else _as_added(mask, q)
         pairs = [t.method.prefix() for t in terms]
         keys, values = (torch.cat([pair[i].to(q) for pair in pairs], dim=1).expand(len(q), -1, -1, -1) for i in (0, 1))

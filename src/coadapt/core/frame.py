@@ -1,6 +1,8 @@
 """What a call hands down to the sites below it, and takes along into recomputation."""
 
+import functools
 import threading
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -55,6 +57,28 @@ class entered:
 
     def __exit__(self, *_: object) -> None:
         _active.frame, _active.carried = self.before
+
+
+class Bare:
+    """A base whose methods run without adapters inside of a view's call too: an assistant that shares its weights."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self._base = base
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._base, name)
+        return self._outside(found) if isinstance(found, types.MethodType) else found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._outside(self._base)(*args, **kwargs)
+
+    def _outside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with entered(None):
+                return function(*args, **kwargs)
+
+        return call
 
 
 def _in_backward() -> bool:

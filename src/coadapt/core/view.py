@@ -18,7 +18,7 @@ from . import composition
 from .adapter import Adapter, attribute, sites_of
 from .base import Base, base_of, statistics
 from .composition import Node, as_node
-from .frame import entered
+from .frame import Bare, entered
 from .merging import Merged
 from .plan import Plans
 from .site import plain_class
@@ -181,8 +181,13 @@ class View(nn.Module, ABC):
     def generate(
         self, *args: Any, adapters: Any = None, adapter_names: Sequence[Any] | None = None, **kwargs: Any
     ) -> Any:
-        """The base's `generate`, adapted; arguments as in `forward`. Beams follow the adapter of their row."""
+        """The base's `generate`, adapted; arguments as in `forward`. Beams follow the adapter of their row.
+
+        The base itself can be its `assistant_model`: that one is not adapted.
+        """
         base: Any = self.base
+        if kwargs.get("assistant_model") is base:
+            kwargs["assistant_model"] = Bare(base)
         with self._call(adapters, adapter_names, args, kwargs):
             return base.generate(*args, **kwargs)
 
