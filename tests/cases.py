@@ -29,6 +29,9 @@ CASES: dict[str, PeftConfig] = {
 
 VARIANTS: dict[str, PeftConfig] = {
     "lora-all-linear": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+    "lora-experts": LoraConfig(
+        r=2, target_parameters=["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"], init_lora_weights=False
+    ),
     "lora-bias": LoraConfig(r=4, bias="lora_only", init_lora_weights=False),
     "bottleneck-pfeiffer": BottleneckConfig(bottleneck_size=4, adapter_layer_norm="before"),
     "bottleneck-parallel": BottleneckConfig(bottleneck_size=4, placement="parallel", scaling="learned"),

@@ -110,7 +110,7 @@ class PeftModel(View):
 
         What trains stays as it is: see `freeze`, `unfreeze`, `trainable`.
         """
-        node = self._checked(adapter_name)
+        node = self.checked(adapter_name)
         if self._merged is not None and composition.key(node) != composition.key(self._merged.node):
             raise RuntimeError(
                 f"{self._merged.node!r} is merged into the base; unmerge_adapter() before another is made active."
@@ -197,7 +197,7 @@ class PeftModel(View):
                 raise RuntimeError("Adapters are merged into this base already; unmerge_adapter() first.")
             if busy := [view for view in record.running if record.running[view] > 0]:
                 raise RuntimeError(f"{len(busy)} view of this base is in a call right now; merge when it is done.")
-            node = self.composition if adapter_names is None else self._checked(adapter_names)
+            node = self.composition if adapter_names is None else self.checked(adapter_names)
             _ = record.fingerprint  # of the base as it is before
             self._merged = merging.merge(self.base, self._names, node, keep_original)
             record.merged_by = id(self)
@@ -229,7 +229,7 @@ class PeftModel(View):
             TypeError: part of it is no change of weights (a prompt, a prefix, a bottleneck): it would be lost.
         """
         if self._merged is None:
-            node = self.composition if adapter_names is None else self._checked(adapter_names)
+            node = self.composition if adapter_names is None else self.checked(adapter_names)
             merging.refuse_beside(self._names, node)
             self.merge_adapter(node, keep_original=False)
         if self._merged is not None and self._merged.new_biases:
@@ -368,14 +368,14 @@ class BaseModel:
             return view(*args, adapters=adapters, adapter_names=adapter_names, **kw)
         inside = set(body.modules())
         asked = adapter_names or [view.composition if adapters is None else adapters]
-        for name in {n for a in asked if a not in (None, "__base__") for n in composition.names(view._checked(a))}:
+        for name in {n for a in asked if a not in (None, "__base__") for n in composition.names(view.checked(a))}:
             out = [p.place.path for p in view.get_adapter(name).parts if p.place.module not in inside]
             if out:
                 raise ValueError(
                     f"base_model gives hidden states, without the head; the adapter {name!r} at {out[0]!r} would have "
                     "no part in them, nor in what reads the head's weight itself. Call the view, or leave the head out."
                 )
-        with view._call(adapters, adapter_names, args, kw):
+        with view.running(adapters, adapter_names, args, kw):
             return body(*args, **kw)
 
     def __repr__(self) -> str:

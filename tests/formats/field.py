@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import coadapt
 from coadapt import PeftModel, get_peft_model
-from models import MODELS, ids, logits, plain, stir
+from models import FAMILIES, MODELS, ids, logits, plain, stir
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 SEQ2SEQ = {"task_type": "SEQ_2_SEQ_LM"}
@@ -30,7 +30,7 @@ class Case:
     """Options that the field's library needs besides, where it does not find them itself."""
 
     def base(self) -> Any:
-        return (MODELS | {"plain": plain})[self.model]()
+        return (MODELS | FAMILIES | {"plain": plain})[self.model]()
 
     def ours(self) -> Any:
         return getattr(coadapt, self.config)(**self.options)
@@ -83,6 +83,10 @@ CASES = {
     "t5-lora": lora("t5"),
     "t5-all-linear": lora("t5", target_modules="all-linear"),
     "t5-layers": lora("t5", target_modules=["q", "wi"], layers_to_transform=1),
+    "mixtral-experts": lora(
+        "mixtral", target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    ),
+    "mixtral-router": lora("mixtral", target_parameters=["mlp.gate.weight", "mlp.experts.gate_up_proj"]),
     "bert-lora": lora("bert"),
     "plain-conv": lora("plain", target_modules=["conv", "embed", "first"]),
     "plain-bias": lora("plain", target_modules=["conv", "first"], bias="all"),

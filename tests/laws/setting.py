@@ -39,6 +39,8 @@ def fits(case: str, model: str) -> bool:
     """Whether a method has a place in a model (BLOOM's attention takes no prefix; a plain module has no input)."""
     if case == "lora-bias" and model in WITHOUT_BIAS:
         return False  # there is no bias
+    if case == "lora-experts":
+        return model == "mixtral"
     if case.endswith("all-linear") and model == "mixtral":
         return False  # says in a warning what it leaves out: tests/models/…
     if model in ("plain", "conv"):

@@ -32,7 +32,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "embedding-padding": (lambda: nn.Embedding(9, 5, padding_idx=0), (2, 3)),
     "norm": (lambda: nn.LayerNorm(6), (2, 3, 6)),
 }
-WEIGHTS = [name for name, config in EVERY.items() if issubclass(METHODS[config.method], WeightMethod)]
+WEIGHTS = [
+    name
+    for name, config in EVERY.items()
+    if issubclass(METHODS[config.method], WeightMethod) and name != "lora-experts"
+]
 
 
 class Holder(nn.Module):

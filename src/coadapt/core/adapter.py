@@ -15,6 +15,7 @@ from . import target
 from .backbone import backbones
 from .layer import Layer
 from .method import InputMethod, Method, ModuleMethod, WeightMethod, method_for
+from .parameter import ParameterLayer
 from .target import Place
 
 
@@ -150,6 +151,8 @@ def make(
     """One method at one place, on the place's device and, unless that is half precision, in its dtype."""
     made: Callable[..., Method] = cls
     layer = Layer(place.module, place.path)
+    if place.parameter:
+        layer = ParameterLayer(place.module, place.path, place.parameter)
     layer.role = place.role
     if place.reads is not None:
         method = made(config, layer, shared, Layer(place.reads[1], place.reads[0]))

@@ -51,11 +51,11 @@ class StandIn:
         return self._values[name] if name in self._values else getattr(self._module, name)
 
 
-def _same(weight: Tensor) -> Tensor:
+def same(weight: Tensor) -> Tensor:
     return weight
 
 
-def _transposed(weight: Tensor) -> Tensor:
+def transposed(weight: Tensor) -> Tensor:
     return weight.mT
 
 
@@ -66,7 +66,7 @@ class Kind:
     name: str
     apply: Callable[[Any, Tensor, Tensor], Tensor]
     """(module, x, weight in (O, I, *K) order) -> output without the bias."""
-    canonical: Callable[[Tensor], Tensor] = _same
+    canonical: Callable[[Tensor], Tensor] = same
     """The stored weight to (O, I, *K); its own inverse."""
     channel: int = -1
     """The dim of O in the output."""
@@ -77,7 +77,7 @@ class Kind:
 LINEAR = Kind("linear", _linear)
 KINDS: dict[type[nn.Module], Kind] = {
     nn.Linear: LINEAR,
-    nn.Embedding: Kind("embedding", _embedding, _transposed),
+    nn.Embedding: Kind("embedding", _embedding, transposed),
     nn.Conv1d: Kind("conv", _conv, channel=1),
     nn.Conv2d: Kind("conv", _conv, channel=1),
     nn.Conv3d: Kind("conv", _conv, channel=1),
@@ -85,7 +85,7 @@ KINDS: dict[type[nn.Module], Kind] = {
     nn.GroupNorm: Kind("norm", _group_norm, channel=1, factors=False),
 }
 _OTHER_NORM = Kind("norm", _other_norm, factors=False)
-_CONV1D = Kind("linear", _linear, _transposed)  # GPT-2's: a linear layer whose weight is stored as (I, O)
+_CONV1D = Kind("linear", _linear, transposed)  # GPT-2's: a linear layer whose weight is stored as (I, O)
 
 
 def kind_of(module: nn.Module) -> Kind | None:

@@ -24,11 +24,12 @@ class LowRankMethod(WeightMethod):
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """A (R, I, *K), B (O, R) and the scale s."""
+        """A (R, I, *K), B (O, R) and the scale s; for experts A (E, R, I) and B (E, O, R)."""
 
     def merge(self, weight: Tensor) -> Tensor:
         a, b, scale = self.factors()
-        return weight + scale * (b @ a.flatten(1)).view(weight.shape)
+        change = b @ a if b.dim() == 3 else (b @ a.flatten(1)).view(weight.shape)  # (E, O, I) of experts
+        return weight + scale * change
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         if getattr(base.module, "groups", 1) > 1:  # B mixes all channels, A sees those of its group only

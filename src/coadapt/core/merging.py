@@ -10,8 +10,9 @@ from torch import nn
 from .adapter import Adapter, ModuleCopy, Part
 from .around import around
 from .composition import Gate, Node, names, terms
-from .layer import Layer
+from .layer import Layer, kind_of
 from .method import AttentionMethod, InputMethod, WeightMethod
+from .parameter import adapted
 from .store import store_of
 
 
@@ -37,7 +38,7 @@ def merge(base: nn.Module, adapters: Mapping[str, Adapter], node: Node, keep_ori
         TypeError: a method in `node` is not a map of weights.
         ValueError: nothing to merge, a gate per row, or a result that is not finite.
     """
-    sites: dict[nn.Module, dict[str, list[Part]]] = {}
+    sites: dict[tuple[nn.Module, str], dict[str, list[Part]]] = {}
     for name in names(node):
         for part in adapters[name].parts:
             if isinstance(part.method, AttentionMethod | InputMethod):
@@ -47,29 +48,30 @@ def merge(base: nn.Module, adapters: Mapping[str, Adapter], node: Node, keep_ori
                     f"Adapter {name!r} cannot be merged: {type(part.method).__name__} at {part.place.path!r} is no map "
                     "of weights. Nothing was changed."
                 )
-            sites.setdefault(part.place.module, {}).setdefault(name, []).append(part)
+            site = (part.place.module, part.place.parameter)
+            sites.setdefault(site, {}).setdefault(name, []).append(part)
     if not sites:
         raise ValueError(f"{node!r} adapts no weight, so there is nothing to merge.")
     writes: list[tuple[nn.Module, str, torch.Tensor | None]] = []
-    for module, parts in sites.items():
+    for (module, parameter), parts in sites.items():
         if any(p.is_meta for p in module.parameters()):
             path = next(iter(parts.values()))[0].place.path
             raise ValueError(
                 f"{path!r} has no values here (meta device, or offloaded), so nothing can be merged into it."
             )
-        writes += _new_weights(module, parts, node)
+        writes += _new_parameter(module, parameter, parts, node) if parameter else _new_weights(module, parts, node)
     for module, name, value in writes:
         if value is not None and not torch.isfinite(value).all():
             path = next(n for n, m in base.named_modules() if m is module)
             raise ValueError(f"Merging {node!r} gives a {name} of {path!r} that is not finite. Nothing was changed.")
-    done = Merged(node, frozenset(sites), kept=keep_original)
+    done = Merged(node, frozenset(module for module, _ in sites), kept=keep_original)
     for module, name, value in writes:
         old = getattr(module, name)
         if name == "bias" and old is None:
             done.new_biases += 1
         if keep_original:
             done.originals.append((module, name, old))
-        if name == "weight" and value is not None:
+        if name == "weight" and kind_of(module) is not None and value is not None:
             store_of(module).write(module, value)
         else:
             setattr(module, name, None if value is None else nn.Parameter(value, requires_grad=False))
@@ -109,6 +111,14 @@ def _new_weights(
             )
         )
     return out
+
+
+def _new_parameter(
+    module: nn.Module, name: str, parts: Mapping[str, Sequence[Part]], node: Node
+) -> list[tuple[nn.Module, str, torch.Tensor | None]]:
+    path = next(iter(parts.values()))[0].place.path
+    methods = {adapter: [p.method for p in found] for adapter, found in parts.items()}
+    return [(module, name, adapted(node, module, path, name, methods))]
 
 
 def layer_bias(module: nn.Module) -> torch.Tensor | None:

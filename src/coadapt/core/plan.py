@@ -17,6 +17,7 @@ from .layer import Layer
 from .lowrank import LowRankCall, LowRankMethod, Term, is_plain
 from .merging import Merged
 from .method import AttentionMethod, InputMethod
+from .parameter import ParameterCall
 
 _Sites = dict[nn.Module, dict[str, list[Part]]]
 
@@ -43,11 +44,17 @@ class Plan:
         self.attention: dict[nn.Module, AttentionCall] = {}
         at_modules: _Sites = {}
         spans: _Sites = {}
+        at_parameters: dict[nn.Module, dict[tuple[str, str], dict[str, list[nn.Module]]]] = {}
         at_attention: _Sites = {}
         at_input: _Sites = {}
         for name in self.used:
             for part in adapters[name].parts:
                 if part.place.module in skip:
+                    continue
+                if part.place.parameter:
+                    at = at_parameters.setdefault(part.place.module, {})
+                    methods = at.setdefault((part.place.path, part.place.parameter), {})
+                    methods.setdefault(name, []).append(part.method)
                     continue
                 match part.method:
                     case AttentionMethod():
@@ -62,6 +69,8 @@ class Plan:
                 self.calls[module] = call
         for module, parts in spans.items():
             self._span(module, parts)
+        for module, parameters in at_parameters.items():
+            self.calls[module] = ParameterCall(module, self.nodes, parameters, self.calls.get(module))
         for module, parts in at_attention.items():
             methods = {name: part.method for name, found in parts.items() for part in found}
             self.attention[module] = AttentionCall(module, [AttentionTerm(m, g) for m, g in self._terms(methods)])  # type: ignore[arg-type]

@@ -16,9 +16,11 @@ class Store(Protocol):
 def value(module: Any, name: str) -> Tensor:
     """A parameter's value, detached; also where accelerate keeps it elsewhere. On meta where nobody has it."""
     own = module.get_parameter(name).detach()
-    hook = getattr(module, "_hf_hook", None)
-    maps = [m for h in getattr(hook, "hooks", [hook]) if (m := getattr(h, "weights_map", None)) is not None]
-    return maps[0][name] if own.is_meta and maps else own
+    if own.is_meta and (hook := getattr(module, "_hf_hook", None)) is not None:
+        for one in getattr(hook, "hooks", [hook]):
+            if (elsewhere := getattr(one, "weights_map", None)) is not None:
+                return elsewhere[name]
+    return own
 
 
 class Plain:

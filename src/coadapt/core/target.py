@@ -31,6 +31,8 @@ class Place:
     """The module whose input the method gets, where that is not `module` itself (a block that has no module)."""
     role: str = ""
     """Which of several alike this is: "encoder", "decoder" or "cross", or what else a method tells apart."""
+    parameter: str = ""
+    """The name of the parameter that is adapted, where that is no layer's weight; `path` ends in it."""
 
 
 def linears(base: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -109,7 +111,7 @@ def modules(config: TargetedConfig, base: nn.Module, usual: Sequence[str]) -> li
         case "all-linear":
             top = heads(base)
             paths = [n for n, _ in linears(base) if n not in top]
-            if left := [mixture for mixture in mixtures(base) if mixture.raw]:
+            if (left := [m for m in mixtures(base) if m.raw]) and not getattr(config, "target_parameters", None):
                 warnings.warn(_left_out(config, paths, left), stacklevel=2)
         case str():
             paths = [n for n in every if re.fullmatch(wanted, n)]
@@ -129,12 +131,36 @@ def modules(config: TargetedConfig, base: nn.Module, usual: Sequence[str]) -> li
     return [(p, every[p]) for p in paths]
 
 
+def parameters(config: Any, base: nn.Module) -> list[Place]:
+    """The parameters that `config.target_parameters` names: ends of their paths, in whole parts.
+
+    Raises:
+        ValueError: a name matches nothing, or the weight of a layer.
+    """
+    wanted = config.target_parameters or ()
+    every = {name: name.rpartition(".") for name, p in base.named_parameters() if p.dim() in (2, 3)}
+    raw = {n: (owner, end) for n, (owner, _, end) in every.items() if kind_of(base.get_submodule(owner)) is None}
+    if missing := [name for name in wanted if not any(suffix_match(path, name) for path in raw)]:
+        layer = [path for path in every if any(suffix_match(path, name) for name in missing)]
+        there = list(dict.fromkeys(".".join(path.split(".")[-3:]) for path in raw))
+        hint = f" {layer[0]!r} is the weight of a layer: name that in target_modules." if layer else ""
+        raise ValueError(
+            f"{_who(config)}: target_parameters {missing} match no parameter of this {type(base).__name__} that is not "
+            f"a layer's weight.{hint} There are: {', '.join(there) or 'none'}."
+        )
+    return [
+        Place(path, base.get_submodule(owner), parameter=end)
+        for path, (owner, end) in raw.items()
+        if any(suffix_match(path, name) for name in wanted)
+    ]
+
+
 def _left_out(config: TargetedConfig, paths: Sequence[str], mixed: Sequence["Mixture"]) -> str:
     ends = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
     return (
         f"{_who(config)}: target_modules='all-linear' found {len(paths)} layers ({ends}). The experts of {len(mixed)} "
         f"mixtures are not among them: {mixed[0].experts!r} holds {' and '.join(mixed[0].raw)} as parameters, not as "
-        "layers. Name target_modules to say that this is meant."
+        "layers. Name those in target_parameters (LoraConfig), or target_modules to say that this is meant."
     )
 
 

@@ -103,7 +103,7 @@ class View(nn.Module, ABC):
 
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with self._call(None, None, args, kwargs):
+            with self.running(None, None, args, kwargs):
                 return method(*args, **kwargs)
 
         return call
@@ -144,7 +144,7 @@ class View(nn.Module, ABC):
 
     # ---- calling -----------------------------------------------------------------------------------------------------
 
-    def _checked(self, adapters: Any) -> Node:
+    def checked(self, adapters: Any) -> Node:
         node = adapters if isinstance(adapters, str) and adapters in self._names else as_node(adapters)
         composition.check_known(node, self._names)
         return node
@@ -152,7 +152,7 @@ class View(nn.Module, ABC):
     @contextmanager
     def using(self, adapters: Any) -> Generator[Self]:
         """Context: `adapters` is active, on this thread only."""
-        node = self._checked(adapters)
+        node = self.checked(adapters)
         stacks: dict[int, list[Node]] = _using.__dict__.setdefault("stack", {})
         stacks.setdefault(id(self), []).append(node)
         try:
@@ -175,7 +175,7 @@ class View(nn.Module, ABC):
             adapters: a composition for this call.
             adapter_names: one composition for each row of the batch (None or "__base__" for a row without any).
         """
-        with self._call(adapters, adapter_names, args, kwargs):
+        with self.running(adapters, adapter_names, args, kwargs):
             return self.base(*args, **kwargs)
 
     def generate(
@@ -188,10 +188,10 @@ class View(nn.Module, ABC):
         base: Any = self.base
         if kwargs.get("assistant_model") is base:
             kwargs["assistant_model"] = Bare(base)
-        with self._call(adapters, adapter_names, args, kwargs):
+        with self.running(adapters, adapter_names, args, kwargs):
             return base.generate(*args, **kwargs)
 
-    def _call(
+    def running(
         self, adapters: Any, names: Sequence[Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         record = self._record
@@ -200,13 +200,13 @@ class View(nn.Module, ABC):
                 "Another view has merged its adapters into this base; unmerge_adapter() there before calling this one."
             )
         if names is None:
-            node = self.composition if adapters is None else self._checked(adapters)
+            node = self.composition if adapters is None else self.checked(adapters)
             plan, rows = self._plans.one(node, self._merged), None
         elif adapters is not None:
             raise ValueError("Give adapters (for the whole call) or adapter_names (one for each row), not both.")
         else:
             _check_rows(names, args, kwargs)
-            nodes = [composition.Sum() if n is None or n == "__base__" else self._checked(n) for n in names]
+            nodes = [composition.Sum() if n is None or n == "__base__" else self.checked(n) for n in names]
             plan, rows = self._plans.rows(nodes, self._merged)
         if torch.compiler.is_compiling():
             return entered(plan.frame(rows))

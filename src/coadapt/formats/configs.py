@@ -84,15 +84,17 @@ def _targets(config: TargetedConfig, adapter: Adapter, base: nn.Module) -> dict[
     inputs = [p.path for p in places if p.role == FEED_FORWARD]
     if isinstance(config, IA3Config):
         said |= {"feedforward_modules": inputs, "target_modules": sorted(p.path for p in places)}
-    if isinstance(config, IA3Config) or isinstance(config.target_modules, str) or config.target_modules is None:
-        ends = _ends(p.path for p in places)
+    layers = [p.path for p in places if not p.parameter]
+    found = isinstance(config.target_modules, str) or (config.target_modules is None and layers)
+    if isinstance(config, IA3Config) or found:
+        ends = _ends(layers)
         changes: dict[str, Any] = {"target_modules": ends}
         if isinstance(config, IA3Config):
             changes["feedforward_modules"] = _ends(inputs)
         if _same(config, changes, places, base):
             return said | changes
         none = ("exclude_modules", "layers_to_transform", "layers_pattern")
-        return said | {"target_modules": sorted(p.path for p in places), **dict.fromkeys(none)}
+        return said | {"target_modules": sorted(layers), **dict.fromkeys(none)}
     return said
 
 
@@ -145,6 +147,7 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
     match said.get("peft_type"):
         case "LORA" | "IA3":
             said["fan_in_fan_out"] = False  # found in the model
+            said["target_modules"] = said.get("target_modules") or None  # the field writes [] beside target_parameters
         case "PREFIX_TUNING":
             if not said.get("prefix_projection"):
                 said.pop("encoder_hidden_size", None)  # without one it says nothing

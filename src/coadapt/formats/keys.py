@@ -90,6 +90,8 @@ def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
                 layers = {p.place.path for p in adapter.parts if isinstance(p.method, LoRA | DoRA)}
                 inside = "base_layer." if part.place.path in layers else ""
                 yield _bias(part, f"{ROOT}{path}.{inside}bias")
+            case LoRA() as method if part.place.parameter:
+                yield from _of_parameter(adapter, part, method, path.rpartition(".")[0])
             case _:
                 yield from _plain(adapter, part, path)
 
@@ -145,6 +147,27 @@ def _key(adapter: Adapter, part: Part, path: str, name: str) -> str:
     if kind is not None and kind.name == "embedding" and known.endswith(".weight"):
         known = known.replace("lora_", "lora_embedding_").removesuffix(".weight")
     return ROOT + inside + known
+
+
+def _of_parameter(adapter: Adapter, part: Part, method: LoRA, path: str) -> Iterator[Entry]:
+    """The field keeps all experts' factors in two matrices, A [E R, I] and B [O, R E], each expert's ranks apart in B.
+
+    It wraps a module once for each of its parameters, so that the last one is outermost.
+    """
+    here = [p.place.parameter for p in adapter.parts if p.place.module is part.place.module and p.place.parameter]
+    inside = "base_layer." * (len(here) - 1 - here.index(part.place.parameter))
+    a, b = method.A, method.B
+    yield _whole(f"{ROOT}{path}.{inside}lora_A.weight", a, (a.numel() // a.shape[-1], a.shape[-1]))
+    key = f"{ROOT}{path}.{inside}lora_B.weight"
+    if b.dim() == 2:
+        yield _whole(key, b)
+        return
+    experts, out, rank = b.shape
+
+    def write(tensor: Tensor) -> None:
+        _copy(tensor.view(out, rank, experts).permute(2, 0, 1), b)
+
+    yield Entry(key, (out, rank * experts), lambda: b.detach().permute(1, 2, 0).reshape(out, -1), write)
 
 
 def _bias(part: Part, key: str) -> Entry:

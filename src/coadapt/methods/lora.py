@@ -1,6 +1,6 @@
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -40,6 +40,9 @@ class LoraConfig(TargetedConfig):
     """Other ranks for some layers: end of a module's name, or a regular expression for it -> rank."""
     alpha_pattern: Mapping[str, int | float] = field(default_factory=dict)
     """Other alphas for some layers, in the same way."""
+    target_parameters: Sequence[str] | None = None
+    """Ends of the names of parameters that are no layer's weight: fused experts (`mlp.experts.down_proj`), each expert
+    with factors of its own."""
     use_dora: bool = False
     """Train each row's length apart from its direction: DoRA (arXiv:2402.09353)."""
 
@@ -51,6 +54,11 @@ class LoraConfig(TargetedConfig):
         super().__post_init__()
         self.positive("r")
         self.probability("lora_dropout")
+        if self.target_parameters is not None and (self.lora_dropout or self.use_dora or not self.target_parameters):
+            raise ValueError(
+                "LoraConfig: target_parameters names at least one parameter; lora_dropout and use_dora have no effect "
+                "on parameters, which have no input of their own. Put layers with those into another adapter."
+            )
         self.choice("bias", ("none", "lora_only", "all"))
         self.choice("init_lora_weights", (True, False, "gaussian"))
         for name, rank in self.rank_pattern.items():
@@ -73,17 +81,18 @@ class LoRA(LowRankMethod):
                 f"LoRA needs a weight matrix; {layer.path!r} is a {type(layer.module).__name__}. "
                 "Leave it out of target_modules."
             )
-        out_features, *in_dims = layer.shape
+        experts = layer.shape[:1] if layer.kind.name == "experts" else ()
+        out_features, *in_dims = layer.shape[len(experts) :]
         r = _pattern(config.rank_pattern, layer.path, config.r)
         alpha = _pattern(config.alpha_pattern, layer.path, config.lora_alpha)
         self.scale = alpha / (math.sqrt(r) if config.use_rslora else r)
         self.dropout = config.lora_dropout
-        self.A = nn.Parameter(torch.empty(r, *in_dims))  # (R, I, *K)
-        self.B = nn.Parameter(torch.zeros(out_features, r))  # (O, R)
+        self.A = nn.Parameter(torch.empty(*experts, r, *in_dims))  # (R, I, *K); of experts (E, R, I)
+        self.B = nn.Parameter(torch.zeros(*experts, out_features, r))  # (O, R); of experts (E, O, R)
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(self.A, std=1 / r)
         else:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.A.flatten(0, len(experts)), a=math.sqrt(5))  # as each expert by itself
         if layer.kind.name == "embedding":
             nn.init.zeros_(self.A)
             nn.init.normal_(self.B)
@@ -92,7 +101,9 @@ class LoRA(LowRankMethod):
 
     @classmethod
     def places(cls, config: LoraConfig, base: nn.Module) -> list[Place]:
-        places = super().places(config, base)
+        raw = target.parameters(config, base)
+        places = [] if raw and config.target_modules is None else super().places(config, base)
+        places += raw
         for field_name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(config, field_name):
                 if not any(_matches(key, place.path) for place in places):
