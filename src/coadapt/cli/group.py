@@ -15,6 +15,7 @@ VERBS = {
     "chat": "Talk to a model with its adapters.",
     "merge": "Put an adapter into the weights of its base.",
     "show": "What an adapter folder, or a model, is made of.",
+    "doctor": "What this machine has, and what of it works.",
     "completion": "The script that lets a shell complete coadapt.",
 }
 """Verb -> the first line of its help; each verb is a file here, imported when it is used."""
@@ -85,6 +86,8 @@ def run(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
+        if isinstance(error, ImportError) and (reason := importlib.import_module("coadapt.versions").explain(error)):
+            return _say(f"{reason}\n(coadapt doctor looks at everything)")
         expected = isinstance(error, ValueError | OSError | TypeError | RuntimeError)
         kind = "" if expected else f"{type(error).__name__}: "
         return _say(
