@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,13 +38,13 @@ class Environment:
 
         monkeypatch.setattr(metadata, "version", version)
 
-    def install(self, name: str, version: str) -> None:
+    def install(self, name: str, version: str, *more: str) -> None:
         """As if `pip install name==version` had run."""
         for old in self.folder.glob(f"{name.replace('-', '_')}-*"):
             shutil.rmtree(old)
         made = self.folder / f"{name.replace('-', '_')}-{version}.dist-info"
         made.mkdir()
-        (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (made / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n" + "\n".join(more))
         importlib.invalidate_caches()
         versions.require.cache_clear()
 
@@ -70,6 +71,22 @@ def test_bounds_are_those_of_the_project() -> None:
     assert {str(r) for r in versions.declared().needed} >= {"transformers>=5", "click>=8.1"}
     assert all(f'"{r}"' in text for r in versions.declared().needed)
     assert str(versions.declared().extras["tensorboard"][0]) == "tensorboard>=2.16"
+
+
+def test_bounds_are_those_of_the_installed_project(
+    environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["click>=8", "tomli>=2; python_version < '3'", 'optuna>=4; extra == "search"']
+    asked = [f"Requires-Dist: {line}" for line in lines]
+    environment.install("coadapt", "0.1.0", "Requires-Python: >=3.11", *asked, "Provides-Extra: search")
+    monkeypatch.setattr(versions, "__file__", str(tmp_path / "lib" / "coadapt" / "versions.py"))
+    versions.declared.cache_clear()
+    try:
+        found = versions.declared()
+        assert ([str(r) for r in found.needed], str(found.python)) == (["click>=8"], ">=3.11")
+        assert {name: [r.name for r in extra] for name, extra in found.extras.items()} == {"search": ["optuna"]}
+    finally:
+        versions.declared.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -226,6 +243,6 @@ def test_the_cache_and_the_hub_are_told(tmp_path: Path, monkeypatch: pytest.Monk
     found = {f.name: f for f in machine.places()}
     assert found["hub cache"].said.startswith(f"{tmp_path / 'home' / 'hub'}, ")
     assert "HF_HUB_OFFLINE is set" in found["hub"].said
-    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 2**29))
+    monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**29))
     full = {f.name: f for f in machine.places()}["hub cache"]
     assert (full.state, "0.5 GiB free" in full.said, "HF_HOME" in str(full.mend)) == ("warning", True, True)
