@@ -152,15 +152,23 @@ def require(*optional: str) -> None:
 
 
 def explain(error: ImportError) -> str | None:
-    """Why an import failed, where what coadapt needs is missing or of a wrong version; None where that is all right."""
+    """Why the import of something installed failed; None where it is coadapt's own."""
     try:
         require()
     except ImportError as wrong_version:
         return str(wrong_version)
     missing = [str(requirement) for requirement in declared().needed if found(requirement.name) is None]
+    first = cause(error)
     if not missing:
-        return None
-    return f"{error}. Not installed, but needed: {', '.join(missing)}. Mend it with: pip install coadapt"
+        return None if (getattr(first, "name", None) or "").startswith("coadapt") else str(first)
+    return f"{first}. Not installed, but needed: {', '.join(missing)}. Mend it with: pip install coadapt"
+
+
+def cause(error: BaseException) -> BaseException:
+    """What an error goes back to: transformers tells of a missing library only there."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def check() -> Iterator[Finding]:

@@ -279,6 +279,23 @@ def test_the_base_answers_beside_the_adapted_model(talk: Call, talker: Path, ada
     assert base != adapted
 
 
+def test_a_mistake_of_ours_does_not_end_a_conversation(
+    talk: Call, talker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Chat.request
+
+    def breaks(self: Chat, question: str, **options: Any) -> Request:
+        return {"a": real(self, question, **options)}[question]
+
+    monkeypatch.setattr(Chat, "request", breaks)
+    code, text, said = talk(["b", "a"], "--model", talker)
+    assert (code, len(text.splitlines()) > 0) == (0, True)
+    assert "error: KeyError: 'b'\n(this looks like a mistake in coadapt; COADAPT_DEBUG=1 shows where)" in said
+    monkeypatch.setenv("COADAPT_DEBUG", "1")
+    with pytest.raises(KeyError):
+        talk(["b", "a"], "--model", talker)
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [

@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from packaging.requirements import Requirement
 
 from coadapt import versions
+from coadapt.cli import doctor
 from coadapt.model import PeftModel
 from coadapt.training import machine, selftest
 from coadapt.versions import Finding, State
@@ -155,6 +156,16 @@ def test_a_program_with_an_old_transformers_gets_one_clear_error(program: str, e
     assert ("Traceback" in done.stderr) == ("main" not in program)
 
 
+def test_an_import_that_fails_is_explained_by_what_is_missing(environment: Environment) -> None:
+    error = ImportError("No module named 'datasets'")
+    outer = ImportError("transformers cannot be imported")
+    outer.__cause__ = error
+    assert versions.explain(outer) == "No module named 'datasets'"
+    assert versions.explain(ImportError("cannot import name 'x'", name="coadapt.model")) is None
+    environment.gone.add("datasets")
+    assert str(versions.explain(error)).startswith("No module named 'datasets'. Not installed, but needed: datasets>=")
+
+
 # ---- what works ------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +192,18 @@ def test_something_broken_is_told_last_with_its_command_and_exit_code_1(call: Ca
     end = text.split("\n\n")[-1].splitlines()
     assert end[0] == "1 thing that coadapt needs does not work here:"
     assert end[1] == "  click: pip install -U 'click>=8.1'"
+
+
+def test_a_part_that_cannot_be_loaded_is_a_finding_with_what_mends_it(
+    call: Call, environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (environment.folder / "broken_part.py").write_text("raise ModuleNotFoundError('gone', name='tokenizers')")
+    monkeypatch.setattr(doctor, "CHECKS", {"self-test": "broken_part:look", "quantisers": "broken_part:look"})
+    environment.install("tokenizers", "0.1.0")
+    code, text, _ = call("doctor", "--json")
+    found = {f["name"]: f for f in json.loads(text)["findings"]}
+    assert (code, found["self-test"]["state"], found["quantisers"]["state"]) == (1, "broken", "warning")
+    assert found["self-test"]["mend"].startswith("pip install -U 'tokenizers")
 
 
 def test_a_step_that_trains_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

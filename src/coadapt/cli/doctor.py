@@ -49,10 +49,10 @@ def _invoke(as_json: bool) -> int:
 
 
 def _findings() -> Iterator["Finding"]:
-    from coadapt.versions import Finding, check
+    from coadapt.versions import Finding, cause, check
 
-    # One part after the other: a broken library may fail only when the next one loads it.
-    yield from sorted(check(), key=lambda finding: finding.part != "versions")
+    told = sorted(check(), key=lambda finding: finding.part != "versions")
+    yield from told
     for part, where in CHECKS.items():
         module, _, name = where.partition(":")
         try:
@@ -62,9 +62,12 @@ def _findings() -> Iterator["Finding"]:
         except Exception as error:
             if os.environ.get("COADAPT_DEBUG"):
                 raise
-            said = f"cannot be looked at: {type(error).__name__}: {error}"
-            mend = "what is wrong with the versions above comes first"
-            yield Finding(part=part, name=part, state="broken", said=said, mend=mend)
+            first = cause(error)
+            known = (f.mend for f in told if f.state != "ok" and f.name == getattr(first, "name", None))
+            mend = next(known, "what is wrong with the versions above comes first")
+            said = f"cannot be looked at: {type(first).__name__}: {first}"
+            state = "warning" if part == "quantisers" else "broken"
+            yield Finding(part=part, name=part, state=state, said=said, mend=mend)
 
 
 def _show(finding: "Finding", new: bool) -> None:

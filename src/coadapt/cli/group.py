@@ -86,13 +86,16 @@ def run(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
-        if isinstance(error, ImportError) and (reason := importlib.import_module("coadapt.versions").explain(error)):
-            return _say(f"{reason}\n(coadapt doctor looks at everything)")
-        expected = isinstance(error, ValueError | OSError | TypeError | RuntimeError)
-        kind = "" if expected else f"{type(error).__name__}: "
-        return _say(
-            f"{kind}{error}" + ("" if expected else f"\n(this looks like a mistake in coadapt; {DEBUG}=1 shows where)")
-        )
+        return _say(describe(error))
+
+
+def describe(error: Exception) -> str:
+    """What a person is told of an error; one that is nobody's input is told to be a mistake of ours."""
+    if isinstance(error, ImportError) and (reason := importlib.import_module("coadapt.versions").explain(error)):
+        return f"{reason}\n(coadapt doctor looks at everything)"
+    if isinstance(error, ValueError | OSError | TypeError | RuntimeError):
+        return str(error)
+    return f"{type(error).__name__}: {error}\n(this looks like a mistake in coadapt; {DEBUG}=1 shows where)"
 
 
 def _say(message: str) -> int:
