@@ -310,7 +310,7 @@ def test_options_that_would_have_no_effect_are_refused(talk: Call, args: list[st
 
 
 @pytest.mark.full
-def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends() -> None:
+def test_at_a_terminal_tab_completes_ctrl_c_stops_the_answer_and_ctrl_d_ends() -> None:
     import pty
 
     program = "from coadapt.cli import main; main()"
@@ -327,6 +327,9 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends() -> None:
             seen += os.read(terminal, 4096).decode("utf-8", "replace")
         seen = seen.partition(text)[2]
 
+    read("> ")
+    os.write(terminal, b"/he\t\n")
+    read("/retry")
     read("> ")
     os.write(terminal, b"One day Mia\n")
     read("Mia\r\n")

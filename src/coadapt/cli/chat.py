@@ -67,14 +67,28 @@ class Talk:
         if not self.live:
             yield from sys.stdin
             return
-        with suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401  editing and history for `input`
+        self._edit()
         while True:
             try:
                 yield input("> ")
             except (EOFError, KeyboardInterrupt):
                 click.echo()
                 return
+
+    def _edit(self) -> None:
+        """Editing, history and the Tab key for `input`, where Python has them (on Windows it has not)."""
+        with suppress(ImportError):
+            import readline
+
+            from coadapt.training.chat_commands import COMMANDS
+
+            def complete(begun: str, number: int) -> str | None:
+                words = [*COMMANDS] if begun.startswith("/") else [adapter.name for adapter in self.chat.attached()]
+                return ([word for word in words if word.startswith(begun)] + [None])[number]
+
+            readline.set_completer(complete)
+            readline.set_completer_delims(" ")
+            readline.parse_and_bind("tab: complete")
 
     def _heed(self, line: str) -> bool:
         """Obeys or asks; whether it goes on."""
