@@ -120,8 +120,12 @@ def test_the_oldest_turns_go_when_the_room_is_full(chat: Chat) -> None:
 def test_an_answer_is_shorter_where_there_is_little_room_and_refused_where_there_is_none(chat: Chat) -> None:
     frame = chat.request("").inputs["input_ids"].shape[1]
     assert chat.request("x" * (ROOM - frame - 2)).longest == 2
+    asked(chat, "short")
+    chat.ask_new()
     with pytest.raises(ValueError, match=rf"has {ROOM} tokens .* takes {ROOM} with the answer"):
         chat.request("x" * (ROOM - frame))
+    assert chat.ask_again().startswith("xxx")
+    assert [turn.question for turn in chat.turns] == ["short"]
 
 
 def test_a_question_again_takes_the_place_of_the_last_answer_with_another_seed(chat: Chat) -> None:
