@@ -120,8 +120,12 @@ def test_the_oldest_turns_go_when_the_room_is_full(chat: Chat) -> None:
 def test_an_answer_is_shorter_where_there_is_little_room_and_refused_where_there_is_none(chat: Chat) -> None:
     frame = chat.request("").inputs["input_ids"].shape[1]
     assert chat.request("x" * (ROOM - frame - 2)).longest == 2
+    asked(chat, "short")
+    chat.ask_new()
     with pytest.raises(ValueError, match=rf"has {ROOM} tokens .* takes {ROOM} with the answer"):
         chat.request("x" * (ROOM - frame))
+    assert chat.ask_again().startswith("xxx")
+    assert [turn.question for turn in chat.turns] == ["short"]
 
 
 def test_a_question_again_takes_the_place_of_the_last_answer_with_another_seed(chat: Chat) -> None:
@@ -279,6 +283,23 @@ def test_the_base_answers_beside_the_adapted_model(talk: Call, talker: Path, ada
     assert base != adapted
 
 
+def test_a_mistake_of_ours_does_not_end_a_conversation(
+    talk: Call, talker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Chat.request
+
+    def breaks(self: Chat, question: str, **options: Any) -> Request:
+        return {"a": real(self, question, **options)}[question]
+
+    monkeypatch.setattr(Chat, "request", breaks)
+    code, text, said = talk(["b", "a"], "--model", talker)
+    assert (code, len(text.splitlines()) > 0) == (0, True)
+    assert "error: KeyError: 'b'\n(this looks like a mistake in coadapt; COADAPT_DEBUG=1 shows where)" in said
+    monkeypatch.setenv("COADAPT_DEBUG", "1")
+    with pytest.raises(KeyError):
+        talk(["b", "a"], "--model", talker)
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
@@ -293,7 +314,7 @@ def test_options_that_would_have_no_effect_are_refused(talk: Call, args: list[st
 
 
 @pytest.mark.full
-def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends() -> None:
+def test_at_a_terminal_tab_completes_ctrl_c_stops_the_answer_and_ctrl_d_ends() -> None:
     import pty
 
     program = "from coadapt.cli import main; main()"
@@ -310,6 +331,9 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_ends() -> None:
             seen += os.read(terminal, 4096).decode("utf-8", "replace")
         seen = seen.partition(text)[2]
 
+    read("> ")
+    os.write(terminal, b"/he\t\n")
+    read("/retry")
     read("> ")
     os.write(terminal, b"One day Mia\n")
     read("Mia\r\n")

@@ -27,7 +27,7 @@ def spent(*args: str) -> float:
     return min(times[code])
 
 
-@pytest.mark.parametrize("args", [["--help"], ["train", "--help"]])
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["chat", "--help"], ["doctor", "--help"]])
 def test_help_is_quick(args: list[str]) -> None:
     # Processor time and not the clock's: the machine may be busy with other tests.
     assert spent(*args) < 0.3

@@ -1,5 +1,6 @@
 """`coadapt chat`: a conversation with a base and its adapters, in a terminal or through a pipe."""
 
+import os
 import signal
 import sys
 import threading
@@ -11,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from coadapt.cli.completion import paths
+from coadapt.cli.group import DEBUG, describe
 
 if TYPE_CHECKING:
     from coadapt.training.chat import Chat, Request
 
 WIDE = 100
 """Columns from which two answers stand beside each other."""
+
+CONTROLS = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t")
+"""What a model could steer a terminal with."""
 
 
 def _invoke(model: str | None, adapter: Path | None, adapters: str | None, **options: Any) -> int:
@@ -62,14 +67,28 @@ class Talk:
         if not self.live:
             yield from sys.stdin
             return
-        with suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401  editing and history for `input`
+        self._edit()
         while True:
             try:
                 yield input("> ")
             except (EOFError, KeyboardInterrupt):
                 click.echo()
                 return
+
+    def _edit(self) -> None:
+        """Editing, history and the Tab key for `input`, where Python has them (on Windows it has not)."""
+        with suppress(ImportError):
+            import readline
+
+            from coadapt.training.chat_commands import COMMANDS
+
+            def complete(begun: str, number: int) -> str | None:
+                words = [*COMMANDS] if begun.startswith("/") else [adapter.name for adapter in self.chat.attached()]
+                return ([word for word in words if word.startswith(begun)] + [None])[number]
+
+            readline.set_completer(complete)
+            readline.set_completer_delims(" ")
+            readline.parse_and_bind("tab: complete")
 
     def _heed(self, line: str) -> bool:
         """Obeys or asks; whether it goes on."""
@@ -86,8 +105,10 @@ class Talk:
             if then is Next.AGAIN:
                 self._ask(self.chat.ask_again(), again=True)
             return then is not Next.QUIT
-        except (ValueError, RuntimeError, OSError, TypeError) as error:
-            click.echo(f"error: {error}", err=True)
+        except Exception as error:  # whatever it is, what was said so far is not lost
+            if os.environ.get(DEBUG):
+                raise
+            click.echo(f"error: {describe(error)}", err=True)
             return True
 
     def _ask(self, question: str, again: bool) -> None:
@@ -112,9 +133,12 @@ class Talk:
 
     def _one(self, request: "Request", stop: threading.Event, base: bool = False) -> str:
         try:
-            return self.chat.answer(request, lambda piece: click.echo(piece, nl=False), base=base, stopped=stop.is_set)
+            return self.chat.answer(request, self._print, base=base, stopped=stop.is_set)
         finally:
             click.echo()
+
+    def _print(self, piece: str) -> None:
+        click.echo(piece.translate(CONTROLS) if self.live else piece, nl=False)
 
     def _both(self, request: "Request", stop: threading.Event) -> str:
         from coadapt.cli.output import console
@@ -155,7 +179,7 @@ class Talk:
 
     @contextmanager
     def _stoppable(self) -> Generator[threading.Event]:
-        """Context: Ctrl-C sets the event; a second one, or one where nobody sits at a terminal, is as ever."""
+        """Context: Ctrl-C sets the event, a second one breaks off at once. Where nobody sits there, it is as ever."""
         stop = threading.Event()
         if not self.live:
             yield stop
@@ -163,7 +187,7 @@ class Talk:
 
         def press(*_: object) -> None:
             if stop.is_set():
-                raise KeyboardInterrupt
+                raise RuntimeError("Stopped in the middle of a token; the answer is not kept.")
             stop.set()
 
         before = signal.signal(signal.SIGINT, press)

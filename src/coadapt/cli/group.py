@@ -15,6 +15,7 @@ VERBS = {
     "chat": "Talk to a model with its adapters.",
     "merge": "Put an adapter into the weights of its base.",
     "show": "What an adapter folder, or a model, is made of.",
+    "doctor": "What this machine has, and what of it works.",
     "completion": "The script that lets a shell complete coadapt.",
 }
 """Verb -> the first line of its help; each verb is a file here, imported when it is used."""
@@ -85,11 +86,16 @@ def run(args: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
-        expected = isinstance(error, ValueError | OSError | TypeError | RuntimeError)
-        kind = "" if expected else f"{type(error).__name__}: "
-        return _say(
-            f"{kind}{error}" + ("" if expected else f"\n(this looks like a mistake in coadapt; {DEBUG}=1 shows where)")
-        )
+        return _say(describe(error))
+
+
+def describe(error: Exception) -> str:
+    """What a person is told of an error; one that is nobody's input is told to be a mistake of ours."""
+    if isinstance(error, ImportError) and (reason := importlib.import_module("coadapt.versions").explain(error)):
+        return f"{reason}\n(coadapt doctor looks at everything)"
+    if isinstance(error, ValueError | OSError | TypeError | RuntimeError):
+        return str(error)
+    return f"{type(error).__name__}: {error}\n(this looks like a mistake in coadapt; {DEBUG}=1 shows where)"
 
 
 def _say(message: str) -> int:

@@ -1,10 +1,12 @@
 """One prompt, one answer."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from coadapt.model import PeftModel
 from coadapt.training.assemble import pad_token
@@ -41,9 +43,21 @@ def classify(ready: Ready, inputs: dict[str, torch.Tensor]) -> str:
 
 @torch.no_grad()
 def say(
-    ready: Ready, inputs: dict[str, torch.Tensor], *, max_new_tokens: int, temperature: float, seed: int, **more: Any
+    ready: Ready,
+    inputs: dict[str, torch.Tensor],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    hear: Callable[[str], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> str:
-    """What the model goes on with; `more` is for transformers' `generate` (a streamer, a rule that stops it)."""
+    """What the model goes on with.
+
+    Args:
+        hear: gets it piece by piece, less the white space around it. One beam then, whatever the model is set to.
+        stopped: asked after each token; True ends it there.
+    """
     model = cast(Any, ready.model)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)
@@ -53,7 +67,8 @@ def say(
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_token(ready.tokenizer),
         eos_token_id=_ends(model.generation_config.eos_token_id, ready.tokenizer),
-        **more,
+        **({} if hear is None else {"streamer": _Heard(ready.tokenizer, hear), "num_beams": 1}),
+        stopping_criteria=StoppingCriteriaList([_Stopped(stopped)]),
     )
     start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     return cast(str, ready.tokenizer.decode(out[0, start:], skip_special_tokens=True))
@@ -70,3 +85,27 @@ def _ends(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> 
     ends = {known} if isinstance(known, int) else set(known or [])
     trained = cast(int | None, tokenizer.eos_token_id)
     return sorted(ends | {trained} if trained is not None else ends) or None
+
+
+class _Heard(TextStreamer):
+    """Hands each piece on as soon as it is known how it is spelt, less the white space around the whole."""
+
+    def __init__(self, tokenizer: Any, hear: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.hear, self.begun, self.held = hear, False, ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        whole = self.held + text
+        said = whole.rstrip() if self.begun else whole.strip()
+        self.held = whole[len(whole.rstrip()) :]
+        if said:
+            self.begun = True
+            self.hear(said)
+
+
+class _Stopped(StoppingCriteria):
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self.stopped = stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # type: ignore[override]
+        return torch.full((len(input_ids),), self.stopped(), device=input_ids.device)

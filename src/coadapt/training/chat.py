@@ -10,8 +10,6 @@ from typing import Any, cast
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import TextStreamer
-from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from coadapt.core import composition
 from coadapt.core.composition import Gate, Sum
@@ -137,6 +135,7 @@ class Chat:
         Raises:
             ValueError: the question alone does not fit, or the chat template refuses it.
         """
+        self.question = question
         again = again and self._answered
         turns = [] if self.alone else self.turns[: len(self.turns) - again]
         room, wanted = self.room, 0 if self._answers_apart else self.max_new_tokens
@@ -209,7 +208,6 @@ class Chat:
             base: the base answers, whatever is active.
             stopped: asked after each token; True ends the answer there.
         """
-        self.question = request.question
         nobody: AbstractContextManager[Any] = nullcontext()
         with self.view.disable_adapter() if base and self.view is not None else nobody:
             if self.classifies:
@@ -222,9 +220,8 @@ class Chat:
                 max_new_tokens=request.longest,
                 temperature=self.temperature,
                 seed=self.seed + self.tries,
-                streamer=_Heard(self.ready.tokenizer, hear),
-                stopping_criteria=StoppingCriteriaList([_Stopped(stopped)]),
-                num_beams=1,
+                hear=hear,
+                stopped=stopped,
             ).strip()
 
     def keep(self, request: Request, answer: str) -> None:
@@ -329,27 +326,3 @@ def length(inputs: dict[str, Tensor]) -> int:
 def _number(gate: Gate) -> str:
     value = gate.value(1, torch.empty(0))
     return "one per row" if isinstance(value, Tensor) and value.numel() != 1 else f"{float(value):.4g}"
-
-
-class _Heard(TextStreamer):
-    """Hands each piece on as soon as it is known how it is spelt, less the white space around the whole."""
-
-    def __init__(self, tokenizer: Any, hear: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.hear, self.begun, self.held = hear, False, ""
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        whole = self.held + text
-        said = whole.rstrip() if self.begun else whole.strip()
-        self.held = whole[len(whole.rstrip()) :]
-        if said:
-            self.begun = True
-            self.hear(said)
-
-
-class _Stopped(StoppingCriteria):
-    def __init__(self, stopped: Callable[[], bool]) -> None:
-        self.stopped = stopped
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # type: ignore[override]
-        return torch.full((len(input_ids),), self.stopped(), device=input_ids.device)
