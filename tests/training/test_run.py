@@ -88,13 +88,8 @@ class BreakAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("step", [1, 3])
-def test_an_interrupted_run_goes_on_to_the_same_numbers(
-    base: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    both: dict[str, Any] = {"method": "prompt + lora", "num_virtual_tokens": 4, "logging_steps": 1}
-    go(base, rows, whole, **both)
+def go_until(step: int, monkeypatch: pytest.MonkeyPatch, *args: Any, **settings: Any) -> Outcome:
+    """A run that is interrupted in this step."""
     build = module._trainer
 
     def breaking(*args: Any, **options: Any) -> Any:
@@ -104,7 +99,17 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
 
     with monkeypatch.context() as patched:
         patched.setattr(module, "_trainer", breaking)
-        first = go(base, rows, broken, **both)
+        return go(*args, **settings)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(
+    base: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    both: dict[str, Any] = {"method": "prompt + lora", "num_virtual_tokens": 4, "logging_steps": 1}
+    go(base, rows, whole, **both)
+    first = go_until(step, monkeypatch, base, rows, broken, **both)
     assert (first.interrupted, first.step) == (True, step + 1)
     assert not (broken / "composition.json").exists()
     second = go(base, rows, broken, **both, resume=True)
@@ -119,6 +124,50 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
         [{k: line[k] for k in figures if k in line} for line in read_log(o / "metrics.jsonl")] for o in (whole, broken)
     ]
     assert logs[0] == logs[1]
+
+
+# After a few steps at this rate the held-out loss gets worse.
+TOO_FAR: dict[str, Any] = {"learning_rate": 0.5, "num_train_epochs": 8, "eval_steps": 2, "early_stopping_patience": 3}
+
+
+def test_a_run_that_gets_no_better_stops_and_saves_the_best(base: str, rows: str, out: Path) -> None:
+    text = io.StringIO()
+    done = go(base, rows, out, Console(file=text, width=200), **TOO_FAR)
+    losses = {line["step"]: line["eval/loss"] for line in read_log(out / "metrics.jsonl") if "eval/loss" in line}
+    best = min(losses, key=lambda step: losses[step])
+    assert 0 < best < done.step == best + 2 * 3 < 24
+    assert (done.best_step, done.held_out_loss) == (best, losses[best])
+    assert (out / "best").resolve().name == f"checkpoint-{best}"
+    saved = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).state_dict()
+    kept, last = (load_file(out / f"checkpoint-{step}" / "model.safetensors") for step in (best, done.step))
+    tensors = [name for name in kept if name.endswith((".A", ".B"))]
+    assert len(tensors) == 28
+    assert all(torch.equal(saved[name], kept[name]) for name in tensors)
+    assert not any(torch.equal(saved[name], last[name]) for name in tensors)
+    assert f"Stopped early, at step {done.step} of 24" in text.getvalue()
+    assert f"Saved are the best adapters, of step {best} (held-out loss {losses[best]:.4f})" in text.getvalue()
+    assert f"the best adapters, of step {best}" in (out / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"stopped at step .* Raise early_stopping_patience to go on"):
+        go(base, rows, out, resume=True, **TOO_FAR)
+    assert go(base, rows, out, resume=True, **{**TOO_FAR, "early_stopping_patience": 4}).step > done.step
+
+
+def test_an_interrupted_run_stops_as_early_as_an_unbroken_one(
+    base: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = go(base, rows, whole, **TOO_FAR)
+    assert go_until(done.step - 2, monkeypatch, base, rows, broken, **TOO_FAR).interrupted
+    again = go(base, rows, broken, resume=True, **TOO_FAR)
+    assert (again.step, again.best_step, again.held_out_loss) == (done.step, done.best_step, done.held_out_loss)
+    one, other = (load_file(out / "adapter_model.safetensors") for out in (whole, broken))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_stopping_early_needs_rows_that_are_held_out(base: str, rows: str, out: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing is held out: eval_split=0 of 30 rows"):
+        go(base, rows, out, eval_split=0, early_stopping_patience=1)
+    assert not out.exists()
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_does_not(base: str, rows: str, tmp_path: Path) -> None:

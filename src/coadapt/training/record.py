@@ -7,9 +7,9 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 FINAL = "train_runtime"
 """A key of the summary that Trainer logs after the last step."""
@@ -75,6 +75,32 @@ class Watch(TrainerCallback):
                 f"The loss is {loss} at step {state.global_step}. Use a lower learning_rate or max_grad_norm, more "
                 "warmup_steps, or bf16 in place of fp16."
             )
+
+
+class EarlyStop(EarlyStoppingCallback):
+    """transformers' early stopping; a resumed run counts on from where its checkpoint was.
+
+    Raises:
+        ValueError: the run that is resumed has stopped early already.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        super().on_train_begin(args, state, control)
+        # A checkpoint of a run without early stopping has no entry, and Trainer expects one when it saves the next.
+        kept = cast(dict[str, Any], state.stateful_callbacks)
+        before = kept.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = before["attributes"]["early_stopping_patience_counter"]
+        if self.stopped:
+            raise ValueError(
+                f"resume: the run stopped at step {state.global_step}, after {self.early_stopping_patience_counter} "
+                f"evaluations without a better held-out loss (early_stopping_patience={self.early_stopping_patience}). "
+                "Raise early_stopping_patience to go on."
+            )
+
+    @property
+    def stopped(self) -> bool:
+        """Whether there were as many evaluations without a better loss as it takes."""
+        return self.early_stopping_patience_counter >= self.early_stopping_patience
 
 
 class Interrupt(TrainerCallback):

@@ -40,7 +40,7 @@ from coadapt.training.memory import total as device_memory
 from coadapt.training.monitor import Stillness, teller
 from coadapt.training.panel import screen
 from coadapt.training.picture import draw_loss
-from coadapt.training.record import Interrupt, MetricsLog, Watch, read_log
+from coadapt.training.record import EarlyStop, Interrupt, MetricsLog, Watch, read_log
 from coadapt.training.settings import RunConfig, Task
 from coadapt.training.trainer import AdapterTrainer
 
@@ -53,6 +53,9 @@ class Outcome:
     step: int
     interrupted: bool
     held_out_loss: float | None
+    """Of the adapters that were saved."""
+    best_step: int | None
+    """The step that they are of, where the best ones are kept; None where they are those of the last step."""
     view: PeftModel
     tokenizer: PreTrainedTokenizerBase
 
@@ -67,6 +70,11 @@ def train(run: RunConfig, console: Console) -> Outcome:
     out = folder.output_dir(run)
     checkpoint = folder.claim(out, run)
     task, found, made, tokenizer = _data(run)
+    if run.early_stopping_patience is not None and made.held_out is None:
+        raise ValueError(
+            f"early_stopping_patience={run.early_stopping_patience} watches the held-out loss, and nothing is held "
+            f"out: eval_split={run.eval_split:g} of {made.tally.rows} rows. Give eval_data, or a larger eval_split."
+        )
     console.print(describe(found, made))
     console.print(Text("\none example, trained tokens between ⟦ and ⟧:", "dim"))
     console.print(one_sample(made.train[0], tokenizer, found.classes), "")
@@ -84,13 +92,18 @@ def train(run: RunConfig, console: Console) -> Outcome:
     stillness = Stillness(view, teller(console, log))
     with Interrupt() as interrupt:
         shown = screen(console, stillness, interrupt)
+        if run.early_stopping_patience is not None:
+            trainer.add_callback(EarlyStop(run.early_stopping_patience, run.early_stopping_threshold))
         for callback in (Watch(), MetricsLog(log), stillness, shown, interrupt):
             trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             shown.stop()
-    return _finish(run, trainer, view, tokenizer, found, made, out, interrupt.asked)
+    done = _finish(run, trainer, view, tokenizer, found, made, out, interrupt.asked)
+    if done.best_step is not None:
+        console.print(Text(f"\n{_stopped(run, done, trainer.state.max_steps)}"), soft_wrap=True)
+    return done
 
 
 def _data(run: RunConfig) -> tuple[Task, Plan, Prepared, PreTrainedTokenizerBase]:
@@ -153,6 +166,7 @@ def training_arguments(run: RunConfig, out: Path, evaluates: bool, resuming: boo
             "max_grad_norm": 0.0,
             "eval_strategy": run.eval_strategy if evaluates else "no",
             "eval_on_start": run.eval_on_start and evaluates and not resuming,
+            "load_best_model_at_end": run.early_stopping_patience is not None,
             "metric_for_best_model": "eval_loss" if evaluates and run.eval_strategy != "no" else None,
             "greater_is_better": False,
             "include_num_input_tokens_seen": "non_padding",
@@ -209,6 +223,7 @@ def _finish(
     log = read_log(out / folder.METRICS)
     held_out = [line["eval/loss"] for line in log if "eval/loss" in line]
     best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+    best_step = state.best_global_step if best and run.early_stopping_patience is not None and not interrupted else None
     folder.link(out, "last", out / f"checkpoint-{state.global_step}")
     folder.link(out, "best", best)
     if not interrupted:
@@ -216,7 +231,7 @@ def _finish(
         tokenizer.save_pretrained(out)
         with aside(out / folder.PICTURE) as file:
             draw_loss(log, file, title(run))
-        figures = _figures(state.global_step, log, made)
+        figures = _figures(state.global_step, log, made, best_step)
         folder.write_card(out, run, figures, made.framing.style)
         facts = {
             "data": {"name": run.data, "sha256": made.fingerprint, "format": found.form.name, "classes": found.classes}
@@ -228,7 +243,8 @@ def _finish(
         folder=out,
         step=state.global_step,
         interrupted=interrupted,
-        held_out_loss=held_out[-1] if held_out else None,
+        held_out_loss=state.best_metric if best_step is not None else held_out[-1] if held_out else None,
+        best_step=best_step,
         view=view,
         tokenizer=tokenizer,
     )
@@ -240,8 +256,18 @@ def title(run: RunConfig) -> str:
     return f"{Path(run.model).name} · {methods} · {Path(run.data).name}"
 
 
-def _figures(step: int, log: list[dict[str, Any]], made: Prepared) -> Mapping[str, Any]:
-    held_out = [line["eval/loss"] for line in log if "eval/loss" in line]
+def _stopped(run: RunConfig, done: Outcome, steps: int) -> str:
+    early = (
+        f"Stopped early, at step {done.step} of {steps}: no better held-out loss in "
+        f"{run.early_stopping_patience} evaluations."
+        if done.step < steps
+        else f"Trained to the end, step {done.step}."
+    )
+    return f"{early} Saved are the best adapters, of step {done.best_step} (held-out loss {done.held_out_loss:.4f})."
+
+
+def _figures(step: int, log: list[dict[str, Any]], made: Prepared, best: int | None) -> Mapping[str, Any]:
+    held_out = {line["step"]: line["eval/loss"] for line in log if "eval/loss" in line}
     train = [line["train/loss"] for line in log if "train/loss" in line]
     figures: dict[str, Any] = {
         "steps": step,
@@ -249,4 +275,9 @@ def _figures(step: int, log: list[dict[str, Any]], made: Prepared) -> Mapping[st
         "tokens of training data": made.tally.tokens,
     }
     figures |= {"last training loss": round(train[-1], 4)} if train else {}
-    return figures | ({"held-out loss": f"{held_out[0]:.4f} → {held_out[-1]:.4f}"} if held_out else {})
+    figures |= {} if best is None else {"saved": f"the best adapters, of step {best}"}
+    if not held_out:
+        return figures
+    first, last = next(iter(held_out.values())), list(held_out.values())[-1]
+    saved = last if best is None else held_out[best]
+    return figures | {"held-out loss": f"{first:.4f} → {saved:.4f}"}
