@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,31 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(base: str, rows: str, 
 
 def _found(text: str) -> list[str]:
     return [word for word in ("prompt + completion", "⟦", "trainable", "held-out loss") if word in text]
+
+
+def test_a_tracker_gets_what_the_log_has(base: str, rows: str, out: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    go(base, rows, out, method="lora + prompt", report_to="tensorboard")
+    [events] = (out / "runs").iterdir()
+    tracker = EventAccumulator(str(events)).Reload()
+    log = [line for line in read_log(out / "metrics.jsonl") if "train/loss" in line]
+    for figure in ("loss", "peak_memory_gib", "grad_norm/lora", "update_norm/prompt", "update_ratio/lora"):
+        found = {event.step: event.value for event in tracker.Scalars(f"train/{figure}")}
+        assert found == pytest.approx({line["step"]: line[f"train/{figure}"] for line in log}, rel=1e-6), figure
+    assert len(tracker.Scalars("eval/loss")) == 3
+
+
+def test_a_tracker_that_is_not_there_is_refused_first(
+    base: str, rows: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tensorboard", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, name, None)  # as Python says itself that there is no such module
+    with pytest.raises(ValueError, match=r'is not installed. Run: pip install "coadapt\[tensorboard\]"'):
+        go(base, rows, out, report_to="tensorboard")
+    with pytest.raises(ValueError, match=r"'tensorbord' is no tracker\. Did you mean 'tensorboard'"):
+        go(base, rows, out, report_to="tensorbord")
+    assert not out.exists()
 
 
 def test_the_picture_shows_two_lines(base: str, rows: str, out: Path) -> None:

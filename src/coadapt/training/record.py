@@ -10,6 +10,9 @@ from types import FrameType
 from typing import Any, cast
 
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from coadapt.config import did_you_mean
 
 FINAL = "train_runtime"
 """A key of the summary that Trainer logs after the last step."""
@@ -132,3 +135,18 @@ class Interrupt(TrainerCallback):
         if self.asked:
             # The epoch did not end, training did. An evaluation now would draw random numbers before a second save.
             control.should_save = control.should_evaluate = False
+
+
+def check_tracker(name: str) -> None:
+    """Whether `report_to` names a tracker that is there; its callback is made by Trainer.
+
+    Raises:
+        ValueError: there is no such tracker, or it is not installed; says how to install it.
+    """
+    known = ["none", "all", *INTEGRATION_TO_CALLBACK]
+    if name not in known:
+        raise ValueError(f"report_to={name!r} is no tracker.{did_you_mean(name, known)} There are: {', '.join(known)}.")
+    if name in ("none", "all") or name in get_available_reporting_integrations():
+        return
+    package = '"coadapt[tensorboard]"' if name == "tensorboard" else name
+    raise ValueError(f"report_to={name!r} asks for a program that is not installed. Run: pip install {package}")

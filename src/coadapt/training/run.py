@@ -40,7 +40,7 @@ from coadapt.training.memory import total as device_memory
 from coadapt.training.monitor import Stillness, teller
 from coadapt.training.panel import screen
 from coadapt.training.picture import draw_loss
-from coadapt.training.record import EarlyStop, Interrupt, MetricsLog, Watch, read_log
+from coadapt.training.record import EarlyStop, Interrupt, MetricsLog, Watch, check_tracker, read_log
 from coadapt.training.settings import RunConfig, Task
 from coadapt.training.trainer import AdapterTrainer
 
@@ -67,6 +67,7 @@ def train(run: RunConfig, console: Console) -> Outcome:
         ValueError: anything in the settings, the data or the model that does not fit, before a step is run.
         FileNotFoundError: the data or the model is not there.
     """
+    check_tracker(run.report_to)
     out = folder.output_dir(run)
     checkpoint = folder.claim(out, run)
     task, found, made, tokenizer = _data(run)

@@ -163,7 +163,7 @@ class RunConfig(BaseModel):
     save_total_limit: int | None = Field(default=None, ge=1)
     """Keep only so many checkpoints."""
     report_to: str = "none"
-    """Trackers of transformers that also get the figures, such as tensorboard."""
+    """A tracker of transformers that also gets the figures, such as tensorboard (which reads output_dir/runs)."""
 
     @model_validator(mode="before")
     @classmethod
