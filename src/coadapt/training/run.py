@@ -39,7 +39,7 @@ from coadapt.training.memory import Forecast, size
 from coadapt.training.memory import total as device_memory
 from coadapt.training.monitor import Stillness, teller
 from coadapt.training.panel import screen
-from coadapt.training.picture import draw_loss
+from coadapt.training.picture import draw
 from coadapt.training.record import EarlyStop, Interrupt, MetricsLog, Watch, check_tracker, read_log
 from coadapt.training.settings import RunConfig, Task
 from coadapt.training.trainer import AdapterTrainer
@@ -231,7 +231,7 @@ def _finish(
         view.save_pretrained(out)
         tokenizer.save_pretrained(out)
         with aside(out / folder.PICTURE) as file:
-            draw_loss(log, file, title(run))
+            draw(log, file, title(run))
         figures = _figures(state.global_step, log, made, best_step)
         folder.write_card(out, run, figures, made.framing.style)
         facts = {
