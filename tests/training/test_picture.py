@@ -69,3 +69,6 @@ def test_names_keep_apart_and_stay_in_order(heights: list[float]) -> None:
     assert all(high - low > 12.9 for low, high in itertools.pairwise(placed))
     assert sum(placed) == pytest.approx(sum(heights))
     assert spread([0.0, 100.0], 13) == [0.0, 100.0]
+    above = spread(heights, 13, 20.0)
+    assert all(high - low >= 13 for low, high in itertools.pairwise(above))
+    assert all(height >= 20 for height in above)

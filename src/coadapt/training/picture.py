@@ -62,14 +62,18 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """`heights` (ascending) moved as little apart as it takes for neighbours to have `gap` between them."""
+def spread(heights: Sequence[float], gap: float, floor: float = float("-inf")) -> list[float]:
+    """`heights` (ascending) moved as little apart as it takes for neighbours to have `gap` between them, none below
+    `floor`."""
     placed = list(heights)
     for _ in range(100):
         for low in range(len(placed) - 1):
             if (short := gap - (placed[low + 1] - placed[low])) > 0:
                 placed[low] -= short / 2
                 placed[low + 1] += short / 2
+    for number, height in enumerate(placed):
+        placed[number] = max(height, floor)
+        floor = placed[number] + gap
     return placed
 
 
@@ -138,7 +142,8 @@ def _name(axes: Any, ends: Sequence[End]) -> None:
     ends = sorted(ends, key=lambda end: end[1])
     points = 72 / axes.figure.dpi
     heights = [axes.transData.transform((x, y))[1] * points for x, y, _, _ in ends]
-    for (x, y, text, color), height, placed in zip(ends, heights, spread(heights, 13), strict=True):
+    foot = axes.bbox.y0 * points + 6  # above the numbers of the axis
+    for (x, y, text, color), height, placed in zip(ends, heights, spread(heights, 13, foot), strict=True):
         place = {"xytext": (8, placed - height), "textcoords": "offset points", "va": "center", "fontsize": 9.5}
         axes.annotate(text, (x, y), color=color, annotation_clip=False, **place)
 
