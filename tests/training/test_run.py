@@ -14,7 +14,7 @@ import yaml
 from matplotlib.image import imread
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, BertForMaskedLM, TrainerCallback
 
 import models
 from byte_tokenizer import save_base
@@ -305,6 +305,24 @@ def test_classes_of_a_table(tmp_path: Path, out: Path) -> None:
     ready = load(None, out)
     assert [answer(ready, text) for text in ("aaa7", "zzz7")] == ["first", "second"]
     assert "score" in str(done.view.get_adapter("default"))
+
+
+def masked_bert(**options: Any) -> BertForMaskedLM:
+    return BertForMaskedLM(models.bert(**options).config)
+
+
+@pytest.mark.filterwarnings("ignore:.*was trained on a base with other weights")
+def test_tags_of_words(tmp_path: Path, out: Path) -> None:
+    base = save_base(tmp_path / "base", masked_bert)
+    rows = [{"words": [f"aa{i}", "zz", f"a{i}"], "tags": ["first", "second", "first"]} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = go(str(base), str(tmp_path / "rows.jsonl"), out, num_train_epochs=6)
+    told = yaml.safe_load((out / "run.yaml").read_text())
+    assert told["task"] == "token-classification"
+    accuracies = [line["eval/accuracy"] for line in read_log(out / "metrics.jsonl") if "eval/accuracy" in line]
+    assert accuracies[-1] == 1.0
+    assert answer(load(None, out), "zz a7  zz") == "zz/second a7/first zz/second"
+    assert "classifier" in str(done.view.get_adapter("default"))
 
 
 def test_sources_and_targets(tmp_path: Path, out: Path) -> None:

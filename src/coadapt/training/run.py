@@ -17,9 +17,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from coadapt.core.base import fingerprint
 from coadapt.data.collate import Collator
 from coadapt.data.columns import Told
-from coadapt.data.prepare import Plan, Prepared, plan, prepare
+from coadapt.data.prepare import CLASSIFYING, Plan, Prepared, has_tags, plan, prepare
 from coadapt.data.show import describe, one_sample
 from coadapt.data.source import read
+from coadapt.data.tokens import IGNORED
 from coadapt.formats.files import aside
 from coadapt.model import PeftModel
 from coadapt.training import folder
@@ -115,8 +116,11 @@ def _data(run: RunConfig) -> tuple[Task, Plan, Prepared, PreTrainedTokenizerBase
     held_out = read(run.eval_data, run.dataset_config) if run.eval_data else None
     config = load_config(run.model, run.revision)
     task = run.task or task_of_model(config)
+    if run.task is None and task == "sequence-classification" and has_tags(source):
+        task = "token-classification"  # an encoder can be either
     found = plan(source, held_out, told, task)
-    task = task or ("sequence-classification" if found.form.kind == "labelled" else "causal-lm")
+    decided: dict[str, Task] = {"labelled": "sequence-classification", "tagged": "token-classification"}
+    task = task or decided.get(found.form.kind, "causal-lm")
     tokenizer = load_tokenizer(run.model, run.revision)
     made = prepare(
         found,
@@ -134,7 +138,7 @@ def _data(run: RunConfig) -> tuple[Task, Plan, Prepared, PreTrainedTokenizerBase
 def _trainer(
     run: RunConfig, view: PeftModel, made: Prepared, tokenizer: PreTrainedTokenizerBase, out: Path, resuming: bool
 ) -> AdapterTrainer:
-    classes = run.task == "sequence-classification"
+    classes = run.task in CLASSIFYING
     trainer = AdapterTrainer(
         model=view,
         rates=rates(run, view),
@@ -173,7 +177,7 @@ def training_arguments(run: RunConfig, out: Path, evaluates: bool, resuming: boo
             "include_num_input_tokens_seen": "non_padding",
             "logging_first_step": True,
             "logging_nan_inf_filter": False,
-            "prediction_loss_only": run.task != "sequence-classification",
+            "prediction_loss_only": run.task not in CLASSIFYING,
             "remove_unused_columns": False,
             "disable_tqdm": True,
             "dataloader_pin_memory": torch.cuda.is_available() and not run.use_cpu,
@@ -187,7 +191,8 @@ def _chosen(logits: Any, labels: Tensor) -> Tensor:
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float(np.mean(np.equal(prediction.predictions, prediction.label_ids)))}
+    labels = np.asarray(prediction.label_ids)
+    return {"accuracy": float(np.mean(np.equal(prediction.predictions, labels)[labels != IGNORED]))}
 
 
 def settings_table(run: RunConfig, view: PeftModel, needed: Forecast) -> Table:

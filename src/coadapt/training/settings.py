@@ -12,7 +12,7 @@ from coadapt.config import check_name
 from coadapt.training.options import method_named, methods, recommended
 from coadapt.training.vocabulary import adapters_of, plain_value, refuse_unknown, renamed
 
-Task = Literal["causal-lm", "seq2seq", "sequence-classification"]
+Task = Literal["causal-lm", "seq2seq", "sequence-classification", "token-classification"]
 
 
 class AdapterSettings(BaseModel):
@@ -79,13 +79,13 @@ class RunConfig(BaseModel):
     eval_split: float = Field(default=0.05, ge=0, lt=1)
     """Share of the rows to hold out, if the data has no held-out part; 0 holds out none."""
     text_column: str | None = None
-    """Column of plain text, or of the text to classify."""
+    """Column of plain text, or of the text (the words, as a list) to classify."""
     prompt_column: str | None = None
     """Column of what the model is asked; also the source of seq2seq."""
     completion_column: str | None = None
     """Column of what it shall answer; also the target of seq2seq."""
     label_column: str | None = None
-    """Column of the class."""
+    """Column of the class, or of the words' tags."""
     prompt_separator: str = "\n"
     """Joins a plain prompt and its completion where neither has white space there."""
     completion_only_loss: bool = True
