@@ -123,6 +123,15 @@ def test_a_person_who_asks_it_to_stop_is_answered(told: Any) -> None:
     assert "stopped" in text()
 
 
+def test_a_run_that_begins_again_with_smaller_batches_is_drawn_anew(told: Any) -> None:
+    panel, state, text = told
+    log(panel, state, loss=9.0)
+    panel.on_train_begin(TrainingArguments(report_to="none"), state, TrainerControl())
+    assert "9.0000" not in text()
+    log(panel, state, loss=3.0)
+    assert re.search("loss +3\\.0000 +▁ ", text())
+
+
 def test_no_color_means_none(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     panel, state, text = told
     log(panel, state, loss=1.0)

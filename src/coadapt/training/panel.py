@@ -105,8 +105,11 @@ class Panel(Screen):
     # ---- what happens ------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.stop()  # Trainer begins again where it halves the batch size
         self._restart(state)
-        self.begun, self.phase = self.clock, "training"
+        self.begun, self.ended, self.phase = self.clock, 0.0, "training"
+        self.losses.clear()
+        self.held_out.clear()
         self.step = self.first = state.global_step
         self.last, self.epoch = state.max_steps, state.epoch or 0.0
         for line in state.log_history:
