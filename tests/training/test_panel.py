@@ -68,20 +68,21 @@ def test_it_fits_and_stays_whole_where_other_lines_are_printed(drawn: tuple[int,
     columns, text = drawn
     frames = shown(text)
     assert {len(line) for frame in frames for line in frame} == {min(columns, 96)}
-    assert re.sub(r"\s", "", text).count("warning:'an-adapter-with-a-long-name'standsstill") == 1
+    assert re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\s", "", text).count("warning:'an-adapter-with-a-long-name'standsstill") == 1
 
 
 def begun(**console: Any) -> tuple[Panel, TrainerState, Callable[[str], str]]:
     """A panel that has begun, the state that it is told of, and what it shows."""
-    screen = Console(file=io.StringIO(), width=80, **console)
+    screen = Console(file=io.StringIO(), width=80, height=40, **console)
     panel = Panel(screen, Stillness(None, lambda step, message: None), Interrupt())  # type: ignore[arg-type]
     state = TrainerState(max_steps=100, num_input_tokens_seen=0)
     panel.on_train_begin(TrainingArguments(report_to="none"), state, TrainerControl())
 
     def text(style: str = "plain") -> str:
-        with screen.capture() as captured:
-            screen.print(panel.drawn())
-        return Text.from_ansi(captured.get()).plain if style == "plain" else captured.get()
+        # Not on the panel's own console, which draws it a second time.
+        file = io.StringIO()
+        Console(file=file, width=80, **console).print(panel.drawn())
+        return Text.from_ansi(file.getvalue()).plain if style == "plain" else file.getvalue()
 
     return panel, state, text
 
@@ -121,6 +122,28 @@ def test_a_person_who_asks_it_to_stop_is_answered(told: Any) -> None:
     assert "stopping, with a checkpoint" in text()
     panel.stop()
     assert "stopped" in text()
+
+
+def test_a_run_that_begins_again_with_smaller_batches_is_drawn_anew(told: Any) -> None:
+    panel, state, text = told
+    log(panel, state, loss=9.0)
+    panel.on_train_begin(TrainingArguments(report_to="none"), state, TrainerControl())
+    assert "9.0000" not in text()
+    log(panel, state, loss=3.0)
+    assert re.search("loss +3\\.0000 +▁ ", text())
+
+
+def test_a_low_terminal_gets_fewer_rows_until_the_run_has_ended(told: Any) -> None:
+    panel, state, text = told
+    log(panel, state, **{"loss": 1.0, "learning_rate/a": 0.25, "eval_loss": 2.0})
+    whole = len(text().splitlines())
+    panel.console.height = whole
+    assert " a " in text()
+    panel.console.height = whole - 1
+    assert " a " not in text()
+    assert len(text().splitlines()) <= 9
+    panel.stop()
+    assert " a " in text()
 
 
 def test_no_color_means_none(told: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from matplotlib.image import imread
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, BertForMaskedLM, TrainerCallback
 
 import models
 from byte_tokenizer import save_base
@@ -69,6 +70,31 @@ def _found(text: str) -> list[str]:
     return [word for word in ("prompt + completion", "⟦", "trainable", "held-out loss") if word in text]
 
 
+def test_a_tracker_gets_what_the_log_has(base: str, rows: str, out: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    go(base, rows, out, method="lora + prompt", report_to="tensorboard")
+    [events] = (out / "runs").iterdir()
+    tracker = EventAccumulator(str(events)).Reload()
+    log = [line for line in read_log(out / "metrics.jsonl") if "train/loss" in line]
+    for figure in ("loss", "peak_memory_gib", "grad_norm/lora", "update_norm/prompt", "update_ratio/lora"):
+        found = {event.step: event.value for event in tracker.Scalars(f"train/{figure}")}
+        assert found == pytest.approx({line["step"]: line[f"train/{figure}"] for line in log}, rel=1e-6), figure
+    assert len(tracker.Scalars("eval/loss")) == 3
+
+
+def test_a_tracker_that_is_not_there_is_refused_first(
+    base: str, rows: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tensorboard", "tensorboardX"):
+        monkeypatch.setitem(sys.modules, name, None)  # as Python says itself that there is no such module
+    with pytest.raises(ValueError, match=r'is not installed. Run: pip install "coadapt\[tensorboard\]"'):
+        go(base, rows, out, report_to="tensorboard")
+    with pytest.raises(ValueError, match=r"'tensorbord' is no tracker\. Did you mean 'tensorboard'"):
+        go(base, rows, out, report_to="tensorbord")
+    assert not out.exists()
+
+
 def test_the_picture_shows_two_lines(base: str, rows: str, out: Path) -> None:
     go(base, rows, out)
     pixels = imread(out / "loss.png")[..., :3]
@@ -88,13 +114,8 @@ class BreakAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("step", [1, 3])
-def test_an_interrupted_run_goes_on_to_the_same_numbers(
-    base: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    both: dict[str, Any] = {"method": "prompt + lora", "num_virtual_tokens": 4, "logging_steps": 1}
-    go(base, rows, whole, **both)
+def go_until(step: int, monkeypatch: pytest.MonkeyPatch, *args: Any, **settings: Any) -> Outcome:
+    """A run that is interrupted in this step."""
     build = module._trainer
 
     def breaking(*args: Any, **options: Any) -> Any:
@@ -104,7 +125,17 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
 
     with monkeypatch.context() as patched:
         patched.setattr(module, "_trainer", breaking)
-        first = go(base, rows, broken, **both)
+        return go(*args, **settings)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(
+    base: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    both: dict[str, Any] = {"method": "prompt + lora", "num_virtual_tokens": 4, "logging_steps": 1}
+    go(base, rows, whole, **both)
+    first = go_until(step, monkeypatch, base, rows, broken, **both)
     assert (first.interrupted, first.step) == (True, step + 1)
     assert not (broken / "composition.json").exists()
     second = go(base, rows, broken, **both, resume=True)
@@ -119,6 +150,50 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
         [{k: line[k] for k in figures if k in line} for line in read_log(o / "metrics.jsonl")] for o in (whole, broken)
     ]
     assert logs[0] == logs[1]
+
+
+# After a few steps at this rate the held-out loss gets worse.
+TOO_FAR: dict[str, Any] = {"learning_rate": 0.5, "num_train_epochs": 8, "eval_steps": 2, "early_stopping_patience": 3}
+
+
+def test_a_run_that_gets_no_better_stops_and_saves_the_best(base: str, rows: str, out: Path) -> None:
+    text = io.StringIO()
+    done = go(base, rows, out, Console(file=text, width=200), **TOO_FAR)
+    losses = {line["step"]: line["eval/loss"] for line in read_log(out / "metrics.jsonl") if "eval/loss" in line}
+    best = min(losses, key=lambda step: losses[step])
+    assert 0 < best < done.step == best + 2 * 3 < 24
+    assert (done.best_step, done.held_out_loss) == (best, losses[best])
+    assert (out / "best").resolve().name == f"checkpoint-{best}"
+    saved = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).state_dict()
+    kept, last = (load_file(out / f"checkpoint-{step}" / "model.safetensors") for step in (best, done.step))
+    tensors = [name for name in kept if name.endswith((".A", ".B"))]
+    assert len(tensors) == 28
+    assert all(torch.equal(saved[name], kept[name]) for name in tensors)
+    assert not any(torch.equal(saved[name], last[name]) for name in tensors)
+    assert f"Stopped early, at step {done.step} of 24" in text.getvalue()
+    assert f"Saved are the best adapters, of step {best} (held-out loss {losses[best]:.4f})" in text.getvalue()
+    assert f"the best adapters, of step {best}" in (out / "README.md").read_text()
+    with pytest.raises(ValueError, match=r"stopped at step .* Raise early_stopping_patience to go on"):
+        go(base, rows, out, resume=True, **TOO_FAR)
+    assert go(base, rows, out, resume=True, **{**TOO_FAR, "early_stopping_patience": 4}).step > done.step
+
+
+def test_an_interrupted_run_stops_as_early_as_an_unbroken_one(
+    base: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = go(base, rows, whole, **TOO_FAR)
+    assert go_until(done.step - 2, monkeypatch, base, rows, broken, **TOO_FAR).interrupted
+    again = go(base, rows, broken, resume=True, **TOO_FAR)
+    assert (again.step, again.best_step, again.held_out_loss) == (done.step, done.best_step, done.held_out_loss)
+    one, other = (load_file(out / "adapter_model.safetensors") for out in (whole, broken))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_stopping_early_needs_rows_that_are_held_out(base: str, rows: str, out: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing is held out: eval_split=0 of 30 rows"):
+        go(base, rows, out, eval_split=0, early_stopping_patience=1)
+    assert not out.exists()
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_does_not(base: str, rows: str, tmp_path: Path) -> None:
@@ -230,6 +305,24 @@ def test_classes_of_a_table(tmp_path: Path, out: Path) -> None:
     ready = load(None, out)
     assert [answer(ready, text) for text in ("aaa7", "zzz7")] == ["first", "second"]
     assert "score" in str(done.view.get_adapter("default"))
+
+
+def masked_bert(**options: Any) -> BertForMaskedLM:
+    return BertForMaskedLM(models.bert(**options).config)
+
+
+@pytest.mark.filterwarnings("ignore:.*was trained on a base with other weights")
+def test_tags_of_words(tmp_path: Path, out: Path) -> None:
+    base = save_base(tmp_path / "base", masked_bert)
+    rows = [{"words": [f"aa{i}", "zz", f"a{i}"], "tags": ["first", "second", "first"]} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = go(str(base), str(tmp_path / "rows.jsonl"), out, num_train_epochs=6)
+    told = yaml.safe_load((out / "run.yaml").read_text())
+    assert told["task"] == "token-classification"
+    accuracies = [line["eval/accuracy"] for line in read_log(out / "metrics.jsonl") if "eval/accuracy" in line]
+    assert accuracies[-1] == 1.0
+    assert answer(load(None, out), "zz a7  zz") == "zz/second a7/first zz/second"
+    assert "classifier" in str(done.view.get_adapter("default"))
 
 
 def test_sources_and_targets(tmp_path: Path, out: Path) -> None:

@@ -3,12 +3,13 @@
 import subprocess
 import sys
 import warnings
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 
 import coadapt.methods  # noqa: F401  makes the configurations known
 from coadapt.config import CONFIGS
@@ -99,6 +100,10 @@ def test_other_programs_names_are_taken_with_a_hint(alias: str, name: str) -> No
         ({"learning_rate": -1}, "learning_rate: Input should be greater than 0 (given: -1)"),
         ({"bf16": True, "fp16": True}, "bf16 and fp16 exclude each other"),
         ({"eval_steps": 5, "eval_strategy": "no"}, "eval_strategy=no does not go with eval_steps=5"),
+        ({"early_stopping_patience": 2, "eval_strategy": "no"}, "eval_strategy=no makes none: set eval_steps"),
+        ({"early_stopping_patience": 2, "save_steps": 5}, "leave the first two out"),
+        ({"early_stopping_patience": 0}, "greater than or equal to 1"),
+        ({"early_stopping_threshold": 0.1}, "has no effect without early_stopping_patience"),
         ({"model": None}, "model is missing: The base"),
         *[({name: 1}, f"{name} is not read") for name in GONE],
     ],
@@ -110,6 +115,14 @@ def test_what_is_wrong_is_said_with_the_setting_and_the_remedy(settings: dict[st
 
 def test_the_plain_form_builds_the_same_run() -> None:
     one = run(method="prompt + lora", r=8, composition="0.5*prompt + lora", eval_steps=7, learning_rate=1e-3)
+    assert RunConfig(**one.plain()) == one
+
+
+@pytest.mark.parametrize("evaluation", [{}, {"eval_strategy": "epoch"}, {"eval_steps": 7}])
+def test_early_stopping_has_a_checkpoint_for_each_evaluation(evaluation: dict[str, Any]) -> None:
+    one = run(early_stopping_patience=2, **evaluation)
+    assert (one.save_strategy, one.save_steps) == (one.eval_strategy, one.eval_steps)
+    assert one.eval_steps == evaluation.get("eval_steps")
     assert RunConfig(**one.plain()) == one
 
 
@@ -152,6 +165,7 @@ def test_names_are_those_of_transformers_where_it_has_one() -> None:
         "max_length",
     }
     ours |= {"method", "adapters", "composition", "overwrite_output_dir", "resume"}
+    ours |= set(signature(EarlyStoppingCallback).parameters)
     assert set(RunConfig.model_fields) - ours <= set(TrainingArguments.__dataclass_fields__)
     assert all(field.description for field in RunConfig.model_fields.values())
 

@@ -145,6 +145,7 @@ class View(nn.Module, ABC):
     # ---- calling -----------------------------------------------------------------------------------------------------
 
     def checked(self, adapters: Any) -> Node:
+        """A composition from what people write. Raises ValueError for a name that is not attached."""
         node = adapters if isinstance(adapters, str) and adapters in self._names else as_node(adapters)
         composition.check_known(node, self._names)
         return node
@@ -194,6 +195,7 @@ class View(nn.Module, ABC):
     def running(
         self, adapters: Any, names: Sequence[Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
+        """Context: calls of the base are calls of this view, adapted as `forward` says."""
         record = self._record
         if record.merged_by not in (None, id(self)):
             raise RuntimeError(

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Kind = Literal["text", "pair", "instruction", "messages", "labelled"]
+Kind = Literal["text", "pair", "instruction", "messages", "labelled", "tagged"]
 """What a row becomes: one text · a prompt and its completion · an instruction and its answer · a conversation · a text
-and its class."""
+and its class · words and the tag of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,11 @@ PATTERNS = (
         also={"second": ("text2", "text_pair", "sentence2", "second", "hypothesis", "question2")},
     ),
     Pattern(name="text", kind="text", needs={"text": ("text", "sentence", "content")}),
+    Pattern(
+        name="tokens + tags",
+        kind="tagged",
+        needs={"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags", "pos_tags", "chunk_tags", "labels")},
+    ),
 )
 """Tried in this order."""
 
@@ -98,6 +103,7 @@ KINDS_OF_TASK: Mapping[str | None, set[Kind]] = {
     "causal-lm": {"text", "pair", "instruction", "messages"},
     "seq2seq": {"pair", "instruction"},
     "sequence-classification": {"labelled"},
+    "token-classification": {"tagged"},
 }
 
 
@@ -107,7 +113,8 @@ def find_format(features: Mapping[str, str], told: Told, task: str | None = None
     Args:
         features: column -> "text", "list", "number" or "other".
         told: columns that the user named.
-        task: "causal-lm", "seq2seq", "sequence-classification", or None where the data may decide.
+        task: "causal-lm", "seq2seq", "sequence-classification", "token-classification", or None where the data may
+            decide.
 
     Raises:
         ValueError: preference data, a named column that is not there, or columns that fit nothing; says what to do.
@@ -136,6 +143,9 @@ def _as_told(told: Told, task: str | None) -> Format:
             return Format(name="prompt + completion, as told", kind="pair", columns=given)
         case ["text"] if task != "seq2seq":
             return Format(name="text, as told", kind="text", columns=given)
+        case ["label", "text"] if task == "token-classification":
+            columns = {"tokens": given["text"], "tags": given["label"]}
+            return Format(name="tokens + tags, as told", kind="tagged", columns=columns)
         case ["label", "text"]:
             return Format(name="text + label, as told", kind="labelled", columns=given)
     raise ValueError(
@@ -163,6 +173,7 @@ def _last_resort(features: Mapping[str, str], task: str | None) -> Format:
     wanted = {
         "seq2seq": "a source and a target text",
         "sequence-classification": "a text and a label",
+        "token-classification": "a list of tokens and a list of their tags (text_column=… label_column=…)",
     }.get(str(task), "text, messages, or prompt and completion")
     pair = (
         f"prompt_column={texts[0]} completion_column={texts[1]}"

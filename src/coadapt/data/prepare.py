@@ -8,13 +8,17 @@ import datasets
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from coadapt.data.columns import Format, Told, find_format
+from coadapt.data.columns import PATTERNS, Format, Told, find_format
 from coadapt.data.segments import Framing, find_framing
 from coadapt.data.source import Source, fingerprint
-from coadapt.data.tokens import CausalEncoder, Encode, LabelEncoder, PairEncoder, Tally, leading_tokens
+from coadapt.data.tokens import CausalEncoder, Encode, LabelEncoder, PairEncoder, TagEncoder, Tally, leading_tokens
 
 BATCH = 256
 """Rows that are tokenised between two writes."""
+
+
+CLASSIFYING = ("sequence-classification", "token-classification")
+"""Tasks whose labels are classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,18 +85,30 @@ def plan(source: Source, held_out: Source | None, told: Told, task: str | None) 
     return Plan(source=source, held_out=held_out, form=form, classes=_classes(source.rows, form))
 
 
+def has_tags(source: Source) -> bool:
+    """Whether the rows are words with their tags, and no labelled texts."""
+    matching = (pattern.kind for pattern in PATTERNS if pattern.match(source.rows.column_names) is not None)
+    return next((kind for kind in matching if kind in ("labelled", "tagged")), None) == "tagged"
+
+
 def _classes(rows: Dataset, form: Format) -> tuple[str, ...]:
-    if form.kind != "labelled":
+    column = form.columns.get("label") or form.columns.get("tags")
+    if column is None:
         return ()
-    feature = rows.features[form.columns["label"]]
+    feature: Any = rows.features[column]
+    if form.kind == "tagged":
+        if any(_kind(rows.features[c]) != "list" for c in form.columns.values()):
+            raise ValueError(f"{' and '.join(form.columns.values())} must hold lists, a tag for each token.")
+        feature = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
     if isinstance(feature, datasets.ClassLabel):
         return tuple(feature.names)
-    names = {str(v) for v in rows.unique(form.columns["label"]) if v is not None and v != ""}
+    found = (tag for tags in rows[column] for tag in tags or ()) if form.kind == "tagged" else rows.unique(column)
+    names = {str(v) for v in found if v is not None and v != ""}
     if len(names) < 2:
-        raise ValueError(f"The label column {form.columns['label']!r} has fewer than two classes: {sorted(names)}.")
+        raise ValueError(f"The label column {column!r} has fewer than two classes: {sorted(names)}.")
     if len(names) > 1000:
         raise ValueError(
-            f"The label column {form.columns['label']!r} has {len(names)} different values; classes are meant here. "
+            f"The label column {column!r} has {len(names)} different values; classes are meant here. "
             "To train on the text alone: task=causal-lm."
         )
     return tuple(sorted(names, key=lambda name: (0, int(name), name) if name.lstrip("-").isdigit() else (1, 0, name)))
@@ -116,7 +132,7 @@ def prepare(
     Raises:
         ValueError: no row has a trained token, or the tokenizer has no end-of-sequence token.
     """
-    if task != "sequence-classification" and tokenizer.eos_token_id is None:
+    if task not in CLASSIFYING and tokenizer.eos_token_id is None:
         raise ValueError(
             "The tokenizer has no end-of-sequence token, so the model could not learn to stop. Set its eos_token."
         )
@@ -161,8 +177,10 @@ def _encoder(
             return PairEncoder(tokenizer=tokenizer, form=found.form, max_length=max_length)
         case "sequence-classification":
             return LabelEncoder(tokenizer=tokenizer, form=found.form, classes=found.classes, max_length=max_length)
+        case "token-classification":
+            return TagEncoder(tokenizer=tokenizer, form=found.form, classes=found.classes, max_length=max_length)
         case _:
-            raise ValueError(f"task={task!r} is unknown. Known: causal-lm, seq2seq, sequence-classification.")
+            raise ValueError(f"task={task!r} is unknown. Known: causal-lm, seq2seq, {', '.join(CLASSIFYING)}.")
 
 
 def _split_rows(found: Plan, share: float, seed: int) -> tuple[Dataset, Dataset | None]:

@@ -44,9 +44,13 @@ def one_sample(
 ) -> Text:
     """The text of an example, its trained tokens between ⟦ and ⟧ (and bold), at most about `most` characters.
 
-    An example of another shape (a target of its own, a class) is shown as `source → ⟦target⟧`.
+    An example of another shape (a target of its own, a class) is shown as `source → ⟦target⟧`, tagged words as
+    `word⟦tag⟧`.
     """
     ids, labels = example["input_ids"], example["labels"]
+    if classes and isinstance(labels, Sequence):
+        parts = _tagged(ids, labels, classes, tokenizer)
+        return _shorten(parts[: most // 20], most)
     if isinstance(labels, Sequence) and len(labels) == len(ids) and _same(ids, labels):
         runs = _runs(ids, [label != IGNORED for label in labels])
         parts = [(_text(run, tokenizer), trained) for run, trained in runs]
@@ -58,6 +62,17 @@ def one_sample(
 
 def _text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(list(ids)))
+
+
+def _tagged(
+    ids: Sequence[int], labels: Sequence[int], classes: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[str, bool]]:
+    """Each word (the tokens from one label to the next), then its tag."""
+    starts = [at for at, label in enumerate(labels) if label != IGNORED]
+    parts = [(_text(ids[: starts[0]], tokenizer), False)] if starts and starts[0] else []
+    for at, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        parts += [(f" {_text(ids[at:end], tokenizer).strip()}", False), (classes[labels[at]], True)]
+    return parts
 
 
 def _same(ids: Sequence[int], labels: Sequence[int]) -> bool:

@@ -1,4 +1,4 @@
-"""Segments, pairs and labelled texts as token ids with labels."""
+"""Segments, pairs, labelled texts and tagged words as token ids with labels."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -134,6 +134,61 @@ class LabelEncoder:
         tally.tokens += len(encoded["input_ids"])
         tally.trained += 1
         yield {**encoded, "labels": self.classes.index(label)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TagEncoder:
+    """Words and the tag of each: a word's first token has its tag, all others are ignored."""
+
+    tokenizer: PreTrainedTokenizerBase
+    form: Format
+    classes: Sequence[str]
+    max_length: int
+
+    def __call__(self, row: Mapping[str, Any], tally: Tally) -> Iterator[Example]:
+        tally.rows += 1
+        words, tags = (row[self.form.columns[role]] or [] for role in ("tokens", "tags"))
+        if not words:
+            tally.drop("empty")
+            return
+        if len(words) != len(tags):
+            tally.drop("not as many tags as tokens")
+            return
+        names = [class_name(tag, self.classes) for tag in tags]
+        if not set(names) <= set(self.classes):
+            tally.drop("a tag that no training row has")
+            return
+        full, _ = words_as_tokens(words, self.tokenizer)
+        ids, firsts = words_as_tokens(words, self.tokenizer, self.max_length)
+        tally.longest = max(tally.longest, len(full))
+        tally.truncated += len(full) > self.max_length
+        labels = [IGNORED] * len(ids)
+        for word, at in firsts.items():
+            labels[at] = self.classes.index(names[word])
+        tally.tokens += len(ids)
+        tally.trained += len(firsts)
+        yield {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+
+def words_as_tokens(
+    words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> tuple[list[int], dict[int, int]]:
+    """Token ids [T] of `words`, as one text, and the place of each word's first token (words that were cut have none).
+
+    Raises:
+        ValueError: the tokenizer does not tell which word a token is of.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not tell words apart; token classification needs a fast one."
+        )
+    cut = {"truncation": True, "max_length": max_length} if max_length else {}
+    encoded = tokenizer([str(word) for word in words], is_split_into_words=True, verbose=False, **cut)
+    firsts: dict[int, int] = {}
+    for at, word in enumerate(encoded.word_ids()):
+        if word is not None:
+            firsts.setdefault(word, at)
+    return list(encoded["input_ids"]), firsts
 
 
 def class_name(label: Any, classes: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """One prompt, one answer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from coadapt.data.tokens import words_as_tokens
 from coadapt.model import PeftModel
 from coadapt.training.assemble import pad_token
 from coadapt.training.load import Ready
@@ -16,10 +17,13 @@ from coadapt.training.load import Ready
 def answer(
     ready: Ready, text: str, *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 42, raw: bool = False
 ) -> str:
-    """What the model says to `text`, without the prompt and without special tokens; its class, from a classifier.
+    """What the model says to `text`, without the prompt and without special tokens; its class, from a classifier; its
+    words (parted by white space) as `word/tag`, from a classifier of tokens.
 
     `temperature` 0 takes the likeliest token; otherwise tokens are drawn, the same for the same `seed`.
     """
+    if classifies(ready.model, "Token"):
+        return _tagged(ready.model, ready.tokenizer, text.split())
     asked = text if raw else ready.framing.prompt(text, ready.tokenizer)
     inputs = tokens(ready, asked, special=raw or ready.framing.style != "chat")
     if classifies(ready.model):
@@ -74,10 +78,21 @@ def say(
     return cast(str, ready.tokenizer.decode(out[0, start:], skip_special_tokens=True))
 
 
-def classifies(model: nn.Module) -> bool:
-    """Whether it answers with a class."""
+def classifies(model: nn.Module, what: str = "Sequence") -> bool:
+    """Whether it answers with a class; with `what` "Token", with one for each token."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "ForSequenceClassification" in type(base).__name__
+    return f"For{what}Classification" in type(base).__name__
+
+
+@torch.no_grad()
+def _tagged(model: Any, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> str:
+    ids, firsts = words_as_tokens(words, tokenizer)
+    logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0]  # (T, classes)
+    tags = [
+        model.config.id2label[int(logits[firsts[word]].argmax())] if word in firsts else "?"
+        for word in range(len(words))
+    ]
+    return " ".join(f"{word}/{tag}" for word, tag in zip(words, tags, strict=True))
 
 
 def _ends(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:

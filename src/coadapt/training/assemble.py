@@ -20,6 +20,7 @@ TASK_TYPES: Mapping[Task, TaskType] = {
     "causal-lm": TaskType.CAUSAL_LM,
     "seq2seq": TaskType.SEQ_2_SEQ_LM,
     "sequence-classification": TaskType.SEQ_CLS,
+    "token-classification": TaskType.TOKEN_CLS,
 }
 TASKS: Mapping[str, Task] = {str(value): key for key, value in TASK_TYPES.items()}
 USUAL_LENGTH = 1024
@@ -33,6 +34,8 @@ def task_of_model(config: PreTrainedConfig) -> Task | None:
     names = config.architectures or []
     if any(name.endswith("ForSequenceClassification") for name in names):
         return "sequence-classification"
+    if any(name.endswith("ForTokenClassification") for name in names):
+        return "token-classification"
     if config.is_encoder_decoder:
         return "seq2seq"
     if any(name.endswith("ForMaskedLM") for name in names):

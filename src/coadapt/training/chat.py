@@ -86,6 +86,8 @@ class Chat:
         self.raw = raw
         self.model = cast(Any, ready.model)
         self.view = ready.model if isinstance(ready.model, PeftModel) else None
+        if classifies(ready.model, "Token"):
+            raise ValueError("This model gives each word a tag; ask it with `coadapt generate`.")
         self.classifies = classifies(ready.model)
         self.turns: list[Turn] = []
         self.question: str | None = None

@@ -19,7 +19,7 @@ RUN, METRICS, PICTURE, CARD = "run.yaml", "metrics.jsonl", "loss.png", "README.m
 MAY_CHANGE = frozenset(
     """max_steps num_train_epochs logging_steps eval_strategy eval_steps eval_on_start save_strategy save_steps
     save_total_limit report_to use_cpu dataloader_num_workers per_device_eval_batch_size output_dir
-    auto_find_batch_size""".split()
+    auto_find_batch_size early_stopping_patience early_stopping_threshold""".split()
 )
 """Settings that a resumed run may have otherwise than the run that it goes on with."""
 
@@ -28,6 +28,7 @@ AUTO_NAMES: Mapping[Task, str] = {
     "causal-lm": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "sequence-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
 }
 
 

@@ -98,6 +98,7 @@ class Stillness(TrainerCallback):
         return self.still.get(name, 0) >= LOGGED_STEPS
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.still.clear()
         # A resumed run begins as the unbroken one would stand here: what was told is in its log.
         for line in state.log_history:
             self._told |= set(self._count(figures_in(line)))

@@ -20,8 +20,8 @@ from coadapt.training.monitor import Figures, Stillness, figures_in
 from coadapt.training.palette import HELD_OUT, TRAIN, adapter_colors
 from coadapt.training.record import Interrupt
 
-POINTS, WIDEST = 40, 96
-"""Points of the small loss curve, and columns of the panel."""
+POINTS, WIDEST, ROWS = 40, 96, 12
+"""Points of the small loss curve, columns of the panel, and its rows without those of the adapters."""
 COLUMNS = {
     "learning_rate": ("rate", 1),
     "grad_norm": ("gradient", 3),
@@ -105,8 +105,11 @@ class Panel(Screen):
     # ---- what happens ------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.stop()  # Trainer begins again where it halves the batch size
         self._restart(state)
-        self.begun, self.phase = self.clock, "training"
+        self.begun, self.ended, self.phase = self.clock, 0.0, "training"
+        self.losses.clear()
+        self.held_out.clear()
         self.step = self.first = state.global_step
         self.last, self.epoch = state.max_steps, state.epoch or 0.0
         for line in state.log_history:
@@ -167,7 +170,11 @@ class Panel(Screen):
         )
         doing = f"step {self.step:,} of {self.last:,} · epoch {self.epoch:.2f} · {self._doing()}"
         title = Text(doing, "not dim bold", overflow="ellipsis", no_wrap=True)
-        parts = [line, "", self._facts(inner), *(["", self._adapters(inner)] if self.figures else [])]
+        # The last state may be longer than the terminal: nothing is drawn over it any more.
+        fits = bool(self.ended) or self.console.height >= ROWS + len(self.figures)
+        parts: list[RenderableType] = [line, "", self._facts(inner)] if fits else [line, self._facts(inner, short=True)]
+        if fits and self.figures:
+            parts += ["", self._adapters(inner)]
         box = Box(Group(*parts), title=title, title_align="left", box=ROUNDED, width=width, border_style="dim")
         # The cursor waits on a line of its own, where the `^C` that a terminal writes breaks nothing.
         return box if self.ended else Group(box, "")
@@ -176,7 +183,7 @@ class Panel(Screen):
         asked = self.interrupt.asked and self.phase in ("training", "evaluating")
         return "stopping, with a checkpoint" if asked else self.phase
 
-    def _facts(self, width: int) -> Table:
+    def _facts(self, width: int, short: bool = False) -> Table:
         facts = Table.grid(padding=(0, 2))
         facts.add_column(style="dim", no_wrap=True, min_width=8)
         facts.add_column(no_wrap=True, overflow="ellipsis")
@@ -194,7 +201,8 @@ class Panel(Screen):
             facts.add_row("held out", Text.assemble(latest, accuracy, (f"  best {best:.4f} at step {step:,}", "dim")))
         facts.add_row("speed", "…" if self.speed is None else f"{self.speed:,.0f} tokens/s")
         facts.add_row("time", self._time())
-        facts.add_row("memory", self.memory or "…")
+        if not short:
+            facts.add_row("memory", self.memory or "…")
         return facts
 
     def _time(self) -> str:

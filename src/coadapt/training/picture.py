@@ -1,4 +1,4 @@
-"""The loss picture."""
+"""The picture of a run: its loss, and below it how far each adapter moved."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,33 +6,53 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-INK, GREY, BLUE, ORANGE = "#222222", "#8a8a8a", "#2b6cb0", "#d9730d"
+from coadapt.training.monitor import figures_in
+from coadapt.training.palette import GREY, HELD_OUT, INK, TRAIN, adapter_colors
+
+Points = list[tuple[int, float]]
+End = tuple[float, float, str, str]
+"""Where a line ends (x, y), its name, its colour."""
+
+NORMS = {"grad_norm": "gradient norm", "update_norm": "update norm"}
+LOSS_HEIGHT, NORM_HEIGHT, WIDTH = 4.0, 1.5, 7.2
+"""Inches."""
+LONGEST_NAME = 18
 
 
-def draw_loss(log: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
-    """Training and held-out loss over steps, as a PNG. `log` is what `read_log` gives."""
-    train = [(line["step"], line["train/loss"]) for line in log if "train/loss" in line]
-    held_out = [(line["step"], line["eval/loss"]) for line in log if "eval/loss" in line]
-    ends: list[tuple[float, float, str, str]] = []
-    figure = Figure(figsize=(7.2, 4.0), dpi=160, layout="constrained")
+def draw(log: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
+    """Training and held-out loss over steps, and with several adapters the norms of each, as a PNG.
+
+    Args:
+        log: what `read_log` gives.
+    """
+    norms = {figure: found for figure in NORMS if len(found := norms_in(log, figure)) > 1}
+    heights = [LOSS_HEIGHT, *(NORM_HEIGHT for _ in norms)]
+    figure = Figure(figsize=(WIDTH, sum(heights)), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    if train:
-        steps, losses = zip(*train, strict=True)
-        smooth = smoothed(losses)
-        axes.plot(steps, losses, color=BLUE, alpha=0.28, linewidth=1)
-        axes.plot(steps, smooth, color=BLUE, linewidth=2)
-        ends.append((steps[-1], smooth[-1], f"train {smooth[-1]:.2f}", BLUE))
-    if held_out:
-        steps, losses = zip(*held_out, strict=True)
-        axes.plot(steps, losses, color=ORANGE, linewidth=1, linestyle=":", marker="o", markersize=5)
-        ends.append((steps[-1], losses[-1], f"held out {losses[-1]:.2f}", ORANGE))
-    _scale(axes, [loss for _, loss in (*train, *held_out)])
-    _name(axes, sorted(ends, key=lambda end: end[1]))
-    _plain(axes, title)
+    stacked = figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    named = [_loss(stacked[0], log, title)]
+    colors = adapter_colors(dict.fromkeys(name for found in norms.values() for name in found))
+    for axes, (kind, found) in zip(stacked[1:], norms.items(), strict=True):
+        named.append(_norms(axes, found, colors, NORMS[kind]))
+    stacked[-1].set_xlabel("step", color=GREY)
+    figure.draw_without_rendering()
+    for axes, ends in zip(stacked, named, strict=True):
+        _name(axes, ends)
     figure.savefig(file, format="png")
+
+
+def norms_in(log: Sequence[Mapping[str, Any]], figure: str) -> dict[str, Points]:
+    """Adapter -> (step, its norm) wherever it was measured. One that is 0 throughout is there, with no points."""
+    found: dict[str, Points] = {}
+    for line in log:
+        for name, of in figures_in(line).items():
+            if figure in of:
+                points = found.setdefault(name, [])
+                if of[figure] > 0:  # the axis is logarithmic
+                    points.append((line["step"], of[figure]))
+    return found
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -42,31 +62,95 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _scale(axes: Any, losses: Sequence[float]) -> None:
-    """Logarithmic where a linear axis would show a cliff and a floor."""
+def spread(heights: Sequence[float], gap: float, floor: float = float("-inf")) -> list[float]:
+    """`heights` (ascending) moved as little apart as it takes for neighbours to have `gap` between them, none below
+    `floor`."""
+    placed = list(heights)
+    for _ in range(100):
+        for low in range(len(placed) - 1):
+            if (short := gap - (placed[low + 1] - placed[low])) > 0:
+                placed[low] -= short / 2
+                placed[low + 1] += short / 2
+    for number, height in enumerate(placed):
+        placed[number] = max(height, floor)
+        floor = placed[number] + gap
+    return placed
+
+
+def _loss(axes: Any, log: Sequence[Mapping[str, Any]], title: str) -> list[End]:
+    train = [(line["step"], line["train/loss"]) for line in log if "train/loss" in line]
+    held_out = [(line["step"], line["eval/loss"]) for line in log if "eval/loss" in line]
+    ends: list[End] = []
+    if train:
+        step, loss = _curve(axes, train, TRAIN, 2)
+        ends.append((step, loss, f"train {loss:.3g}", TRAIN))
+    if held_out:
+        steps, losses = zip(*held_out, strict=True)
+        axes.plot(steps, losses, color=HELD_OUT, linewidth=1, linestyle=":", marker="o", markersize=5)
+        ends.append((steps[-1], losses[-1], f"held out {losses[-1]:.3g}", HELD_OUT))
+    losses = [loss for _, loss in (*train, *held_out)]
+    # Where a linear axis would show a cliff and a floor.
     if losses and min(losses) > 0 and max(losses) > 20 * min(losses):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _name(axes: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names at the ends of the lines, which need no legend; the lower one is put below where they would touch."""
-    to_axes = axes.transData + axes.transAxes.inverted()
-    heights = [to_axes.transform((x, y))[1] for x, y, _, _ in ends]
-    touch = len(ends) == 2 and heights[1] - heights[0] < 0.06
-    for number, (x, y, text, color) in enumerate(ends):
-        lift = (number * 14 - 7) if touch else 0
-        place = {"xytext": (8, lift), "textcoords": "offset points", "va": "center", "annotation_clip": False}
-        axes.annotate(text, (x, y), color=color, **place)
-
-
-def _plain(axes: Any, title: str) -> None:
+        _logarithmic(axes, losses)
     axes.set_title(title, loc="left", color=INK, fontsize=11)
-    axes.set_xlabel("step", color=GREY)
     axes.set_ylabel("loss", color=GREY)
+    _plain(axes)
+    return ends
+
+
+def _norms(axes: Any, found: Mapping[str, Points], colors: Mapping[str, str], title: str) -> list[End]:
+    ends: list[End] = []
+    for name, points in found.items():
+        if points:
+            ends.append((*_curve(axes, points, colors[name], 1.6), _shortened(name), colors[name]))
+    if values := [norm for points in found.values() for _, norm in points]:
+        _logarithmic(axes, values)
+    last = max((x for x, _, _, _ in ends), default=0)
+    # A logarithmic axis has no 0: who stands there is named at its foot.
+    ends += [(last, axes.get_ylim()[0], f"{_shortened(n)}: 0", colors[n]) for n, points in found.items() if not points]
+    axes.set_title(title, loc="left", color=GREY, fontsize=9)
+    axes.tick_params(labelsize=8)
+    _plain(axes)
+    return ends
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+
+
+def _curve(axes: Any, points: Points, color: str, width: float) -> tuple[float, float]:
+    """A line with what it smooths behind it; where it ends."""
+    steps, values = zip(*points, strict=True)
+    smooth = smoothed(values)
+    if smooth != list(values):
+        axes.plot(steps, values, color=color, alpha=0.28, linewidth=1)
+    few = {"marker": "o", "markersize": 3} if len(points) < 6 else {}
+    axes.plot(steps, smooth, color=color, linewidth=width, **few)
+    return steps[-1], smooth[-1]
+
+
+def _logarithmic(axes: Any, values: Sequence[float]) -> None:
+    axes.set_yscale("log")
+    within = (1.0, 2.0, 5.0) if max(values) < 30 * min(values) else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=within, numticks=5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _name(axes: Any, ends: Sequence[End]) -> None:
+    """Names at the ends of the lines, which need no legend, and do not touch each other."""
+    ends = sorted(ends, key=lambda end: end[1])
+    points = 72 / axes.figure.dpi
+    heights = [axes.transData.transform((x, y))[1] * points for x, y, _, _ in ends]
+    foot = axes.bbox.y0 * points + 6  # above the numbers of the axis
+    for (x, y, text, color), height, placed in zip(ends, heights, spread(heights, 13, foot), strict=True):
+        place = {"xytext": (8, placed - height), "textcoords": "offset points", "va": "center", "fontsize": 9.5}
+        axes.annotate(text, (x, y), color=color, annotation_clip=False, **place)
+
+
+def _plain(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.tick_params(colors=GREY, length=0)
+    axes.tick_params(colors=GREY, length=0, which="both")
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):

@@ -7,9 +7,12 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from coadapt.config import did_you_mean
 
 FINAL = "train_runtime"
 """A key of the summary that Trainer logs after the last step."""
@@ -77,6 +80,32 @@ class Watch(TrainerCallback):
             )
 
 
+class EarlyStop(EarlyStoppingCallback):
+    """transformers' early stopping; a resumed run counts on from where its checkpoint was.
+
+    Raises:
+        ValueError: the run that is resumed has stopped early already.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        super().on_train_begin(args, state, control)
+        # A checkpoint of a run without early stopping has no entry, and Trainer expects one when it saves the next.
+        kept = cast(dict[str, Any], state.stateful_callbacks)
+        before = kept.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = before["attributes"]["early_stopping_patience_counter"]
+        if self.stopped:
+            raise ValueError(
+                f"resume: the run stopped at step {state.global_step}, after {self.early_stopping_patience_counter} "
+                f"evaluations without a better held-out loss (early_stopping_patience={self.early_stopping_patience}). "
+                "Raise early_stopping_patience to go on."
+            )
+
+    @property
+    def stopped(self) -> bool:
+        """Whether there were as many evaluations without a better loss as it takes."""
+        return self.early_stopping_patience_counter >= self.early_stopping_patience
+
+
 class Interrupt(TrainerCallback):
     """As a context: the first Ctrl-C ends training after this step, with a checkpoint; the second ends it at once."""
 
@@ -106,3 +135,18 @@ class Interrupt(TrainerCallback):
         if self.asked:
             # The epoch did not end, training did. An evaluation now would draw random numbers before a second save.
             control.should_save = control.should_evaluate = False
+
+
+def check_tracker(name: str) -> None:
+    """Whether `report_to` names a tracker that is there; its callback is made by Trainer.
+
+    Raises:
+        ValueError: there is no such tracker, or it is not installed; says how to install it.
+    """
+    known = ["none", "all", *INTEGRATION_TO_CALLBACK]
+    if name not in known:
+        raise ValueError(f"report_to={name!r} is no tracker.{did_you_mean(name, known)} There are: {', '.join(known)}.")
+    if name in ("none", "all") or name in get_available_reporting_integrations():
+        return
+    package = '"coadapt[tensorboard]"' if name == "tensorboard" else name
+    raise ValueError(f"report_to={name!r} asks for a program that is not installed. Run: pip install {package}")

@@ -17,9 +17,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from coadapt.core.base import fingerprint
 from coadapt.data.collate import Collator
 from coadapt.data.columns import Told
-from coadapt.data.prepare import Plan, Prepared, plan, prepare
+from coadapt.data.prepare import CLASSIFYING, Plan, Prepared, has_tags, plan, prepare
 from coadapt.data.show import describe, one_sample
 from coadapt.data.source import read
+from coadapt.data.tokens import IGNORED
 from coadapt.formats.files import aside
 from coadapt.model import PeftModel
 from coadapt.training import folder
@@ -39,8 +40,8 @@ from coadapt.training.memory import Forecast, size
 from coadapt.training.memory import total as device_memory
 from coadapt.training.monitor import Stillness, teller
 from coadapt.training.panel import screen
-from coadapt.training.picture import draw_loss
-from coadapt.training.record import Interrupt, MetricsLog, Watch, read_log
+from coadapt.training.picture import draw
+from coadapt.training.record import EarlyStop, Interrupt, MetricsLog, Watch, check_tracker, read_log
 from coadapt.training.settings import RunConfig, Task
 from coadapt.training.trainer import AdapterTrainer
 
@@ -53,6 +54,9 @@ class Outcome:
     step: int
     interrupted: bool
     held_out_loss: float | None
+    """Of the adapters that were saved."""
+    best_step: int | None
+    """The step that they are of, where the best ones are kept; None where they are those of the last step."""
     view: PeftModel
     tokenizer: PreTrainedTokenizerBase
 
@@ -64,9 +68,15 @@ def train(run: RunConfig, console: Console) -> Outcome:
         ValueError: anything in the settings, the data or the model that does not fit, before a step is run.
         FileNotFoundError: the data or the model is not there.
     """
+    check_tracker(run.report_to)
     out = folder.output_dir(run)
     checkpoint = folder.claim(out, run)
     task, found, made, tokenizer = _data(run)
+    if run.early_stopping_patience is not None and made.held_out is None:
+        raise ValueError(
+            f"early_stopping_patience={run.early_stopping_patience} watches the held-out loss, and nothing is held "
+            f"out: eval_split={run.eval_split:g} of {made.tally.rows} rows. Give eval_data, or a larger eval_split."
+        )
     console.print(describe(found, made))
     console.print(Text("\none example, trained tokens between ⟦ and ⟧:", "dim"))
     console.print(one_sample(made.train[0], tokenizer, found.classes), "")
@@ -84,13 +94,18 @@ def train(run: RunConfig, console: Console) -> Outcome:
     stillness = Stillness(view, teller(console, log))
     with Interrupt() as interrupt:
         shown = screen(console, stillness, interrupt)
+        if run.early_stopping_patience is not None:
+            trainer.add_callback(EarlyStop(run.early_stopping_patience, run.early_stopping_threshold))
         for callback in (Watch(), MetricsLog(log), stillness, shown, interrupt):
             trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             shown.stop()
-    return _finish(run, trainer, view, tokenizer, found, made, out, interrupt.asked)
+    done = _finish(run, trainer, view, tokenizer, found, made, out, interrupt.asked)
+    if done.best_step is not None:
+        console.print(Text(f"\n{_stopped(run, done, trainer.state.max_steps)}"), soft_wrap=True)
+    return done
 
 
 def _data(run: RunConfig) -> tuple[Task, Plan, Prepared, PreTrainedTokenizerBase]:
@@ -101,8 +116,11 @@ def _data(run: RunConfig) -> tuple[Task, Plan, Prepared, PreTrainedTokenizerBase
     held_out = read(run.eval_data, run.dataset_config) if run.eval_data else None
     config = load_config(run.model, run.revision)
     task = run.task or task_of_model(config)
+    if run.task is None and task == "sequence-classification" and has_tags(source):
+        task = "token-classification"  # an encoder can be either
     found = plan(source, held_out, told, task)
-    task = task or ("sequence-classification" if found.form.kind == "labelled" else "causal-lm")
+    decided: dict[str, Task] = {"labelled": "sequence-classification", "tagged": "token-classification"}
+    task = task or decided.get(found.form.kind, "causal-lm")
     tokenizer = load_tokenizer(run.model, run.revision)
     made = prepare(
         found,
@@ -120,7 +138,7 @@ def _data(run: RunConfig) -> tuple[Task, Plan, Prepared, PreTrainedTokenizerBase
 def _trainer(
     run: RunConfig, view: PeftModel, made: Prepared, tokenizer: PreTrainedTokenizerBase, out: Path, resuming: bool
 ) -> AdapterTrainer:
-    classes = run.task == "sequence-classification"
+    classes = run.task in CLASSIFYING
     trainer = AdapterTrainer(
         model=view,
         rates=rates(run, view),
@@ -153,12 +171,13 @@ def training_arguments(run: RunConfig, out: Path, evaluates: bool, resuming: boo
             "max_grad_norm": 0.0,
             "eval_strategy": run.eval_strategy if evaluates else "no",
             "eval_on_start": run.eval_on_start and evaluates and not resuming,
+            "load_best_model_at_end": run.early_stopping_patience is not None,
             "metric_for_best_model": "eval_loss" if evaluates and run.eval_strategy != "no" else None,
             "greater_is_better": False,
             "include_num_input_tokens_seen": "non_padding",
             "logging_first_step": True,
             "logging_nan_inf_filter": False,
-            "prediction_loss_only": run.task != "sequence-classification",
+            "prediction_loss_only": run.task not in CLASSIFYING,
             "remove_unused_columns": False,
             "disable_tqdm": True,
             "dataloader_pin_memory": torch.cuda.is_available() and not run.use_cpu,
@@ -172,7 +191,8 @@ def _chosen(logits: Any, labels: Tensor) -> Tensor:
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float(np.mean(np.equal(prediction.predictions, prediction.label_ids)))}
+    labels = np.asarray(prediction.label_ids)
+    return {"accuracy": float(np.mean(np.equal(prediction.predictions, labels)[labels != IGNORED]))}
 
 
 def settings_table(run: RunConfig, view: PeftModel, needed: Forecast) -> Table:
@@ -209,14 +229,15 @@ def _finish(
     log = read_log(out / folder.METRICS)
     held_out = [line["eval/loss"] for line in log if "eval/loss" in line]
     best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+    best_step = state.best_global_step if best and run.early_stopping_patience is not None and not interrupted else None
     folder.link(out, "last", out / f"checkpoint-{state.global_step}")
     folder.link(out, "best", best)
     if not interrupted:
         view.save_pretrained(out)
         tokenizer.save_pretrained(out)
         with aside(out / folder.PICTURE) as file:
-            draw_loss(log, file, title(run))
-        figures = _figures(state.global_step, log, made)
+            draw(log, file, title(run))
+        figures = _figures(state.global_step, log, made, best_step)
         folder.write_card(out, run, figures, made.framing.style)
         facts = {
             "data": {"name": run.data, "sha256": made.fingerprint, "format": found.form.name, "classes": found.classes}
@@ -228,7 +249,8 @@ def _finish(
         folder=out,
         step=state.global_step,
         interrupted=interrupted,
-        held_out_loss=held_out[-1] if held_out else None,
+        held_out_loss=state.best_metric if best_step is not None else held_out[-1] if held_out else None,
+        best_step=best_step,
         view=view,
         tokenizer=tokenizer,
     )
@@ -240,8 +262,18 @@ def title(run: RunConfig) -> str:
     return f"{Path(run.model).name} · {methods} · {Path(run.data).name}"
 
 
-def _figures(step: int, log: list[dict[str, Any]], made: Prepared) -> Mapping[str, Any]:
-    held_out = [line["eval/loss"] for line in log if "eval/loss" in line]
+def _stopped(run: RunConfig, done: Outcome, steps: int) -> str:
+    early = (
+        f"Stopped early, at step {done.step} of {steps}: no better held-out loss in "
+        f"{run.early_stopping_patience} evaluations."
+        if done.step < steps
+        else f"Trained to the end, step {done.step}."
+    )
+    return f"{early} Saved are the best adapters, of step {done.best_step} (held-out loss {done.held_out_loss:.4f})."
+
+
+def _figures(step: int, log: list[dict[str, Any]], made: Prepared, best: int | None) -> Mapping[str, Any]:
+    held_out = {line["step"]: line["eval/loss"] for line in log if "eval/loss" in line}
     train = [line["train/loss"] for line in log if "train/loss" in line]
     figures: dict[str, Any] = {
         "steps": step,
@@ -249,4 +281,9 @@ def _figures(step: int, log: list[dict[str, Any]], made: Prepared) -> Mapping[st
         "tokens of training data": made.tally.tokens,
     }
     figures |= {"last training loss": round(train[-1], 4)} if train else {}
-    return figures | ({"held-out loss": f"{held_out[0]:.4f} → {held_out[-1]:.4f}"} if held_out else {})
+    figures |= {} if best is None else {"saved": f"the best adapters, of step {best}"}
+    if not held_out:
+        return figures
+    first, last = next(iter(held_out.values())), list(held_out.values())[-1]
+    saved = last if best is None else held_out[best]
+    return figures | {"held-out loss": f"{first:.4f} → {saved:.4f}"}

@@ -12,7 +12,7 @@ from coadapt.config import check_name
 from coadapt.training.options import method_named, methods, recommended
 from coadapt.training.vocabulary import adapters_of, plain_value, refuse_unknown, renamed
 
-Task = Literal["causal-lm", "seq2seq", "sequence-classification"]
+Task = Literal["causal-lm", "seq2seq", "sequence-classification", "token-classification"]
 
 
 class AdapterSettings(BaseModel):
@@ -79,13 +79,13 @@ class RunConfig(BaseModel):
     eval_split: float = Field(default=0.05, ge=0, lt=1)
     """Share of the rows to hold out, if the data has no held-out part; 0 holds out none."""
     text_column: str | None = None
-    """Column of plain text, or of the text to classify."""
+    """Column of plain text, or of the text (the words, as a list) to classify."""
     prompt_column: str | None = None
     """Column of what the model is asked; also the source of seq2seq."""
     completion_column: str | None = None
     """Column of what it shall answer; also the target of seq2seq."""
     label_column: str | None = None
-    """Column of the class."""
+    """Column of the class, or of the words' tags."""
     prompt_separator: str = "\n"
     """Joins a plain prompt and its completion where neither has white space there."""
     completion_only_loss: bool = True
@@ -151,6 +151,11 @@ class RunConfig(BaseModel):
     """Steps between two evaluations (sets eval_strategy to steps)."""
     eval_on_start: bool = True
     """Evaluate before the first step, to see where training started."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Stop after so many evaluations in a row without a better held-out loss, and save the best adapters, not the last
+    ones; left out, train to the end and save the last. A checkpoint is written at each evaluation."""
+    early_stopping_threshold: float = Field(default=0.0, ge=0)
+    """How much lower the held-out loss must be to count as better."""
     save_strategy: Literal["no", "steps", "epoch"] = "epoch"
     """When to write a checkpoint."""
     save_steps: int | None = Field(default=None, ge=1)
@@ -158,7 +163,7 @@ class RunConfig(BaseModel):
     save_total_limit: int | None = Field(default=None, ge=1)
     """Keep only so many checkpoints."""
     report_to: str = "none"
-    """Trackers of transformers that also get the figures, such as tensorboard."""
+    """A tracker of transformers that also gets the figures, such as tensorboard (which reads output_dir/runs)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -170,6 +175,9 @@ class RunConfig(BaseModel):
         for kind in ("eval", "save"):
             if f"{kind}_steps" in values:
                 values.setdefault(f"{kind}_strategy", "steps")
+        if "early_stopping_patience" in values and not {"save_strategy", "save_steps"} & set(values):
+            values["save_strategy"] = values.get("eval_strategy", cls.model_fields["eval_strategy"].default)
+            values["save_steps"] = values.get("eval_steps")
         known = {option for method in methods().values() for option in method.names()} - set(cls.model_fields)
         options = {name: values.pop(name) for name in sorted(known & set(values))}
         refuse_unknown(values, [*cls.model_fields, *known], "a run")
@@ -196,6 +204,27 @@ class RunConfig(BaseModel):
             steps, strategy = getattr(self, f"{kind}_steps"), getattr(self, f"{kind}_strategy")
             if (steps is None) == (strategy == "steps"):
                 raise ValueError(f"{kind}_strategy={strategy} does not go with {kind}_steps={steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _stopping(self) -> Self:
+        if self.early_stopping_patience is None:
+            if self.early_stopping_threshold:
+                raise ValueError(
+                    f"early_stopping_threshold={self.early_stopping_threshold:g} has no effect without "
+                    "early_stopping_patience: give both, or neither"
+                )
+        elif self.eval_strategy == "no":
+            raise ValueError(
+                f"early_stopping_patience={self.early_stopping_patience} counts evaluations, and eval_strategy=no "
+                "makes none: set eval_steps, or eval_strategy to epoch"
+            )
+        elif (self.save_strategy, self.save_steps) != (self.eval_strategy, self.eval_steps):
+            raise ValueError(
+                f"early_stopping_patience={self.early_stopping_patience} keeps the best evaluation, so each one needs "
+                f"its checkpoint; save_strategy={self.save_strategy}, save_steps={self.save_steps} do not go with "
+                f"eval_strategy={self.eval_strategy}, eval_steps={self.eval_steps}: leave the first two out"
+            )
         return self
 
     def plain(self) -> dict[str, Any]:
