@@ -99,7 +99,7 @@ class Base:
 
 def statistics(model: nn.Module) -> list[nn.Module]:
     """The layers that count along in training (BatchNorm): in evaluation mode their statistics stay as they are."""
-    return [m for m in model.modules() if "running_mean" in m._buffers and m._buffers["running_mean"] is not None]
+    return [m for m in model.modules() if "running_mean" in dict(m.named_buffers(recurse=False))]
 
 
 @torch.no_grad()

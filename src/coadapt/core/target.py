@@ -273,19 +273,22 @@ def mixtures(base: nn.Module) -> list[Mixture]:
     found: list[Mixture] = []
     for path, module in every.items():
         count, raw = _experts(path, module)
-        parent = path
-        while count and parent:
+        parent, router = path, None
+        while count and parent and router is None:
             parent = parent.rpartition(".")[0]
-            routers = [
-                (n, m.weight.shape[1])
-                for n, m in every[parent].named_modules(prefix=parent)
-                if isinstance(weight := getattr(m, "weight", None), Tensor) and weight.shape[0] == count
-                and weight.dim() == 2 and not n.startswith(f"{path}.")
-            ]  # fmt: skip
-            if routers:
-                found.append(Mixture(parent, every[parent], path, routers[0][0], raw, routers[0][1]))
-                break
+            router = _router(every[parent], parent, count, besides=path)
+        if router is not None:
+            found.append(Mixture(parent, every[parent], path, router[0], raw, router[1]))
     return found
+
+
+def _router(module: nn.Module, path: str, count: int, besides: str) -> tuple[str, int] | None:
+    """The first module inside, but not among the experts, that has a weight (E, D) for E = `count`; and its D."""
+    for name, part in module.named_modules(prefix=path):
+        weight = dict(part.named_parameters(recurse=False)).get("weight")
+        if weight is not None and weight.dim() == 2 and len(weight) == count and not name.startswith(f"{besides}."):
+            return name, weight.shape[1]
+    return None
 
 
 def _experts(path: str, module: nn.Module) -> tuple[int, tuple[str, ...]]:
