@@ -11,6 +11,7 @@ import models
 from coadapt import BottleneckConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from coadapt.core import coverage, target
 from coadapt.core.layer import kind_of
+from coadapt.core.mixture import mixtures
 from coadapt.training.inspect import coverage_tables, layers_table
 from laws.setting import CASES, MAKE, config_of, fits
 
@@ -86,8 +87,8 @@ def test_all_linear_says_which_experts_it_leaves_out() -> None:
 
 def test_a_mixture_is_one_feed_forward_part_beside_nothing_else() -> None:
     base = models.mixtral()
-    assert [m.path for m in target.mixtures(base)] == ["model.layers.0.mlp", "model.layers.1.mlp"]
-    assert {m.width for m in target.mixtures(base)} == {32}
+    assert [m.path for m in mixtures(base)] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert {m.width for m in mixtures(base)} == {32}
     for block in target.blocks(base):
         assert block.feed_forward is not None
         assert (

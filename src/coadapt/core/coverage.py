@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import backbone, target
 from .layer import kind_of
 from .method import METHODS
+from .mixture import mixtures
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def _roles_of_linears(base: nn.Module) -> dict[str, str]:
     ends = {p for block in blocks for p, _ in block.attention}
     inside = {p.rpartition(".")[0] for p in ends}
     inside |= {p.rpartition(".")[0] for p in target.query_and_value(base)}
-    mixed = target.mixtures(base)
+    mixed = mixtures(base)
     first = {b.feed_forward[0][0] for b in blocks if b.feed_forward}
     last = {b.feed_forward[1][0] for b in blocks if b.feed_forward}
     projections = {end: role for role, ends in target.PROJECTIONS.items() for end in ends}
@@ -98,7 +99,7 @@ def _role_of(path: str, module: nn.Module) -> str | None:
 
 def _note(base: nn.Module, name: str, paths: Iterable[str]) -> str:
     first = base.get_submodule(next(iter(paths)))
-    if name == "experts" and (raw := [m.raw for m in target.mixtures(base) if m.raw]):
+    if name == "experts" and (raw := [m.raw for m in mixtures(base) if m.raw]):
         return f"no layers, but parameters: {', '.join(raw[0])}"
     if name in ("norm", "router") and kind_of(first) is None:
         return f"{type(first).__name__}, which no method adapts"
