@@ -101,6 +101,38 @@ def test_a_mixture_is_one_feed_forward_part_beside_nothing_else() -> None:
         PeftModel(base, CASES["bottleneck"])
 
 
+class Experts(torch.nn.Module):
+    """A block as it was before experts were fused: a list of them, and a router that is a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = torch.nn.Linear(8, 3, bias=False)
+        self.experts = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 5)) for _ in range(3))
+
+
+class OwnAttention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.o_proj = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+
+def test_experts_in_a_list_are_a_mixture_too() -> None:
+    base = torch.nn.Module()
+    block = torch.nn.Module()
+    block.attention, block.moe = OwnAttention(), Experts()
+    base.layers = torch.nn.ModuleList([block])
+    (mixture,) = mixtures(base)
+    assert (mixture.path, mixture.experts) == ("layers.0.moe", "layers.0.moe.experts")
+    assert (mixture.router, mixture.raw, mixture.width) == ("layers.0.moe.gate", (), 8)
+    (found,) = target.blocks(base)
+    assert found.feed_forward == (("layers.0.moe", block.moe),) * 2
+    roles = {role.name: role.paths for role in coverage.roles(base)}
+    assert roles["router"] == ("layers.0.moe.gate",)
+    assert len(roles["experts"]) == 3
+    view = PeftModel(base, LoraConfig(target_modules="all-linear"))  # every layer is one, so nothing is left to say
+    assert len(view.get_adapter("default").parts) == 6
+
+
 REFUSED: dict[str, tuple[str, Any, str]] = {
     "a prompt before images": ("vit", PromptTuningConfig(num_virtual_tokens=2), "ViTPatchEmbeddings makes the input"),
     "a prompt before sounds": (
