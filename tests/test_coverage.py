@@ -13,7 +13,7 @@ from coadapt.core import coverage, target
 from coadapt.core.layer import kind_of
 from coadapt.core.mixture import mixtures
 from coadapt.training.inspect import coverage_tables, layers_table
-from laws.setting import CASES, MAKE, config_of, fits
+from laws.setting import CASES, MAKE, fits
 
 SAID: dict[str, dict[str, int]] = {
     "llama": {"attention query": 2, "attention output": 2, "feed-forward first": 2, "feed-forward, other": 2},
@@ -44,21 +44,20 @@ def test_every_layer_has_one_role(model: str) -> None:
 @pytest.mark.parametrize("model", MAKE)
 def test_a_method_has_the_places_that_are_said_or_none_for_the_reason_that_is_said(model: str) -> None:
     base = MAKE[model]()
-    for fit in coverage.fits(base):
-        case = next(name for name, config in CASES.items() if str(config.peft_type) == fit.method)
-        if case == "bottleneck":
-            continue  # its case names another placement than the usual one
-        config = CASES[case]
+    found = {fit.method: fit for fit in coverage.fits(base)}
+    assert found.keys() == {str(config.peft_type) for config in CASES.values()}
+    for case, config in CASES.items():
+        fit, tried = found[str(config.peft_type)], coverage.usual(type(config))
+        assert bool(fit.paths) != bool(fit.why)
+        assert fits(case, model) or not fit.paths
         if fit.paths:
-            view = PeftModel(base, config)
+            view = PeftModel(base, tried)
             assert {p.place.path for p in view.get_adapter("default").parts} == set(fit.paths)
             view.unload()
         else:
             with pytest.raises(ValueError) as caught:
-                PeftModel(base, config)
+                PeftModel(base, tried)
             assert str(caught.value) == fit.why
-        assert fits(case, model) or not fit.paths
-        assert config_of(case, model) is not config or bool(fit.paths) == fits(case, model)
 
 
 def test_tables_count_every_parameter_and_name_what_is_left_out() -> None:

@@ -40,7 +40,7 @@ def fits(case: str, model: str) -> bool:
     if case == "lora-bias" and model in WITHOUT_BIAS:
         return False  # there is no bias
     if case == "lora-all-linear" and model == "mixtral":
-        return False  # says in a warning what it leaves out: tests/models/…
+        return False  # says in a warning what it leaves out: tests/test_coverage.py
     if model in ("plain", "conv"):
         return not case.startswith(VIRTUAL)
     return not (model == "bloom" and case.startswith("prefix")) and not (model == "vit" and case == "prompt")

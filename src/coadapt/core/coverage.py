@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..config import PeftConfig
 from . import backbone, target
 from .layer import kind_of
 from .method import METHODS
@@ -134,14 +135,17 @@ def fits(base: nn.Module) -> list[Fit]:
     return [_fit(name, method.config_class, base) for name, method in METHODS.items()]
 
 
-def _fit(name: str, config_class: type[Any], base: nn.Module) -> Fit:
-    required = [f.name for f in dataclasses.fields(config_class) if f.init and _has_no_default(f)]
+def usual(config_class: type[PeftConfig]) -> PeftConfig:
+    """A configuration that names no target: defaults, and 1 for each number that has none."""
+    fields = [f for f in dataclasses.fields(config_class) if f.init]
+    required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+    make: Any = config_class
+    return make(**dict.fromkeys(required, 1))
+
+
+def _fit(name: str, config_class: type[PeftConfig], base: nn.Module) -> Fit:
     try:
-        places = METHODS[name].places(config_class(**dict.fromkeys(required, 1)), base)
+        places = METHODS[name].places(usual(config_class), base)
     except ValueError as error:
         return Fit(name, (), str(error))
     return Fit(name, tuple(p.path for p in places), "" if places else "nothing in this model is one of its places")
-
-
-def _has_no_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
