@@ -261,14 +261,15 @@ def logits(model: Any, tokens: Tensor | None = None, **options: Any) -> Tensor:
     An encoder-decoder gets the first five as its decoder's input.
     """
     tokens = ids() if tokens is None else tokens
-    if "pixel_values" in inspect.signature(model.forward).parameters:
+    takes = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters  # of what is compiled, too
+    if "pixel_values" in takes:
         out = model(pixel_values=picture(tokens).to(next(model.parameters()).dtype), **options)
         return out if isinstance(out, Tensor) else out.logits
     if not hasattr(model, "config"):
         return model(tokens, **options)
     if model.config.is_encoder_decoder:
         options = {"decoder_input_ids": tokens[:, :5], **options}
-    if "input_features" in inspect.signature(model.forward).parameters:
+    if "input_features" in takes:
         return model(input_features=sound(tokens).to(next(model.parameters()).dtype), **options).logits
     return model(input_ids=tokens, **options).logits
 

@@ -11,8 +11,9 @@ import models
 from coadapt import BottleneckConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from coadapt.core import coverage, target
 from coadapt.core.layer import kind_of
+from coadapt.core.mixture import mixtures
 from coadapt.training.inspect import coverage_tables, layers_table
-from laws.setting import CASES, MAKE, config_of, fits
+from laws.setting import CASES, MAKE, fits
 
 SAID: dict[str, dict[str, int]] = {
     "llama": {"attention query": 2, "attention output": 2, "feed-forward first": 2, "feed-forward, other": 2},
@@ -43,21 +44,20 @@ def test_every_layer_has_one_role(model: str) -> None:
 @pytest.mark.parametrize("model", MAKE)
 def test_a_method_has_the_places_that_are_said_or_none_for_the_reason_that_is_said(model: str) -> None:
     base = MAKE[model]()
-    for fit in coverage.fits(base):
-        case = next(name for name, config in CASES.items() if config.method == fit.method)
-        if case in ("bottleneck", "full-copy"):
-            continue  # their cases name other places than the usual ones
-        config = CASES[case]
+    found = {fit.method: fit for fit in coverage.fits(base)}
+    assert found.keys() == {config.method for config in CASES.values()}
+    for case, config in CASES.items():
+        fit, tried = found[config.method], coverage.usual(type(config))
+        assert bool(fit.paths) != bool(fit.why)
+        assert fits(case, model) or not fit.paths
         if fit.paths:
-            view = PeftModel(base, config)
+            view = PeftModel(base, tried)
             assert {p.place.path for p in view.get_adapter("default").parts} == set(fit.paths)
             view.unload()
         else:
             with pytest.raises(ValueError) as caught:
-                PeftModel(base, config)
+                PeftModel(base, tried)
             assert str(caught.value) == fit.why
-        assert fits(case, model) or not fit.paths, case
-        assert config_of(case, model) is not config or bool(fit.paths) == fits(case, model)
 
 
 def test_tables_count_every_parameter_and_name_what_is_left_out() -> None:
@@ -86,8 +86,8 @@ def test_all_linear_says_which_experts_it_leaves_out() -> None:
 
 def test_a_mixture_is_one_feed_forward_part_beside_nothing_else() -> None:
     base = models.mixtral()
-    assert [m.path for m in target.mixtures(base)] == ["model.layers.0.mlp", "model.layers.1.mlp"]
-    assert {m.width for m in target.mixtures(base)} == {32}
+    assert [m.path for m in mixtures(base)] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    assert {m.width for m in mixtures(base)} == {32}
     for block in target.blocks(base):
         assert block.feed_forward is not None
         assert (
@@ -98,6 +98,38 @@ def test_a_mixture_is_one_feed_forward_part_beside_nothing_else() -> None:
     assert target.blocks(base)[1].feed_forward is None
     with pytest.raises(ValueError, match=r"'model\.layers\.1' .*name target_modules"):
         PeftModel(base, CASES["bottleneck"])
+
+
+class Experts(torch.nn.Module):
+    """A block as it was before experts were fused: a list of them, and a router that is a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = torch.nn.Linear(8, 3, bias=False)
+        self.experts = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 5)) for _ in range(3))
+
+
+class OwnAttention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.o_proj = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+
+def test_experts_in_a_list_are_a_mixture_too() -> None:
+    base = torch.nn.Module()
+    block = torch.nn.Module()
+    block.attention, block.moe = OwnAttention(), Experts()
+    base.layers = torch.nn.ModuleList([block])
+    (mixture,) = mixtures(base)
+    assert (mixture.path, mixture.experts) == ("layers.0.moe", "layers.0.moe.experts")
+    assert (mixture.router, mixture.raw, mixture.width) == ("layers.0.moe.gate", (), 8)
+    (found,) = target.blocks(base)
+    assert found.feed_forward == (("layers.0.moe", block.moe),) * 2
+    roles = {role.name: role.paths for role in coverage.roles(base)}
+    assert roles["router"] == ("layers.0.moe.gate",)
+    assert len(roles["experts"]) == 3
+    view = PeftModel(base, LoraConfig(target_modules="all-linear"))  # every layer is one, so nothing is left to say
+    assert len(view.get_adapter("default").parts) == 6
 
 
 REFUSED: dict[str, tuple[str, Any, str]] = {

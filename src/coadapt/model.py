@@ -361,8 +361,8 @@ class BaseModel:
         Raises:
             ValueError: an active adapter sits outside of the body, at the head: nothing here would use it.
         """
-        view: PeftModel = self.__dict__["_view"]
-        base: Any = view.base
+        view: Any = self.__dict__["_view"]
+        base = view.base
         body = base.base_model if hasattr(base, "base_model_prefix") else base
         if body is base:
             return view(*args, adapters=adapters, adapter_names=adapter_names, **kw)

@@ -42,7 +42,7 @@ def fits(case: str, model: str) -> bool:
     if case == "lora-experts":
         return model == "mixtral"
     if case.endswith("all-linear") and model == "mixtral":
-        return False  # says in a warning what it leaves out: tests/models/…
+        return False  # says in a warning what it leaves out: tests/test_coverage.py
     if model in ("plain", "conv"):
         return not case.startswith(VIRTUAL) and not (model == "conv" and case == "ln-tuning")
     embedded = case.startswith(("prompt", "p-tuning"))

@@ -1,5 +1,6 @@
 """A compiled view, in one graph, gives what it gives uncompiled."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,13 +10,14 @@ import torch
 from coadapt import Learned, PeftModel, Sum
 from laws.setting import MAKE, attach, close, far, gradients, ids, logits, loss, pairs, same_gradients
 
-COMPILED = ("llama", "gpt2", "bert", "plain")
+COMPILED = ("llama", "gpt2", "bert", "plain", "qwen3", "gemma3", "opt", "vit", "mixtral", "conv")
 """Whose bases torch can compile into one graph; BLOOM and T5 read values of tensors in their forward."""
 
 
 def one_layer(model: str, *cases: str) -> PeftModel:
     """Compiling takes seconds for each layer."""
-    size = {"llama": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}, "bert": {"num_hidden_layers": 1}}.get(model, {})
+    size = {"gpt2": {"n_layer": 1}, "plain": {}, "conv": {}}.get(model, {"num_hidden_layers": 1})
+    size = {**size, "layer_types": ["sliding_attention"]} if model == "gemma3" else size
     return attach(MAKE[model](**size), model, *cases, by=0.3)
 
 
@@ -92,3 +94,20 @@ def test_an_optimiser_step_is_seen() -> None:
             parameter.mul_(2)
     far(logits(made), first)
     close(logits(made, ids(seed=4)), logits(view, ids(seed=4)))
+
+
+def test_compiled_first_of_all_on_a_thread() -> None:
+    """A thread on which no view was called before; the second view finds what the first one left there."""
+    expected = [logits(one_layer("plain", case)) for case in ("lora", "bottleneck")]
+    found: list[Any] = []
+
+    def run() -> None:
+        with torch.no_grad():
+            found.extend(logits(compiled(one_layer("plain", case))) for case in ("lora", "bottleneck"))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(found) == 2
+    for one, other in zip(found, expected, strict=True):
+        close(one, other)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from coadapt import PromptTuningConfig, get_peft_model
-from models import MODELS, VOCABULARY, ids
+from models import MODELS, VOCABULARY, gemma3, ids
 
 TOKENS = torch.tensor([7, 8, 9])
 _SEQ2SEQ = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40}
@@ -41,6 +41,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     **{name: make for name, make in MODELS.items() if name != "bert"},
     "bart": lambda: BartForConditionalGeneration(BartConfig(scale_embedding=True, **_SEQ2SEQ)),
     "pegasus": lambda: PegasusForConditionalGeneration(PegasusConfig(scale_embedding=True, **_SEQ2SEQ)),
+    "gemma3": gemma3,
     "opt": _opt,
     "roberta": _roberta,
 }
@@ -74,7 +75,7 @@ def test_a_prompt_of_token_embeddings_is_those_tokens(family: str, masked: bool)
     torch.testing.assert_close(found, wanted[:, -found.shape[1] :], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "t5"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "t5", "gemma3", "bart"])
 def test_it_starts_from_a_text(family: str, tmp_path: Any) -> None:
     """The tokens of the text, repeated to the length of the prompt; here a tokenizer of letters."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -87,5 +88,6 @@ def test_it_starts_from_a_text(family: str, tmp_path: Any) -> None:
     text = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "cab", "tokenizer_name_or_path": str(tmp_path)}
     base = FAMILIES[family]()
     view = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=5, **text))
-    wanted = base.get_input_embeddings().weight[[3, 1, 2, 3, 1]]
-    assert torch.equal(view.get_adapter("default").parts[0].method.P, wanted)
+    stack = base.get_encoder() if base.config.is_encoder_decoder else base
+    wanted = stack.get_input_embeddings()(torch.tensor([3, 1, 2, 3, 1]))  # scaled, where the embedding scales
+    torch.testing.assert_close(view.get_adapter("default").parts[0].method.P, wanted, rtol=1e-6, atol=0)

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..config import PeftConfig
 from . import backbone, target
 from .layer import kind_of
 from .method import METHODS
+from .mixture import mixtures
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def _roles_of_linears(base: nn.Module) -> dict[str, str]:
     ends = {p for block in blocks for p, _ in block.attention}
     inside = {p.rpartition(".")[0] for p in ends}
     inside |= {p.rpartition(".")[0] for p in target.query_and_value(base)}
-    mixed = target.mixtures(base)
+    mixed = mixtures(base)
     first = {b.feed_forward[0][0] for b in blocks if b.feed_forward}
     last = {b.feed_forward[1][0] for b in blocks if b.feed_forward}
     projections = {end: role for role, ends in target.PROJECTIONS.items() for end in ends}
@@ -98,7 +100,7 @@ def _role_of(path: str, module: nn.Module) -> str | None:
 
 def _note(base: nn.Module, name: str, paths: Iterable[str]) -> str:
     first = base.get_submodule(next(iter(paths)))
-    if name == "experts" and (raw := [m.raw for m in target.mixtures(base) if m.raw]):
+    if name == "experts" and (raw := [m.raw for m in mixtures(base) if m.raw]):
         return f"no layers, but parameters: {', '.join(raw[0])}"
     if name in ("norm", "router") and kind_of(first) is None:
         return f"{type(first).__name__}, which no method adapts"
@@ -133,14 +135,17 @@ def fits(base: nn.Module) -> list[Fit]:
     return [_fit(name, method.config_class, base) for name, method in METHODS.items()]
 
 
-def _fit(name: str, config_class: type[Any], base: nn.Module) -> Fit:
-    required = [f.name for f in dataclasses.fields(config_class) if f.init and _has_no_default(f)]
+def usual(config_class: type[PeftConfig]) -> PeftConfig:
+    """A configuration that names no target: defaults, and 1 for each number that has none."""
+    fields = [f for f in dataclasses.fields(config_class) if f.init]
+    required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+    make: Any = config_class
+    return make(**dict.fromkeys(required, 1))
+
+
+def _fit(name: str, config_class: type[PeftConfig], base: nn.Module) -> Fit:
     try:
-        places = METHODS[name].places(config_class(**dict.fromkeys(required, 1)), base)
+        places = METHODS[name].places(usual(config_class), base)
     except ValueError as error:
         return Fit(name, (), str(error))
     return Fit(name, tuple(p.path for p in places), "" if places else "nothing in this model is one of its places")
-
-
-def _has_no_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

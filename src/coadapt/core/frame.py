@@ -33,8 +33,9 @@ class Frame:
 
 
 class _Active(threading.local):
-    frame: Frame | None = None
-    carried: bool = False
+    def __init__(self) -> None:  # on each thread: torch.compile guards on the attributes that are there
+        self.frame: Frame | None = None
+        self.carried = False
 
 
 _active = _Active()

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import TargetedConfig, did_you_mean, nearest
-from .layer import LINEAR, kind_of
+from .layer import kind_of
+from .mixture import Mixture, is_linear, mixtures
 
 PROJECTIONS = {
     "query": ("q_proj", "q", "query", "q_lin"),
@@ -37,12 +38,7 @@ class Place:
 
 def linears(base: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every linear layer that can be adapted, in the model's order."""
-    return [(n, m) for n, m in base.named_modules() if _is_linear(m) and bypass(base, n) is None]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    kind = kind_of(module)
-    return kind is not None and kind.name == LINEAR.name
+    return [(n, m) for n, m in base.named_modules() if is_linear(m) and bypass(base, n) is None]
 
 
 def bypass(base: nn.Module, path: str) -> str | None:
@@ -155,7 +151,7 @@ def parameters(config: Any, base: nn.Module) -> list[Place]:
     ]
 
 
-def _left_out(config: TargetedConfig, paths: Sequence[str], mixed: Sequence["Mixture"]) -> str:
+def _left_out(config: TargetedConfig, paths: Sequence[str], mixed: Sequence[Mixture]) -> str:
     ends = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
     return (
         f"{_who(config)}: target_modules='all-linear' found {len(paths)} layers ({ends}). The experts of {len(mixed)} "
@@ -263,11 +259,11 @@ def _block(path: str, module: nn.Module) -> Block | None:
     roots: list[str] = []
     for name, part in module.named_modules():
         nested = any(name.startswith(root + ".") for root in roots)
-        if name and not nested and "attention" in type(part).__name__.lower() and any(map(_is_linear, part.modules())):
+        if name and not nested and "attention" in type(part).__name__.lower() and any(map(is_linear, part.modules())):
             roots.append(name)
     if not roots:
         return None
-    inside = [(f"{path}.{n}", m) for n, m in module.named_modules() if _is_linear(m)]
+    inside = [(f"{path}.{n}", m) for n, m in module.named_modules() if is_linear(m)]
     ends = tuple([(p, m) for p, m in inside if p.startswith(f"{path}.{root}.")][-1] for root in roots)
     rest = [(p, m) for p, m in inside if not any(p.startswith(f"{path}.{root}.") for root in roots)]
     mixed = [(f"{path}.{m.path}", m.module) for m in mixtures(module) if m.path]
@@ -275,54 +271,6 @@ def _block(path: str, module: nn.Module) -> Block | None:
     if mixed:
         return Block(path, ends, (mixed[0], mixed[0]) if len(mixed) == 1 and not beside else None)
     return Block(path, ends, (rest[0], rest[-1]) if len(rest) > 1 else None)
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """A mixture of experts: the module that sends each token to some of them."""
-
-    path: str
-    module: nn.Module
-    experts: str
-    """The path of the module that holds them."""
-    router: str
-    """The path of the module whose weight, (E, D), scores E experts."""
-    raw: tuple[str, ...]
-    """Names of their parameters, (E, ...) each, where they are no layers."""
-    width: int
-    """D of what goes in and comes out."""
-
-
-def mixtures(base: nn.Module) -> list[Mixture]:
-    """Every mixture of experts, found by a router with a row for each of its experts."""
-    every = dict(base.named_modules())
-    found: list[Mixture] = []
-    for path, module in every.items():
-        count, raw = _experts(path, module)
-        parent = path
-        while count and parent:
-            parent = parent.rpartition(".")[0]
-            routers = [
-                (n, weight.shape[1])
-                for n, m in every[parent].named_modules(prefix=parent)
-                if isinstance(weight := getattr(m, "weight", None), Tensor) and weight.shape[0] == count
-                and weight.dim() == 2 and not n.startswith(f"{path}.")
-            ]  # fmt: skip
-            if routers:
-                found.append(Mixture(parent, every[parent], path, routers[0][0], raw, routers[0][1]))
-                break
-    return found
-
-
-def _experts(path: str, module: nn.Module) -> tuple[int, tuple[str, ...]]:
-    """How many experts a module holds (0: it holds none), and its parameters where these are no modules."""
-    if isinstance(module, nn.ModuleList):
-        many = re.fullmatch(r"(.*\.)?experts?", path) and all(any(map(_is_linear, m.modules())) for m in module)
-        return (len(module) if many else 0), ()
-    if kind_of(module) is not None:
-        return 0, ()
-    raw = {n: len(p) for n, p in module.named_parameters(recurse=False) if p.dim() == 3 and len(p) > 1}
-    return (next(iter(raw.values())), tuple(raw)) if len(set(raw.values())) == 1 else (0, ())
 
 
 def query_and_value(base: nn.Module) -> list[str]:
@@ -397,7 +345,7 @@ def without_interface(base: nn.Module) -> list[str]:
             type(m).__name__
             for _, m in base.named_modules()
             if re.search(r"Attention$", type(m).__name__)
-            and any(_is_linear(c) for c in m.children())
+            and any(is_linear(c) for c in m.children())
             and not _has_interface(m)
         }
     )

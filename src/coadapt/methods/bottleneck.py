@@ -9,6 +9,7 @@ from ..config import TargetedConfig
 from ..core import target
 from ..core.layer import Layer, kind_of
 from ..core.method import ModuleMethod, register
+from ..core.mixture import mixtures
 from ..core.target import Place
 
 
@@ -68,7 +69,7 @@ class Bottleneck(ModuleMethod):
     ) -> None:
         super().__init__(config, layer, shared)
         self.parallel = config.placement == "parallel"
-        mixed = next((m.width for m in target.mixtures(layer.module) if not m.path), None)
+        mixed = next((m.width for m in mixtures(layer.module) if not m.path), None)
         out = _width(mixed or layer.width, layer)
         inner = _width(mixed or (reads or layer).input_width, reads or layer) if self.parallel else out
         size = config.bottleneck_size or max(1, round(out / (config.reduction_factor or 16)))
