@@ -10,6 +10,7 @@ from coadapt import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    TrainableTokensConfig,
 )
 from coadapt.config import PeftConfig
 
@@ -23,6 +24,7 @@ CASES: dict[str, PeftConfig] = {
     "ln-tuning": LNTuningConfig(),
     "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8),
     "prefix": PrefixTuningConfig(num_virtual_tokens=3),
+    "tokens": TrainableTokensConfig(token_indices=[3, 7, 20]),
     "prompt": PromptTuningConfig(num_virtual_tokens=3),
 }
 """One per registered method; a test fails where one is missing."""
@@ -32,6 +34,7 @@ VARIANTS: dict[str, PeftConfig] = {
     "lora-experts": LoraConfig(
         r=2, target_parameters=["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"], init_lora_weights=False
     ),
+    "lora-tokens": LoraConfig(r=2, trainable_token_indices=[3, 7, 20], init_lora_weights=False),
     "lora-bias": LoraConfig(r=4, bias="lora_only", init_lora_weights=False),
     "bottleneck-pfeiffer": BottleneckConfig(bottleneck_size=4, adapter_layer_norm="before"),
     "bottleneck-parallel": BottleneckConfig(bottleneck_size=4, placement="parallel", scaling="learned"),

@@ -256,21 +256,23 @@ class PeftModel(View):
 
         With several, or another composition than one adapter alone, `composition.json` says what is active.
 
+        Args:
+            save_embedding_layers: write the base's embeddings, too: "auto" where its vocabulary was resized since it
+                was loaded and the adapter does not train the new rows itself.
+
         Raises:
             ValueError: `safe_serialization=False` (pickles are not written), or an option that would have no effect.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False asks for a pickle; coadapt writes safetensors only.")
-        if save_embedding_layers not in ("auto", False):
-            raise ValueError(
-                "save_embedding_layers: resized embeddings are not written yet; put them in modules_to_save."
-            )
+        if save_embedding_layers not in ("auto", False, True):
+            raise ValueError(f"save_embedding_layers={save_embedding_layers!r} is not one of 'auto', True, False.")
         if not is_main_process:
             return
         chosen = list(selected_adapters or self._names)
         adapters = {name: self.get_adapter(name) for name in chosen}
         node = self._node if set(composition.names(self._node)) <= set(chosen) else composition.Sum(*chosen)
-        folder.save(Path(save_directory), adapters, node, self.base, self._record.fingerprint)
+        folder.save(Path(save_directory), adapters, node, self.base, self._record.fingerprint, save_embedding_layers)
 
     @classmethod
     def from_pretrained(

@@ -87,6 +87,10 @@ CASES = {
         "mixtral", target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     ),
     "mixtral-router": lora("mixtral", target_parameters=["mlp.gate.weight", "mlp.experts.gate_up_proj"]),
+    "llama-tokens": other("llama", "TrainableTokensConfig", token_indices=[3, 7, 20]),
+    "gpt2-tokens": other("gpt2", "TrainableTokensConfig", token_indices=[3, 7, 20], target_modules=["wte"]),
+    "llama-lora-tokens": lora("llama", trainable_token_indices=[3, 7, 20]),
+    "gpt2-lora-tokens": lora("gpt2", trainable_token_indices={"wte": [3, 7, 20]}),
     "bert-lora": lora("bert"),
     "plain-conv": lora("plain", target_modules=["conv", "embed", "first"]),
     "plain-bias": lora("plain", target_modules=["conv", "first"], bias="all"),

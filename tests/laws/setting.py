@@ -39,6 +39,10 @@ def fits(case: str, model: str) -> bool:
     """Whether a method has a place in a model (BLOOM's attention takes no prefix; a plain module has no input)."""
     if case == "lora-bias" and model in WITHOUT_BIAS:
         return False  # there is no bias
+    if case.endswith("tokens") and model in ("vit", "conv"):
+        return False  # there are none
+    if case == "lora-tokens" and model == "plain":
+        return False  # nothing says which module embeds
     if case == "lora-experts":
         return model == "mixtral"
     if case.endswith("all-linear") and model == "mixtral":
@@ -54,6 +58,8 @@ def config_of(case: str, model: str) -> PeftConfig:
     config = EVERY[case]
     if case == "bitfit" and model in WITHOUT_BIAS:
         return replace(config, target_modules=WITHOUT_BIAS[model])
+    if model == "plain" and case == "tokens":
+        return replace(config, target_modules=["embed"])
     usual = isinstance(config, TargetedConfig) and config.target_modules is None and case != "ln-tuning"
     if model in _ENDS and usual:
         return replace(config, target_modules=_ENDS[model][isinstance(config, BottleneckConfig)])

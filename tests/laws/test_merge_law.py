@@ -32,10 +32,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "embedding-padding": (lambda: nn.Embedding(9, 5, padding_idx=0), (2, 3)),
     "norm": (lambda: nn.LayerNorm(6), (2, 3, 6)),
 }
+ELSEWHERE = ("lora-experts", "lora-tokens")
+"""Cases that need a whole model."""
 WEIGHTS = [
-    name
-    for name, config in EVERY.items()
-    if issubclass(METHODS[config.method], WeightMethod) and name != "lora-experts"
+    name for name, config in EVERY.items() if issubclass(METHODS[config.method], WeightMethod) and name not in ELSEWHERE
 ]
 
 
@@ -54,6 +54,8 @@ def refusal(case: str, kind: str) -> str | None:
         return "LoRA needs a weight matrix"
     if kind == "norm" and case == "ia3":
         return "IA3 needs a weight matrix"
+    if case == "tokens" and kind.startswith(("conv", "norm")):
+        return "Target an embedding or a head"
     if case == "bitfit" and kind.startswith("embedding"):
         return "bias"
     if case == "ln-tuning" and kind != "norm":
@@ -70,6 +72,8 @@ def prepared(kind: str, case: str) -> tuple[PeftModel, Tensor]:
     options = {k: v for k, v in EVERY[case].to_dict().items() if k not in ("target_modules", "peft_type")}
     if getattr(layer, "bias", None) is None and options.get("bias", "none") != "none":
         pytest.skip("there is no bias")
+    if case == "tokens":
+        options["token_indices"] = [1, 4]
     if why := refusal(case, kind):
         with pytest.raises(ValueError, match=why):
             PeftModel(Holder(layer), type(EVERY[case])(target_modules=["layer"], **options))

@@ -126,8 +126,20 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False) ->
                 adapter.add(place, make(companion.method, companion.config, place, base, None, half))
     for place in ModuleCopy.places(config, base):
         adapter.add(place, make(ModuleCopy, config, place, base, None, half))
+    _share(adapter, base)
     adapter.requires_grad_(not config.inference_mode)
     return adapter
+
+
+def _share(adapter: Adapter, base: nn.Module) -> None:
+    """Tells methods at tied weights of one another."""
+    seen: dict[tuple[int, type[Method]], Method] = {}
+    for part in adapter.parts:
+        weight = target.weight_of(base, part.place.module)
+        if weight is not None:
+            earlier = seen.setdefault((id(weight), type(part.method)), part.method)
+            if earlier is not part.method:
+                part.method.share(earlier)
 
 
 def with_head(config: PeftConfig, base: nn.Module) -> PeftConfig:

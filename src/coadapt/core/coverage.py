@@ -136,11 +136,11 @@ def fits(base: nn.Module) -> list[Fit]:
 
 
 def usual(config_class: type[PeftConfig]) -> PeftConfig:
-    """A configuration that names no target: defaults, and 1 for each number that has none."""
+    """A configuration that names no target: defaults, and 1 for each number that has none, or a list of it."""
     fields = [f for f in dataclasses.fields(config_class) if f.init]
-    required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+    required = [f for f in fields if f.default is f.default_factory is dataclasses.MISSING]
     make: Any = config_class
-    return make(**dict.fromkeys(required, 1))
+    return make(**{f.name: [1] if "Sequence" in str(f.type) else 1 for f in required})
 
 
 def _fit(name: str, config_class: type[PeftConfig], base: nn.Module) -> Fit:

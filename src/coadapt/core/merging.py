@@ -65,16 +65,22 @@ def merge(base: nn.Module, adapters: Mapping[str, Adapter], node: Node, keep_ori
             path = next(n for n, m in base.named_modules() if m is module)
             raise ValueError(f"Merging {node!r} gives a {name} of {path!r} that is not finite. Nothing was changed.")
     done = Merged(node, frozenset(module for module, _ in sites), kept=keep_original)
+    made: dict[int, nn.Parameter] = {}
     for module, name, value in writes:
         old = getattr(module, name)
         if name == "bias" and old is None:
             done.new_biases += 1
         if keep_original:
             done.originals.append((module, name, old))
-        if name == "weight" and kind_of(module) is not None and value is not None:
+        tied = made.get(id(old))
+        if tied is not None and value is not None and torch.equal(tied, value.to(tied)):
+            setattr(module, name, tied)  # tied weights that are still the same stay tied
+        elif name == "weight" and kind_of(module) is not None and value is not None:
             store_of(module).write(module, value)
         else:
             setattr(module, name, None if value is None else nn.Parameter(value, requires_grad=False))
+        if isinstance(new := getattr(module, name), nn.Parameter):
+            made.setdefault(id(old), new)
     if keep_original:
         _to_cpu(base, done)
     return done

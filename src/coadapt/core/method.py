@@ -77,6 +77,9 @@ class Method(nn.Module, ABC):
         """Fields that restate the model, as files give them. Default: none."""
         return {}
 
+    def share(self, earlier: "Method") -> None:
+        """Called where an earlier place of the same adapter holds the very same (tied) weight. Default: nothing."""
+
     @classmethod
     def companions(cls, config: Any, base: nn.Module, places: list[Place]) -> list[Companion]:
         """Other methods that belong to the same adapter. Default: none."""

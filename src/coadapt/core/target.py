@@ -289,6 +289,29 @@ def _projections(base: nn.Module, one: str, other: str) -> list[str]:
     return split or [p for p, end in named if end in PROJECTIONS["fused"]]
 
 
+def path_of(base: nn.Module, module: nn.Module) -> str:
+    """Where `module` is in `base`."""
+    return next(path for path, found in base.named_modules() if found is module)
+
+
+def with_tied(base: nn.Module, found: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """These layers, and those that have the very same weight, as a head that is tied to the embedding."""
+    weights = {id(weight_of(base, module)) for _, module in found}
+    every = [(p, m) for p, m in base.named_modules() if kind_of(m) is not None and bypass(base, p) is None]
+    return [(p, m) for p, m in every if (p, m) in found or id(weight_of(base, m)) in weights]
+
+
+def weight_of(base: Any, module: nn.Module) -> Any:
+    """The weight of a layer; of a head on the meta device, which is tied when it is loaded, the one that it gets."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, nn.Parameter) and weight.is_meta and hasattr(base, "get_output_embeddings"):
+        tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
+        first = getattr(base.get_input_embeddings(), "weight", weight)
+        if tied and first.is_meta and base.get_output_embeddings() is module:
+            return first
+    return weight
+
+
 def norms(base: nn.Module) -> list[str]:
     """The normalisations that have a trained scale."""
     return [p for p, m in base.named_modules() if (kind := kind_of(m)) is not None and kind.name == "norm"]

@@ -16,13 +16,14 @@ from ..methods.ln_tuning import LNTuningConfig
 from ..methods.lora import LoraConfig
 from ..methods.prefix import PrefixTuningConfig
 from ..methods.prompt import PromptTuningConfig
+from ..methods.trainable_tokens import TrainableTokensConfig
 
 PEFT_VERSION = "0.21.2"
 """Of the field's library whose layout is written."""
 READABLE = "readable_by_peft"
 """Written as false into a configuration that the field's library would get wrong."""
 _OURS = ("prompt_sites", "output_virtual_tokens", "prefix_sites", "prefix_type", "prefix_layout", "position_offset")
-_START = ("init_from", "init_seed", "init_lora_weights", "init_ia3_weights")
+_START = ("init_from", "init_seed", "init_lora_weights", "init_ia3_weights", "init_weights")
 _WITH_NULL = frozenset({"task_type", "base_model_name_or_path", "revision", "modules_to_save"})
 """Written also where they are None, since some readers ask for them."""
 
@@ -48,7 +49,8 @@ def described(adapter: Adapter, base: nn.Module) -> dict[str, Any]:
     if not _readable(config, adapter, base):
         said[READABLE] = False
     said |= {k: v for k, v in adapter.facts.items() if said.get(k) is None}
-    return {k: v for k, v in said.items() if v is not None or k in _WITH_NULL}
+    unknown = ("modules_to_save",) if isinstance(config, TrainableTokensConfig) else ()  # to the field's library
+    return {k: v for k, v in said.items() if v is not None or (k in _WITH_NULL and k not in unknown)}
 
 
 def _default(config: PeftConfig, name: str) -> Any:
@@ -116,7 +118,7 @@ def _readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
     """Whether the field's library, given this folder, computes what coadapt does."""
     as_theirs = all(getattr(config, k) == v for k, v in _assumed(config.peft_type, base).items())
     match config:
-        case LoraConfig() | IA3Config() | LNTuningConfig():
+        case LoraConfig() | IA3Config() | LNTuningConfig() | TrainableTokensConfig():
             return True
         case InputConfig():
             return as_theirs and (not adapter.two_stacks or list(config.prompt_sites or ["encoder"]) == ["encoder"])

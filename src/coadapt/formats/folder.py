@@ -13,7 +13,7 @@ from ..core.adapter import Adapter, build, replace_options
 from ..core.base import base_of
 from ..core.composition import Learned, Node, learned
 from ..core.method import Reparametrization
-from . import checkpoint, files
+from . import checkpoint, files, vocabulary
 from .compositions import node_from_json, node_to_json
 from .configs import asked_targets, described, understood, without_start
 from .files import CHECKPOINT, COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, aside
@@ -37,7 +37,14 @@ class Loaded:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save(where: Path, adapters: Mapping[str, Adapter], node: Node, base: nn.Module, fingerprint: str) -> None:
+def save(
+    where: Path,
+    adapters: Mapping[str, Adapter],
+    node: Node,
+    base: nn.Module,
+    fingerprint: str,
+    embeddings: bool | str = "auto",
+) -> None:
     """Writes adapters, and `composition.json` unless the one called "default" is all that there is to say.
 
     The one called "default" goes into the folder itself, others into sub-folders of their names.
@@ -55,7 +62,7 @@ def save(where: Path, adapters: Mapping[str, Adapter], node: Node, base: nn.Modu
     composition = None if plain else _composition(adapters, node, fingerprint)
     with files.saving(where) as new:
         for name, adapter in adapters.items():
-            _save_adapter(new, where, "" if name == "default" else f"{name}/", adapter, base, fingerprint)
+            _save_adapter(new, where, "" if name == "default" else f"{name}/", adapter, base, fingerprint, embeddings)
         new.tensors(GATES, {f"gate_{i}": gate.log_gate for i, gate in enumerate(learned(node))})
         new.json(COMPOSITION, composition)
 
@@ -72,14 +79,21 @@ def _composition(adapters: Mapping[str, Adapter], node: Node, fingerprint: str) 
 
 
 def _save_adapter(
-    new: files.Saving, where: Path, inside: str, adapter: Adapter, base: nn.Module, fingerprint: str
+    new: files.Saving,
+    where: Path,
+    inside: str,
+    adapter: Adapter,
+    base: nn.Module,
+    fingerprint: str,
+    embeddings: bool | str,
 ) -> None:
     _refuse_merged(adapter, base)
     training = adapter.shared.state_dict() if isinstance(adapter.shared, Reparametrization) else {}
     said = described(adapter, base)
     asked, name = asked_targets(adapter.config), said.get("base_model_name_or_path")
     facts = record(where / inside / PROVENANCE, fingerprint, name, asked_target_modules=asked)
-    new.tensors(inside + WEIGHTS, {e.key: e.read() for e in entries(adapter, base)})
+    own = {e.key: e.read() for e in entries(adapter, base)}
+    new.tensors(inside + WEIGHTS, {**vocabulary.kept(adapter, base, embeddings), **own})
     new.tensors(inside + TRAINING, training)
     new.json(inside + PROVENANCE, facts)
     new.json(inside + CONFIG, said)
@@ -206,7 +220,7 @@ def _load_adapter(reader: _Reader, where: Path, name: str, config: PeftConfig | 
     _refuse_merged(adapter, reader.base)
     if isinstance(adapter.shared, Reparametrization):
         _fill_shared(adapter.shared, where / TRAINING)
-    _fill(adapter, reader.base, tensors, where / WEIGHTS)
+    _fill(adapter, reader, tensors, where / WEIGHTS)
     return adapter
 
 
@@ -216,9 +230,12 @@ def _fill_shared(network: nn.Module, file: Path) -> None:
     network.load_state_dict(tensors)
 
 
-def _fill(adapter: Adapter, base: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
-    known = {e.key: e for e in entries(adapter, base)}
-    used = {k: t for k, t in tensors.items() if k in known or not _is_the_bases(k, t, base)}
+def _fill(adapter: Adapter, reader: _Reader, tensors: Mapping[str, Tensor], file: Path) -> None:
+    known = {e.key: e for e in entries(adapter, reader.base)}
+    others = {k: t for k, t in tensors.items() if k not in known}
+    done = vocabulary.taken(adapter, reader.base, others, reader.half, file)
+    done |= {k for k, t in others.items() if _is_the_bases(k, t, reader.base)}
+    used = {k: t for k, t in tensors.items() if k not in done}
     checkpoint.refuse_misfits(file, {k: e.shape for k, e in known.items()}, used)
     for key, tensor in used.items():
         known[key].write(tensor)

@@ -19,9 +19,9 @@ from ..methods.ln_tuning import LNTuning
 from ..methods.lora import LoRA, LoraConfig
 from ..methods.prefix import Blocks, PrefixTuning, PrefixTuningConfig
 from ..methods.prompt import VirtualTokens
+from ..methods.trainable_tokens import KeptRows, TrainableTokens
+from .vocabulary import ROOT, embeddings
 
-ROOT = "base_model.model."
-"""Before every module path, as the field writes it."""
 VIRTUAL_ROOT = "base_model."
 """The same in files of prompts and prefixes, where the field's model is wrapped once less."""
 PROMPT = "prompt_embeddings"
@@ -29,6 +29,7 @@ _FIELD: Mapping[type[Method], Mapping[str, str]] = {
     LoRA: {"A": "lora_A.weight", "B": "lora_B.weight"},
     DoRA: {"change.A": "lora_A.weight", "change.B": "lora_B.weight", "m": "lora_magnitude_vector"},
     IA3: {"l": "ia3_l"},
+    TrainableTokens: {"rows": "trainable_tokens_delta"},
     LNTuning: {"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"},
 }
 """Method -> parameter of its class -> what the field calls that; methods without a line keep our names."""
@@ -90,6 +91,10 @@ def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
                 layers = {p.place.path for p in adapter.parts if isinstance(p.method, LoRA | DoRA)}
                 inside = "base_layer." if part.place.path in layers else ""
                 yield _bias(part, f"{ROOT}{path}.{inside}bias")
+            case KeptRows():
+                yield from _kept(adapter, part, base)
+            case TrainableTokens() if isinstance(adapter.config, LoraConfig):
+                yield from _tokens_beside(adapter, part, path)
             case LoRA() as method if part.place.parameter:
                 yield from _of_parameter(adapter, part, method, path.rpartition(".")[0])
             case _:
@@ -168,6 +173,26 @@ def _of_parameter(adapter: Adapter, part: Part, method: LoRA, path: str) -> Iter
         _copy(tensor.view(out, rank, experts).permute(2, 0, 1), b)
 
     yield Entry(key, (out, rank * experts), lambda: b.detach().permute(1, 2, 0).reshape(out, -1), write)
+
+
+def _kept(adapter: Adapter, part: Part, base: nn.Module) -> Iterator[Entry]:
+    """The whole embedding, as the field writes it where the vocabulary was resized; of tied ones the first."""
+    for path, module in embeddings(base).items():
+        weight = module.get_parameter("weight")
+        if part.place.module.weight is weight and next(
+            p for p in adapter.parts if isinstance(p.method, KeptRows) and p.place.module.weight is weight
+        ) is part:  # fmt: skip
+            rows: Any = part.method
+            whole = weight.detach().index_copy(0, rows.ids.to(weight.device), rows.rows.to(weight.dtype))
+            yield Entry(f"{ROOT}{path}.weight", tuple(weight.shape), lambda whole=whole: whole, lambda _: None)
+
+
+def _tokens_beside(adapter: Adapter, part: Part, path: str) -> Iterator[Entry]:
+    """Rows of tokens in a LoRA's file; those of a tied head are the embedding's."""
+    rows = part.method.get_parameter("rows")
+    first = next(p for p in adapter.parts if isinstance(p.method, TrainableTokens) and p.method.rows is rows)
+    if first is part:
+        yield _whole(f"{ROOT}{path}.token_adapter.trainable_tokens_delta", rows)
 
 
 def _bias(part: Part, key: str) -> Entry:

@@ -13,6 +13,7 @@ from ..core.layer import Layer, kind_of
 from ..core.lowrank import LowRankMethod
 from ..core.method import Companion, Place, register
 from .bitfit import BitFit, BitFitConfig
+from .trainable_tokens import TrainableTokens, TrainableTokensConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,9 @@ class LoraConfig(TargetedConfig):
     target_parameters: Sequence[str] | None = None
     """Ends of the names of parameters that are no layer's weight: fused experts (`mlp.experts.down_proj`), each expert
     with factors of its own."""
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    """Tokens whose embeddings are trained along, of a tied head too; for other layers than the input embedding
+    {module name: tokens}."""
     use_dora: bool = False
     """Train each row's length apart from its direction: DoRA (arXiv:2402.09353)."""
 
@@ -116,14 +120,21 @@ class LoRA(LowRankMethod):
 
     @classmethod
     def companions(cls, config: LoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
+        tokens = config.trainable_token_indices
+        named = tokens if isinstance(tokens, Mapping) else {None: tokens} if tokens else {}
+        found_tokens = [
+            TrainableTokensConfig(token_indices=ids, target_modules=None if name is None else [name])
+            for name, ids in named.items()
+        ]
+        beside = [Companion(TrainableTokens, own, TrainableTokens.places(own, base)) for own in found_tokens]
         if config.bias == "none":
-            return []
+            return beside
         with_bias = set(target.with_bias(base))
         found = [Place(p, base.get_submodule(p)) for p in target.with_bias(base)] if config.bias == "all" else places
         found = [p for p in found if p.path in with_bias and kind_of(p.module) is not None]
         if not found:
             raise ValueError(f"LoraConfig: bias={config.bias!r}, but none of the layers concerned has a bias.")
-        return [Companion(BitFit, BitFitConfig(), found)]
+        return [Companion(BitFit, BitFitConfig(), found), *beside]
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         return self.A, self.B, self.scale

@@ -1,0 +1,117 @@
+"""A vocabulary that was resized: its embeddings are written with an adapter, and read into rows beside the base's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..core.adapter import Adapter, ModuleCopy, make
+from ..core.target import path_of
+from ..methods.trainable_tokens import KeptRows, TrainableTokens, TrainableTokensConfig
+from .files import WEIGHTS
+
+ROOT = "base_model.model."
+"""Before every module path, as the field writes it."""
+
+
+def embeddings(base: Any) -> dict[str, nn.Module]:
+    """The input embedding, and the head where its weight is another one, by path; nothing where there are none."""
+    if not hasattr(base, "get_input_embeddings"):
+        return {}
+    found = [base.get_input_embeddings(), base.get_output_embeddings()]
+    distinct = {id(m.weight): m for m in reversed(found) if isinstance(getattr(m, "weight", None), Tensor)}
+    return {path_of(base, m): m for m in reversed(distinct.values())}
+
+
+def original_size(base: Any) -> int | None:
+    """How many tokens the base knows where it was loaded from; None where that cannot be told."""
+    from transformers import PretrainedConfig
+
+    name = getattr(base, "name_or_path", "")
+    if not name:
+        return None
+    try:
+        said, _ = PretrainedConfig.get_config_dict(name, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return said.get("vocab_size") or said.get("text_config", {}).get("vocab_size")
+
+
+def kept(adapter: Adapter, base: Any, asked: bool | str) -> dict[str, Tensor]:
+    """The embeddings that the file of an adapter holds besides: all if `asked`, with "auto" where they were resized.
+
+    Rows that the adapter trains, or keeps already, are not written twice.
+    """
+    if asked is False:
+        return {}
+    found = embeddings(base)
+    if asked == "auto":
+        first = next(iter(found.values()), None)
+        before, now = original_size(base), 0 if first is None else len(first.get_parameter("weight"))
+        if before in (None, now) or _covers(adapter, first, range(before or 0, now)):
+            return {}
+    own = {p.place.module for p in adapter.parts if isinstance(p.method, ModuleCopy | KeptRows)}
+    return {f"{ROOT}{path}.weight": m.get_parameter("weight").detach() for path, m in found.items() if m not in own}
+
+
+def _covers(adapter: Adapter, embedding: nn.Module | None, new: range) -> bool:
+    rows: set[int] = set()
+    for part in adapter.parts:
+        same = embedding is not None and getattr(part.place.module, "weight", None) is embedding.weight
+        if same and isinstance(part.method, ModuleCopy):
+            return True
+        if same and isinstance(part.method, TrainableTokens):
+            rows |= set(part.method.ids.tolist())
+    return rows >= set(new)
+
+
+def taken(adapter: Adapter, base: Any, tensors: Mapping[str, Tensor], half: bool, file: Path) -> set[str]:
+    """The keys of embeddings in `tensors`; where rows differ from the base's, the adapter gets them, the base does not.
+
+    Raises:
+        ValueError: the base's vocabulary is smaller. It is not resized here.
+    """
+    done: set[str] = set()
+    for path, module in embeddings(base).items():
+        own = module.get_parameter("weight")
+        key = next((k for k in (f"{ROOT}{path}.weight", f"{ROOT}{path}.base_layer.weight") if k in tensors), None)
+        if key is None or own.is_meta or tensors[key].shape[1:] != own.shape[1:]:
+            continue
+        stored = tensors[key]
+        if len(stored) > len(own):
+            raise ValueError(
+                f"{file} was trained with a vocabulary of {len(stored)} tokens, this base has {len(own)}. Resize it "
+                f"first, which coadapt never does by itself: base.resize_token_embeddings({len(stored)}); the adapter "
+                "brings the new rows."
+            )
+        lesser = min((own.dtype, stored.dtype), key=lambda d: d.itemsize)
+        differ = (own.detach()[: len(stored)].cpu().to(lesser) != stored.to(lesser)).any(1).nonzero()[:, 0]
+        if len(differ):
+            _keep(adapter, base, path, differ, stored, half)
+        done.add(key)
+    return done
+
+
+def _keep(adapter: Adapter, base: nn.Module, path: str, ids: Tensor, stored: Tensor, half: bool) -> None:
+    named = None if path == next(iter(embeddings(base))) else [path]
+    config = TrainableTokensConfig(token_indices=ids.tolist(), target_modules=named)
+    for i, place in enumerate(TrainableTokens.places(config, base)):
+        method = make(KeptRows, config, place, base, None, half)
+        assert isinstance(method, KeptRows)
+        method.rows.copy_(stored[ids])
+        adapter.add(place, method)
+        adapter.parts.insert(i, adapter.parts.pop())  # what else the adapter does there comes after
+
+
+def rows_needed(folder: Path) -> int | None:
+    """How many tokens a base must know for what lies in `folder`; None where it brings no embeddings."""
+    sizes: list[int] = []
+    for file in (folder / WEIGHTS, *sorted(folder.glob(f"*/{WEIGHTS}"))):
+        if file.is_file():
+            with safe_open(file, "pt") as tensors:
+                names = [k for k in tensors.keys() if "embed" in k or "wte" in k or "shared" in k]
+                shapes = [tensors.get_slice(k).get_shape() for k in names if k.endswith(".weight") and "lora_" not in k]
+                sizes += [shape[0] for shape in shapes if len(shape) == 2]
+    return max(sizes, default=None)

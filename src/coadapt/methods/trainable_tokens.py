@@ -1,0 +1,95 @@
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import TargetedConfig
+from ..core import target
+from ..core.backbone import backbones
+from ..core.layer import Layer
+from ..core.method import Method, Place, WeightMethod, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainableTokensConfig(TargetedConfig):
+    """The embeddings of some tokens, trained; of a head that is tied to them, too."""
+
+    kind = "TRAINABLE_TOKENS"
+
+    token_indices: Sequence[int]
+    """The ids of the tokens, such as those that were added to the vocabulary."""
+    init_weights: bool = True
+    """True: start from the base's rows; False: random, with their spread."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ids = list(self.token_indices)
+        wrong = [i for i in ids if isinstance(i, bool) or not isinstance(i, int) or i < 0]
+        if not ids or wrong or len(set(ids)) < len(ids):
+            raise ValueError(f"TrainableTokensConfig: token_indices={ids} must be token ids, each once, at least one.")
+
+
+@register(TrainableTokensConfig)
+class TrainableTokens(WeightMethod):
+    """W' = W, with other rows for some tokens
+
+    The plain way to teach new tokens: only their embeddings train. Parameters per site: D for each token.
+    """
+
+    def __init__(self, config: TrainableTokensConfig, layer: Layer, shared: nn.Module | None = None) -> None:
+        super().__init__(config, layer, shared)
+        self.embeds = layer.kind.name == "embedding"
+        weight = layer.weight().mT if self.embeds else layer.weight()  # (V, D)
+        if layer.kind.name not in ("embedding", "linear") or max(config.token_indices) >= len(weight):
+            raise ValueError(
+                f"TrainableTokensConfig: {layer.path!r} ({type(layer.module).__name__}) has {len(weight)} rows; "
+                f"token_indices go up to {max(config.token_indices)}. Target an embedding or a head, and resize the "
+                "base's vocabulary first: base.resize_token_embeddings(len(tokenizer))."
+            )
+        self.ids = torch.tensor(list(config.token_indices))  # (N,)
+        rows = weight[self.ids.to(weight.device)].clone()
+        self.rows = nn.Parameter(rows if config.init_weights else torch.randn_like(rows) * weight.std())  # (N, D)
+
+    @classmethod
+    def places(cls, config: TrainableTokensConfig, base: Any) -> list[Place]:
+        usual: list[str] = []
+        if config.target_modules is None:
+            if not hasattr(base, "get_input_embeddings"):
+                raise ValueError(
+                    f"TrainableTokensConfig: nothing says which module of {type(base).__name__} embeds its input; name "
+                    "target_modules."
+                )
+            usual = [target.path_of(base, place.embedding) for place in backbones(base)]
+        found = target.layers(config, base, usual)
+        return [Place(path, module) for path, module in target.with_tied(base, found)]
+
+    def share(self, earlier: Method) -> None:
+        if isinstance(earlier, TrainableTokens):
+            self.rows = earlier.rows
+
+    def merge(self, weight: Tensor) -> Tensor:
+        ids, weight = self.ids.to(weight.device), weight.to(self.rows.dtype)
+        return weight.index_copy(1, ids, self.rows.mT) if self.embeds else weight.index_copy(0, ids, self.rows)
+
+    def forward(self, x: Tensor, base: Layer) -> Tensor:
+        y, ids = base(x), self.ids.to(x.device)
+        if self.embeds:
+            hit = x[..., None] == ids  # (..., N)
+            rows = self.rows * getattr(base.module, "embed_scale", 1.0)
+            return torch.where(hit.any(-1, keepdim=True), hit.to(rows.dtype) @ rows, y)
+        bias = base.bias
+        scores = F.linear(x, self.rows.to(x.dtype), None if bias is None else bias[ids].to(x.dtype))
+        return y.index_copy(-1, ids, scores.to(y.dtype))
+
+
+class KeptRows(TrainableTokens):
+    """Rows of a resized vocabulary, as they were when the adapter was saved. They do not train."""
+
+    def __init__(self, config: TrainableTokensConfig, layer: Layer, shared: nn.Module | None = None) -> None:
+        super().__init__(config, layer, shared)
+        rows = self.rows.detach()
+        del self.rows
+        self.register_buffer("rows", rows)
