@@ -1,13 +1,20 @@
 """M3: Prefix Tuning, also for encoder-decoder models."""
 
+import io
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
 from coadapt import PeftModel, PrefixTuningConfig, Seq, TaskType, get_peft_model
+from coadapt.demo import BASE
+from coadapt.training.run import train as run_training
+from coadapt.training.settings import RunConfig
 from models import gpt2, ids, llama, logits, stir, t5
 from steps import error, gradients, loss
 
@@ -165,3 +172,19 @@ def test_m3_4_trained_one_after_another() -> None:
     together.set_adapter("adapter1 >> adapter2")
     values = train(together)
     assert values[-1] < values[0]
+
+
+def test_m3_7_memory_in_the_log_and_a_forecast_before_the_run(tmp_path: Path) -> None:
+    """A run of the command line's own, with a prefix on the shipped base."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"Mia hid kite {i}."}) + "\n" for i in range(8)), "utf-8")
+    asked = {"model": str(BASE), "data": str(rows), "method": "prefix", "num_virtual_tokens": 3, "eval_split": 0.25}
+    run = RunConfig(**asked, max_steps=2, logging_steps=1, output_dir=str(tmp_path / "out"), save_strategy="no")
+    said = io.StringIO()
+    run_training(run, Console(file=said, width=120))
+    assert "memory" in said.getvalue()
+    assert "without activations" in said.getvalue()
+    log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    peaks = [line["train/peak_memory_gib"] for line in log if "train/loss" in line]
+    assert len(peaks) == 2
+    assert 0 < peaks[0] <= peaks[1]
