@@ -1,7 +1,7 @@
 """PeftModel: a view of a frozen base, and its verbs."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from .core.composition import Node
 from .core.method import method_for
 from .core.view import View
 from .formats import checkpoint, folder
+from .verifying import Report, verify
 
 
 class PeftModel(View):
@@ -171,6 +172,22 @@ class PeftModel(View):
         """(parameters that train, all parameters)"""
         every = list(self.parameters())
         return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
+
+    def verify(self, batch: Any, loss: Callable[[Any], Tensor] | None = None, merge: bool = True) -> Report:
+        """Proves by one tiny step on `batch` that every adapter trains, and puts everything back.
+
+        Per adapter: it changes the output, gets a gradient, is changed by a step. Of all: nothing frozen changes;
+        disabled it is the base; merged, and saved and loaded, it gives the same. `print` what this returns; it is
+        true where nothing failed.
+
+        Args:
+            batch: keyword arguments of the model, or its first argument; with labels for a real loss.
+            loss: (output) -> scalar, where the output has no `loss` of its own.
+            merge: try merging too, which needs room for the merged weights.
+        """
+        return verify(self, batch, loss, merge)
+
+    check = verify
 
     def print_trainable_parameters(self) -> None:
         """Prints both numbers and their ratio."""
