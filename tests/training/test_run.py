@@ -268,7 +268,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
 
     monkeypatch.setattr(module, "load_base", broken)
     with pytest.raises(ValueError, match="The loss is nan at step 1"):
-        go(base, rows, out, eval_strategy="no", eval_on_start=False)
+        go(base, rows, out, eval_strategy="no", eval_on_start=False, verify=False)
 
 
 def test_a_composition_that_leaves_an_adapter_out_is_refused(base: str, rows: str, out: Path) -> None:
@@ -345,3 +345,15 @@ def test_figures_have_the_names_that_trackers_use() -> None:
         "epoch",
         "step",
     ]
+
+
+def test_a_run_in_which_an_adapter_would_not_train_does_not_begin(base: str, rows: str, out: Path) -> None:
+    said = {"model": base, "data": rows, "max_steps": 2, "output_dir": str(out)}
+    adapters = {"a": {"method": "lora"}, "b": {"method": "lora"}}
+    console = Console(file=io.StringIO(), width=120)
+    with pytest.raises(ValueError, match=r"training would be in vain.*\nFAIL +b +changes the output"):
+        train(RunConfig(**said, adapters=adapters, composition="a + 0*b"), console)
+    assert not list(out.glob("checkpoint-*"))
+    train(RunConfig(**said, adapters=adapters, composition="a + 0*b", verify=False), console)
+    train(RunConfig(**said, adapters=adapters, overwrite_output_dir=True), console)
+    assert "every adapter changes the output" in console.file.getvalue()  # type: ignore[attr-defined]

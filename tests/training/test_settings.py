@@ -164,7 +164,7 @@ def test_names_are_those_of_transformers_where_it_has_one() -> None:
         "completion_only_loss",
         "max_length",
     }
-    ours |= {"method", "adapters", "composition", "overwrite_output_dir", "resume"}
+    ours |= {"method", "adapters", "composition", "overwrite_output_dir", "resume", "verify"}
     ours |= set(signature(EarlyStoppingCallback).parameters)
     assert set(RunConfig.model_fields) - ours <= set(TrainingArguments.__dataclass_fields__)
     assert all(field.description for field in RunConfig.model_fields.values())

@@ -30,7 +30,7 @@ def _invoke(model: str | None, adapter: Path, adapters: str | None, prompt: str)
 command = click.Command(
     "verify",
     callback=_invoke,
-    help="""Try one tiny step with an adapter, and say what would not train.
+    help="""Try one step with an adapter: does everything train?
 
     \b
     coadapt verify --adapter DIR

@@ -61,6 +61,23 @@ class Outcome:
     tokenizer: PreTrainedTokenizerBase
 
 
+def prove(view: PeftModel, batch: Mapping[str, Any], console: Console) -> None:
+    """Tries one step, and says what it found.
+
+    Raises:
+        ValueError: an adapter would not train, or something frozen would.
+    """
+    report = view.verify(batch, merge=False)
+    if in_vain := [str(f) for f in report.failed if f.grave]:
+        raise ValueError(
+            "\n".join(["One step was tried, and training would be in vain (verify=false goes on):", *in_vain])
+        )
+    for finding in report.failed:
+        console.print(Text(str(finding), "yellow"))
+    told = "one step was tried: every adapter changes the output, gets a gradient and moves; nothing else does"
+    console.print(Text(told if report else "one step was tried; the rest of it is well", "dim"), "")
+
+
 def train(run: RunConfig, console: Console) -> Outcome:
     """Reads the data, attaches the adapters, trains, and writes the folder; says on `console` what it does.
 
@@ -87,6 +104,8 @@ def train(run: RunConfig, console: Console) -> Outcome:
     view = attach(base, configs, run.composition)
     trainer = _trainer(run, view, made, tokenizer, out, resuming=checkpoint is not None)
     console.print(settings_table(run, view, trainer.forecast()), "")
+    if run.verify and checkpoint is None:
+        prove(view, trainer.data_collator([made.train[i] for i in range(min(len(made.train), 2))]), console)
     if checkpoint is None:
         folder.clear(out)
     folder.write_run(out, run)

@@ -134,6 +134,8 @@ class RunConfig(BaseModel):
     """Halve the batch size until it fits into memory."""
     dataloader_num_workers: int = Field(default=0, ge=0)
     """Processes that prepare batches."""
+    verify: bool = True
+    """Try one step first, and stop where an adapter would not train."""
     seed: int = 42
     """Of the adapters' start, the split and the order of the data."""
 
