@@ -43,7 +43,8 @@ def voters(node: Node) -> list[tuple[Node, float]]:
     """The members of the outermost sum with their weights; sums inside of it are written out, a Seq is one member."""
     if not isinstance(node, Sum):
         return [(node, 1.0)]
-    return [(n, w * v) for child, w in zip(node.children, node.weights, strict=True) for n, v in voters(child)]
+    pairs = zip(node.children, map(_number, node.weights), strict=True)
+    return [(n, w * v) for child, w in pairs for n, v in voters(child)]
 
 
 def averaged(node: Node) -> Node:

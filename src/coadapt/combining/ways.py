@@ -56,7 +56,7 @@ class Options:
         if (
             self.r is not None
             and self.r != "full"
-            and (isinstance(self.r, bool) or int(self.r) != self.r or self.r < 1)
+            and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1)
         ):
             raise ValueError(f"r={self.r!r} must be a whole number of at least 1, or 'full'.")
         if self.density is not None and not 0 < self.density <= 1:
