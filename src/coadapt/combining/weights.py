@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..core import target
-from ..core.adapter import Adapter, build, replace_options
+from ..core.adapter import Adapter, ModuleCopy, build
 from ..core.composition import Node
 from ..methods.bitfit import BitFit, BitFitConfig
+from ..methods.full_copy import FullCopyConfig
 from ..methods.ln_tuning import LNTuning, LNTuningConfig
 from ..methods.lora import LoRA, LoraConfig
 from .deltas import Change, Product, Site, averaged, cut, dense, distance, norm, sites, voters
@@ -32,7 +33,13 @@ class Result:
 
 
 def combine(
-    base: nn.Module, adapters: Mapping[str, Adapter], node: Node, how: str | None, name: str, options: Options
+    base: nn.Module,
+    adapters: Mapping[str, Adapter],
+    node: Node,
+    how: str | None,
+    name: str,
+    options: Options,
+    common: Mapping[str, Any],
 ) -> tuple[Adapter, Report]:
     """As `combining.combine`, of adapters that are maps of weights only."""
     found = sites(adapters, node)
@@ -47,7 +54,7 @@ def combine(
         result, more = _at(site, asked, how, options, voting)
         results.append(result)
         rows += more
-    config = _config(base, results, adapters.values())
+    config = _config(base, results, common)
     adapter = _filled(name, config, base, results)
     notes = [f"Biases are changed at {n} layers, exactly."] if (n := sum(r.bias is not None for r in results)) else []
     notes = [] if WAYS[how].vote else notes
@@ -147,7 +154,7 @@ def _ab_linear(site: Site, node: Node) -> Product:
 # ---- the new adapter -------------------------------------------------------------------------------------------------
 
 
-def _config(base: nn.Module, results: Sequence[Result], adapters: Any) -> PeftConfig:
+def _config(base: nn.Module, results: Sequence[Result], common: Mapping[str, Any]) -> PeftConfig:
     """What the results can be: a LoRA, with biases or not; biases alone; norms alone.
 
     Raises:
@@ -157,9 +164,6 @@ def _config(base: nn.Module, results: Sequence[Result], adapters: Any) -> PeftCo
     raw = {r.site.place.path: r.change.rank for r in results if isinstance(r.change, Product) and not _is_layer(r)}
     norms = [r.site.place.path for r in results if isinstance(r.change, Tensor)]
     biases = [r.site.place.path for r in results if r.bias is not None]
-    tasks = {adapter.config.task_type for adapter in adapters}
-    common: dict[str, Any] = {"task_type": tasks.pop() if len(tasks) == 1 else None, "init_seed": 0}
-    common["inference_mode"] = True
     if norms:
         if layers or raw or set(biases) - set(norms):
             raise ValueError(
@@ -167,6 +171,9 @@ def _config(base: nn.Module, results: Sequence[Result], adapters: Any) -> PeftCo
                 "these adapters change. Combine those at norms by themselves."
             )
         return LNTuningConfig(target_modules=_named(norms, base), **common)
+    if not layers and not raw and not biases:  # copies of modules are all that there is
+        targets = _named(common["modules_to_save"], base)
+        return FullCopyConfig(target_modules=targets, **{**common, "modules_to_save": None})
     if not layers and not raw:
         return BitFitConfig(target_modules=_named(biases, base), **common)
     if new := sorted(set(biases) - set(target.with_bias(base))):
@@ -220,7 +227,6 @@ def _named(paths: Sequence[str], base: nn.Module) -> list[str] | str:
 
 def _filled(name: str, config: PeftConfig, base: nn.Module, results: Sequence[Result]) -> Adapter:
     adapter = build(name, config, base)
-    adapter.config = replace_options(adapter.config, init_seed=None)
     here = {(r.site.place.module, r.site.place.parameter): r for r in results}
     for part in adapter.parts:
         result = here.get((part.place.module, part.place.parameter))
@@ -237,8 +243,8 @@ def _filled(name: str, config: PeftConfig, base: nn.Module, results: Sequence[Re
                     method.weight.add_(result.change)
                 if method.bias is not None and result.bias is not None:
                     method.bias.add_(result.bias)
-            case other:
-                raise AssertionError(type(other).__name__)
+            case _:  # a copy of a module
+                assert isinstance(part.method, ModuleCopy)
     return adapter
 
 
