@@ -14,6 +14,7 @@ VERBS = {
     "generate": "Ask a model with its adapter.",
     "chat": "Talk to a model with its adapters.",
     "merge": "Put an adapter into the weights of its base.",
+    "combine": "Make one adapter out of several.",
     "show": "What an adapter folder, or a model, is made of.",
     "doctor": "What this machine has, and what of it works.",
     "completion": "The script that lets a shell complete coadapt.",
