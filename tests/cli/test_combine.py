@@ -7,7 +7,6 @@ from typing import Any
 
 import peft
 import pytest
-import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -56,7 +55,8 @@ def test_a_composition_folder_becomes_one_adapter(call: Call, base: Path, run: P
     code, text, said = call("combine", "--adapter", run, "task - 0.5*style", "--out", out)
     assert code == 0, said
     assert "exact" in text
-    assert "the 5 of 14 sites" in text
+    assert "14 sites, ranks 2 to 5, exact" in text
+    assert "Nothing is lost at any site." in text
     assert sorted(p.name for p in out.iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "provenance.json"
     ]  # fmt: skip
@@ -81,6 +81,7 @@ def test_several_folders_and_their_names(call: Call, base: Path, run: Path, tmp_
     assert code == 0, said
     assert "rank" in text
     assert "% from the sum" in text
+    assert "model.layers.0.mlp.down_proj" in text
     assert json.loads((out / "adapter_config.json").read_text())["r"] == 5
     assert PeftModel.from_pretrained(loaded(base), out).peft_config["default"].peft_type == "LORA"
     code, text, said = call("combine", *folders, "task + s", "--how", "svd", "--r", "full", "--out", tmp_path / "full")

@@ -459,3 +459,27 @@ def test_half_precision_bases_and_gates() -> None:
     view.combine("d", "svd", adapter_name="e", r="full")
     same(changes(view, "e"), changes(view, "d"), within=1e-2)
     assert view.combine(Seq("a", "0.5*a"), adapter_name="f").exact
+
+
+def test_a_base_without_values() -> None:
+    with torch.device("meta"):
+        base = plain()
+    view = PeftModel(base)
+    view.add_adapter("a", LoraConfig(r=2, target_modules=["first"]))
+    view.add_adapter("i", IA3Config(target_modules=["first"]))
+    for name, how, options in (("a", "cat", {}), ("i", "svd", {"r": 2})):
+        with pytest.raises(ValueError, match="'first' has no values here"):
+            view.combine(name, how, adapter_name="c", **options)
+
+
+def test_the_report_prints_what_is_worth_a_line() -> None:
+    view = view_of("plain")
+    text = str(view.combine("a - b", "svd", adapter_name="c", r=1))
+    assert text.splitlines()[1].split() == ["site", "how", "rank", "lost", "from", "the", "sum"]
+    assert sorted(line.split()[0] for line in text.splitlines()[2:]) == ["conv", "embed", "first", "head"]
+    view = PeftModel(llama(num_hidden_layers=4), LoraConfig(r=3, target_modules="all-linear"))
+    stir(view.adapters)
+    assert "Nothing is lost at any site" in str(view.combine("default", adapter_name="copy"))
+    text = str(view.combine("default", "svd", adapter_name="cut", r=1))
+    assert "The 5 of 28 sites that are furthest off." in text
+    assert len(text.splitlines()) == 8

@@ -111,20 +111,19 @@ def _show(report: "Report") -> None:
     from rich.table import Table
 
     from coadapt.cli.output import console
-    from coadapt.combining.report import HEAD, SHOWN
+    from coadapt.combining.report import HEAD
 
-    rows = list(report.rows) if len(report.rows) <= SHOWN else report.worst(5)
-    title = "" if len(rows) == len(report.rows) else f"the {len(rows)} of {len(report.rows)} sites that lost most"
-    table = Table(title=title or None, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    rows, rest = report.shown
+    table = Table(box=None, padding=(0, 2, 0, 0))
     for i, name in enumerate(HEAD):
         table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
     for row in rows:
         table.add_row(*row.cells)
-    out = console()
-    out.print(report.summary())
-    out.print(table)
-    for note in report.notes:
-        out.print(note)
+    click.echo(report.summary())
+    if rows:
+        console().print(table)
+    for note in (*([rest] if rest else []), *report.notes):
+        click.echo(note)
 
 
 command = click.Command(

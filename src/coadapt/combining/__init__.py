@@ -60,7 +60,8 @@ def combine(
         adapter, report = way(base, used, node, how, name, options, common)
     copies.fill(adapter, copied)
     adapter.config = replace_options(adapter.config, init_seed=None)
-    return adapter, replace(report, rows=[*report.rows, *rows])
+    shown = node if isinstance(node, str) else repr(node)
+    return adapter, replace(report, composition=shown, rows=[*report.rows, *rows])
 
 
 @contextmanager

@@ -131,13 +131,16 @@ class _Wide(Around):
         return self._bias
 
     def weight(self) -> Tensor:
-        weight = self.inner.weight()
-        if weight.is_meta:
-            raise ValueError(
-                f"{self.path!r} has no values here (meta device, or offloaded), and what its adapters change depends "
-                "on them. Load the base."
-            )
-        return wide(weight)
+        return wide(_there(self.inner.weight(), self.path))
+
+
+def _there(value: Tensor, path: str) -> Tensor:
+    if value.is_meta:
+        raise ValueError(
+            f"{path!r} has no values here (meta device, or offloaded), so what its adapters change cannot be computed. "
+            "Load the base."
+        )
+    return value
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -175,9 +178,8 @@ class Site:
                 if not isinstance(method, LowRankMethod):
                     return None
                 a, b, scale = method.factors()
-                out.append(
-                    (wide(a) if a.dim() == 3 and b.dim() == 3 else wide(a).flatten(1), wide(b), gate.number * scale)
-                )
+                a, b = (wide(_there(factor, self.place.path)) for factor in (a, b))
+                out.append((a if b.dim() == 3 else a.flatten(1), b, gate.number * scale))  # (E, R, I) of experts
         return out
 
     def change(self, node: Node) -> Change:
@@ -195,7 +197,7 @@ class Site:
         before, after = self._wide.bias, around(node, self._wide, self.methods).bias
         if after is before or after is None:
             return None
-        return wide(after) if before is None else wide(after) - before
+        return wide(after) if before is None else wide(after) - _there(before, self.place.path)
 
     def obstacle(self) -> str:
         """The method that has no factors, and where."""

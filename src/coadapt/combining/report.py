@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SHOWN = 12
-"""Sites that a printed report lists; of more, it lists the worst."""
+"""As many sites as a printed report lists; of more, only the worst."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Report:
     """What became of a composition. Printed, it is a table."""
 
     adapter_name: str
-    composition: str
+    composition: str = ""
     rows: Sequence[Row]
     notes: Sequence[str] = ()
 
@@ -58,6 +58,15 @@ class Report:
         """The sites that are furthest from the sum, worst first."""
         return sorted(self.rows, key=lambda row: -(math.inf if row.apart is None else row.apart))[:most]
 
+    @property
+    def shown(self) -> tuple[list[Row], str]:
+        """The sites that are worth a line, and what to say of the others: few are all listed, of many the worst."""
+        if len(self.rows) <= SHOWN:
+            return list(self.rows), ""
+        if self.exact:
+            return [], "Nothing is lost at any site."
+        return self.worst(5), f"The 5 of {len(self.rows)} sites that are furthest off."
+
     def summary(self) -> str:
         """One line."""
         ranks = sorted({row.rank for row in self.rows if row.rank is not None})
@@ -71,12 +80,11 @@ class Report:
         )
 
     def __str__(self) -> str:
-        shown = list(self.rows) if len(self.rows) <= SHOWN else self.worst()
-        lines = [HEAD, *(row.cells for row in shown)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
+        rows, rest = self.shown
+        lines = [HEAD, *(row.cells for row in rows)] if rows else []
+        widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))] if lines else []
         table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        more = [f"({len(self.rows) - len(shown)} more, none of them worse)"] if len(shown) < len(self.rows) else []
-        return "\n".join([self.summary(), *table, *more, *self.notes])
+        return "\n".join([self.summary(), *table, *([rest] if rest else []), *self.notes])
 
 
 def _shown(share: float | None) -> str:

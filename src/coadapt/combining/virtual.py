@@ -52,7 +52,7 @@ def prompts(
     off = 0.0 if exact else None
     rows = [Row(path=f"{role}'s input", how=said, lost=off, apart=off) for role in values]
     notes = [f"{config.num_virtual_tokens} virtual tokens."]
-    return adapter, Report(adapter_name=name, composition=repr(asked if how == "cat" else node), rows=rows, notes=notes)
+    return adapter, Report(adapter_name=name, rows=rows, notes=notes)
 
 
 def _tokens(node: Node, methods: Mapping[str, Any]) -> Tensor:
@@ -112,7 +112,7 @@ def prefixes(
     off = None if how == "mean" and len(members) > 1 else 0.0
     rows = [Row(path=path, how=how or "cat", lost=off, apart=off) for path in made]
     notes = [f"{count} virtual tokens; positions are shifted by {offset}."]
-    return adapter, Report(adapter_name=name, composition=repr(node), rows=rows, notes=notes)
+    return adapter, Report(adapter_name=name, rows=rows, notes=notes)
 
 
 def _check_prefix(adapter: Adapter) -> None:
@@ -155,7 +155,7 @@ def bottlenecks(
     adapter.load_state_dict({k: torch.stack([w * s[k] for s, w in states]).sum(0) for k in states[0][0]})
     off = 0.0 if len(members) == 1 else None
     rows = [Row(path=part.place.path, how="mean", lost=off, apart=off) for part in adapter.parts]
-    return adapter, Report(adapter_name=name, composition=repr(node), rows=rows)
+    return adapter, Report(adapter_name=name, rows=rows)
 
 
 # ---- what they share -------------------------------------------------------------------------------------------------

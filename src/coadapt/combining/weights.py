@@ -58,7 +58,7 @@ def combine(
     adapter = _filled(name, config, base, results)
     notes = [f"Biases are changed at {n} layers, exactly."] if (n := sum(r.bias is not None for r in results)) else []
     notes = [] if WAYS[how].vote else notes
-    return adapter, Report(adapter_name=name, composition=repr(node), rows=rows, notes=notes)
+    return adapter, Report(adapter_name=name, rows=rows, notes=notes)
 
 
 def _exact(matrices: Sequence[Site], node: Node) -> str:
