@@ -167,8 +167,6 @@ class PeftModel(View):
         if self._record.merged_by is not None:
             raise RuntimeError("Another view has merged its adapters into this base; unmerge_adapter() there first.")
         adapter, report = combine(self.base, self._names, node, how, name, options)
-        where = getattr(self.base, "name_or_path", None) or None
-        adapter.config = replace_options(adapter.config, base_model_name_or_path=where)
         self._install(adapter)
         return report
 

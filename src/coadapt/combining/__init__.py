@@ -49,9 +49,14 @@ def combine(
         )
     way = _WAYS_OF["weights" if "copies" in found else found.pop()]
     copied, rows = copies.combined(base, used, averaged(node) if how == "mean" else node)
-    tasks = {adapter.config.task_type for adapter in used.values()}
+    configs = [adapter.config for adapter in used.values()]
+    tasks = {config.task_type for config in configs} - {None}
     common: dict[str, Any] = {
         "task_type": tasks.pop() if len(tasks) == 1 else None,
+        "base_model_name_or_path": next(
+            (c.base_model_name_or_path for c in configs if c.base_model_name_or_path), None
+        ),
+        "revision": next((c.revision for c in configs if c.revision), None),
         "modules_to_save": list(copied) or None,
         "inference_mode": True,
         "init_seed": 0,  # so that nothing is drawn from the global generator
