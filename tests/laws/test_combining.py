@@ -1,0 +1,45 @@
+"""One adapter combined by itself is that adapter, over every method: exactly where how= is left out, or refused."""
+
+from typing import Any
+
+import pytest
+
+from coadapt import PeftModel
+from laws.setting import EVERY, MAKE, close, far, logits, pairs, view_on
+
+NEEDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dora": ("svd", {"r": "full"}),
+    "dora-all-linear": ("svd", {"r": "full"}),
+    "ia3": ("svd", {"r": "full"}),
+    **{case: ("mean", {}) for case in EVERY if case.startswith("bottleneck")},
+}
+"""Methods that have no exact way without being told one."""
+REFUSED = {"prefix-decoupled": "decoupled"}
+
+
+@pairs(turn=3, models=("llama", "gpt2", "t5", "bert", "bart", "gemma2", "mixtral", "plain", "conv"))
+def test_an_adapter_alone(case: str, model: str) -> None:
+    view = view_on(model, case, by=0.3)
+    expected = logits(view, adapters="a")
+    far(expected, logits(view, adapters=[]))
+    if case in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[case]):
+            view.combine("a", adapter_name="b")
+        return
+    if case in NEEDS:
+        with pytest.raises(ValueError, match="how="):
+            view.combine("a", adapter_name="b")
+    how, options = NEEDS.get(case, (None, {}))
+    report = view.combine("a", how, adapter_name="b", **options)
+    assert report.exact
+    close(logits(view, adapters="b"), expected, within=1e-5)
+
+
+@pairs(turn=1, cases=[case for case in EVERY if case not in (*NEEDS, *REFUSED)], models=("gpt2", "llama", "mixtral"))
+def test_saved_it_is_the_same(case: str, model: str, tmp_path: Any) -> None:
+    view = view_on(model, case)
+    view.combine("a", adapter_name="b")
+    view.set_adapter("b")
+    view.save_pretrained(tmp_path, selected_adapters=["b"])
+    again = PeftModel.from_pretrained(MAKE[model](), tmp_path)
+    close(logits(again), logits(view), within=1e-5)
