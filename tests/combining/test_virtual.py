@@ -150,7 +150,7 @@ def test_the_mean_of_bottlenecks() -> None:
     expected = 0.25 * view.get_adapter("a").weight + 0.75 * view.get_adapter("b").weight
     torch.testing.assert_close(view.get_adapter("c").weight, expected)
     assert view.combine("a", "mean", adapter_name="d").exact
-    with pytest.raises(ValueError, match=r"No bottleneck is equal to several others\. how='mean'"):
+    with pytest.raises(ValueError, match=r"No Bottleneck is equal to several others\. how='mean'"):
         view.combine("a + b", adapter_name="no")
     with pytest.raises(ValueError, match="'a' and 'wide' differ in the configuration"):
         view.combine("a + wide", "mean", adapter_name="no")

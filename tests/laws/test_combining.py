@@ -5,15 +5,24 @@ from typing import Any
 import pytest
 
 from coadapt import PeftModel
+from coadapt.core.adapter import ModuleCopy
+from coadapt.core.lowrank import LowRankMethod
+from coadapt.core.method import METHODS, ModuleMethod, WeightMethod
+from coadapt.methods.bitfit import BitFit
+from coadapt.methods.ln_tuning import LNTuning
 from laws.setting import EVERY, MAKE, close, far, logits, pairs, view_on
 
-NEEDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dora": ("svd", {"r": "full"}),
-    "dora-all-linear": ("svd", {"r": "full"}),
-    "ia3": ("svd", {"r": "full"}),
-    **{case: ("mean", {}) for case in EVERY if case.startswith("bottleneck")},
-}
-"""Methods that have no exact way without being told one."""
+
+def way(case: str) -> tuple[str | None, dict[str, Any]]:
+    """How an adapter of this case is combined exactly; None where it need not be said."""
+    method = METHODS[EVERY[case].method]
+    if issubclass(method, ModuleMethod) and not issubclass(method, ModuleCopy):
+        return "mean", {}
+    if issubclass(method, WeightMethod) and not issubclass(method, LowRankMethod | BitFit | LNTuning):
+        return "svd", {"r": "full"}
+    return None, {}
+
+
 REFUSED = {"prefix-decoupled": "decoupled"}
 
 
@@ -26,16 +35,20 @@ def test_an_adapter_alone(case: str, model: str) -> None:
         with pytest.raises(ValueError, match=REFUSED[case]):
             view.combine("a", adapter_name="b")
         return
-    if case in NEEDS:
+    how, options = way(case)
+    if how is not None:
         with pytest.raises(ValueError, match="how="):
             view.combine("a", adapter_name="b")
-    how, options = NEEDS.get(case, (None, {}))
     report = view.combine("a", how, adapter_name="b", **options)
     assert report.exact
     close(logits(view, adapters="b"), expected, within=1e-5)
 
 
-@pairs(turn=1, cases=[case for case in EVERY if case not in (*NEEDS, *REFUSED)], models=("gpt2", "llama", "mixtral"))
+@pairs(
+    turn=1,
+    cases=[case for case in EVERY if way(case)[0] is None and case not in REFUSED],
+    models=("gpt2", "llama", "mixtral"),
+)
 def test_saved_it_is_the_same(case: str, model: str, tmp_path: Any) -> None:
     view = view_on(model, case)
     view.combine("a", adapter_name="b")

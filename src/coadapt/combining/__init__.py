@@ -10,12 +10,13 @@ from torch import nn
 
 from ..core.adapter import Adapter, ModuleCopy, replace_options
 from ..core.composition import Node, names
-from ..core.method import AttentionMethod, InputMethod, WeightMethod
-from ..methods.bottleneck import Bottleneck
+from ..core.method import ModuleMethod, WeightMethod
+from ..methods.prefix import PrefixTuning
+from ..methods.prompt import VirtualTokens
 from . import copies, virtual, weights
 from .deltas import averaged, fixed
 from .report import Report, Row
-from .ways import WAYS, Options
+from .ways import WAYS, Options, Order
 
 __all__ = ["WAYS", "Options", "Report", "Row", "combine"]
 
@@ -62,7 +63,9 @@ def combine(
         "init_seed": 0,  # so that nothing is drawn from the global generator
     }
     with _evaluating(used.values()):
-        adapter, report = way(base, used, node, how, name, options, common)
+        adapter, report = way(
+            Order(base=base, adapters=used, node=node, how=how, name=name, options=options, common=common)
+        )
     copies.fill(adapter, copied)
     adapter.config = replace_options(adapter.config, init_seed=None)
     shown = node if isinstance(node, str) else repr(node)
@@ -84,15 +87,15 @@ def _evaluating(adapters: Iterable[Adapter]) -> Iterator[None]:
 
 _KINDS: dict[str, type[nn.Module]] = {
     "weights": WeightMethod,
-    "prompts": InputMethod,
-    "prefixes": AttentionMethod,
-    "bottlenecks": Bottleneck,
+    "prompts": VirtualTokens,
+    "prefixes": PrefixTuning,
+    "modules": ModuleMethod,
 }
 _WAYS_OF: dict[str, Any] = {
     "weights": weights.combine,
     "prompts": virtual.prompts,
     "prefixes": virtual.prefixes,
-    "bottlenecks": virtual.bottlenecks,
+    "modules": virtual.modules,
 }
 
 

@@ -5,29 +5,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import PeftConfig
-from ..core.adapter import Adapter, build, replace_options
+from ..core.adapter import Adapter, ModuleCopy, build, replace_options
 from ..core.composition import Node, Seq, terms
 from ..methods.prefix import PrefixTuning, PrefixTuningConfig
 from ..methods.prompt import PromptTuning, PromptTuningConfig, VirtualTokens
 from .deltas import averaged, voters
 from .report import Report, Row
-from .ways import Options
+from .ways import Options, Order
 
 
-def prompts(
-    base: nn.Module,
-    adapters: Mapping[str, Adapter],
-    node: Node,
-    how: str | None,
-    name: str,
-    options: Options,
-    common: Mapping[str, Any],
-) -> tuple[Adapter, Report]:
+def prompts(order: Order) -> tuple[Adapter, Report]:
     """One prompt. "cat": one after another, as in a Seq; "linear": added, as in a Sum; "mean"; None: as `node` says."""
-    _check(how, ("cat", "linear", "mean"), options, "prompts")
+    node, how, adapters = order.node, order.how, order.adapters
+    _check(how, ("cat", "linear", "mean"), order.options, "prompts")
     first, *others = adapters.values()
     _same(first, others, "prompt_sites", _roles)
     _same(first, others, "output_virtual_tokens", lambda a: a.config.output_virtual_tokens)  # type: ignore[attr-defined]
@@ -41,9 +34,9 @@ def prompts(
         num_virtual_tokens=len(next(iter(values.values()))),
         prompt_sites=first.config.prompt_sites,  # type: ignore[attr-defined]
         output_virtual_tokens=first.config.output_virtual_tokens,  # type: ignore[attr-defined]
-        **common,
+        **order.common,
     )
-    adapter = build(name, config, base)
+    adapter = build(order.name, config, order.base)
     for part in adapter.parts:
         if isinstance(part.method, PromptTuning):
             part.method.P.copy_(values[part.place.role])
@@ -52,7 +45,7 @@ def prompts(
     off = 0.0 if exact else None
     rows = [Row(path=f"{role}'s input", how=said, lost=off, apart=off) for role in values]
     notes = [f"{config.num_virtual_tokens} virtual tokens."]
-    return adapter, Report(adapter_name=name, rows=rows, notes=notes)
+    return adapter, Report(adapter_name=order.name, rows=rows, notes=notes)
 
 
 def _tokens(node: Node, methods: Mapping[str, Any]) -> Tensor:
@@ -69,17 +62,10 @@ def _tokens(node: Node, methods: Mapping[str, Any]) -> Tensor:
     return torch.stack([w * tokens for tokens, w in zip(found, node.weights, strict=True)]).sum(0)
 
 
-def prefixes(
-    base: nn.Module,
-    adapters: Mapping[str, Adapter],
-    node: Node,
-    how: str | None,
-    name: str,
-    options: Options,
-    common: Mapping[str, Any],
-) -> tuple[Adapter, Report]:
+def prefixes(order: Order) -> tuple[Adapter, Report]:
     """One prefix. "cat" (and None): all of them in one softmax, which is what Seq and Sum of them are; "mean"."""
-    _check(how, ("cat", "mean"), options, "prefixes")
+    node, how, adapters = order.node, order.how, order.adapters
+    _check(how, ("cat", "mean"), order.options, "prefixes")
     for adapter in adapters.values():
         _check_prefix(adapter)
     first, *others = adapters.values()
@@ -101,18 +87,18 @@ def prefixes(
         made[path] = torch.stack(own).sum(0) if how == "mean" else torch.cat(own)
     count = len(next(iter(made.values())))
     config = PrefixTuningConfig(
-        num_virtual_tokens=count, prefix_sites=first.config.prefix_sites, **common  # type: ignore[attr-defined]
+        num_virtual_tokens=count, prefix_sites=first.config.prefix_sites, **order.common  # type: ignore[attr-defined]
     )  # fmt: skip
-    adapter = build(name, config, base)
+    adapter = build(order.name, config, order.base)
     if _prefix_of(adapter).position_offset != offset:
-        adapter = build(name, replace(config, position_offset=offset), base)
+        adapter = build(order.name, replace(config, position_offset=offset), order.base)
     for part in adapter.parts:
         if isinstance(part.method, PrefixTuning):
             part.method.P.copy_(made[part.place.path])
     off = None if how == "mean" and len(members) > 1 else 0.0
     rows = [Row(path=path, how=how or "cat", lost=off, apart=off) for path in made]
     notes = [f"{count} virtual tokens; positions are shifted by {offset}."]
-    return adapter, Report(adapter_name=name, rows=rows, notes=notes)
+    return adapter, Report(adapter_name=order.name, rows=rows, notes=notes)
 
 
 def _check_prefix(adapter: Adapter) -> None:
@@ -129,33 +115,31 @@ def _check_prefix(adapter: Adapter) -> None:
         )
 
 
-def bottlenecks(
-    base: nn.Module,
-    adapters: Mapping[str, Adapter],
-    node: Node,
-    how: str | None,
-    name: str,
-    options: Options,
-    common: Mapping[str, Any],
-) -> tuple[Adapter, Report]:
-    """One bottleneck. "mean": of the parameters, number by number; only of bottlenecks of one configuration."""
-    if how is None:
-        raise ValueError("No bottleneck is equal to several others. how='mean' takes the mean of their parameters.")
-    _check(how, ("mean",), options, "bottlenecks")
+def modules(order: Order) -> tuple[Adapter, Report]:
+    """One bottleneck, or other method around modules. "mean": of the parameters; only of one configuration."""
+    node, how, adapters = order.node, order.how, order.adapters
     first, *others = adapters.values()
+    kind = next(type(p.method).__name__ for p in first.parts if not isinstance(p.method, ModuleCopy))
+    if how is None:
+        raise ValueError(f"No {kind} is equal to several others. how='mean' takes the mean of their parameters.")
+    _check(how, ("mean",), order.options, kind)
     _same(first, others, "the configuration", lambda a: _shape_of(a.config))
     members = voters(averaged(node))
     if any(not isinstance(n, str) for n, _ in members):
-        raise ValueError("how='mean' takes bottlenecks side by side ('a + b'), not a Seq of them.")
-    adapter = build(name, replace_options(first.config, init_from=None, **common), base)
+        raise ValueError("how='mean' takes adapters side by side ('a + b'), not a Seq of them.")
+    adapter = build(order.name, replace_options(first.config, init_from=None, **order.common), order.base)
     states = [(adapters[n].state_dict(), w) for n, w in members]
     keys = {tuple((k, tuple(t.shape)) for k, t in state.items()) for state, _ in states}
     if len(keys) > 1:
-        raise ValueError("how='mean' needs bottlenecks of one shape at the same places; these differ.")
+        raise ValueError("how='mean' needs adapters of one shape at the same places; these differ.")
     adapter.load_state_dict({k: torch.stack([w * s[k] for s, w in states]).sum(0) for k in states[0][0]})
     off = 0.0 if len(members) == 1 else None
-    rows = [Row(path=part.place.path, how="mean", lost=off, apart=off) for part in adapter.parts]
-    return adapter, Report(adapter_name=name, rows=rows)
+    rows = [
+        Row(path=part.place.path, how="mean", lost=off, apart=off)
+        for part in adapter.parts
+        if not isinstance(part.method, ModuleCopy)
+    ]
+    return adapter, Report(adapter_name=order.name, rows=rows)
 
 
 # ---- what they share -------------------------------------------------------------------------------------------------

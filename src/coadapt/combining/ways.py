@@ -1,13 +1,15 @@
 """The ways to combine: what each is called, the options that it takes, and what it does to changes of weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import did_you_mean
+from ..core.adapter import Adapter
+from ..core.composition import Node
 
 Rank = int | Literal["full"]
 
@@ -28,6 +30,23 @@ class Voting:
     density: float
     majority_sign: str
     generator: torch.Generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What is asked for."""
+
+    base: nn.Module
+    adapters: Mapping[str, Adapter]
+    """Those that `node` names."""
+    node: Node
+    """With numbers for gates, none of them 0."""
+    how: str | None
+    name: str
+    """Of the new adapter."""
+    options: "Options"
+    common: Mapping[str, Any]
+    """The fields that the new configuration has, whatever its method."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from ..methods.ln_tuning import LNTuning, LNTuningConfig
 from ..methods.lora import LoRA, LoraConfig
 from .deltas import Change, Product, Site, averaged, cut, dense, distance, norm, sites, voters
 from .report import Report, Row
-from .ways import WAYS, Options, Voting, Way, ways_text
+from .ways import WAYS, Options, Order, Voting, Way, ways_text
 
 
 @dataclass(frozen=True)
@@ -32,19 +32,12 @@ class Result:
     bias: Tensor | None
 
 
-def combine(
-    base: nn.Module,
-    adapters: Mapping[str, Adapter],
-    node: Node,
-    how: str | None,
-    name: str,
-    options: Options,
-    common: Mapping[str, Any],
-) -> tuple[Adapter, Report]:
-    """As `combining.combine`, of adapters that are maps of weights only."""
-    found = sites(adapters, node)
+def combine(order: Order) -> tuple[Adapter, Report]:
+    """Of adapters that are maps of weights only."""
+    node, options = order.node, order.options
+    found = sites(order.adapters, node)
     matrices = [site for site in found if site.is_matrix and site.moves(node)]
-    how = how or _exact(matrices, node)
+    how = order.how or _exact(matrices, node)
     _check_rank(matrices, how, options)
     asked = averaged(node) if how == "mean" else node
     voting = options.voting
@@ -54,11 +47,11 @@ def combine(
         result, more = _at(site, asked, how, options, voting)
         results.append(result)
         rows += more
-    config = _config(base, results, common)
-    adapter = _filled(name, config, base, results)
+    adapter = build(order.name, _config(order.base, results, order.common), order.base)
+    _fill(adapter, results)
     notes = [f"Biases are changed at {n} layers, exactly."] if (n := sum(r.bias is not None for r in results)) else []
     notes = [] if WAYS[how].vote else notes
-    return adapter, Report(adapter_name=name, rows=rows, notes=notes)
+    return adapter, Report(adapter_name=order.name, rows=rows, notes=notes)
 
 
 def _exact(matrices: Sequence[Site], node: Node) -> str:
@@ -225,15 +218,14 @@ def _named(paths: Sequence[str], base: nn.Module) -> list[str] | str:
     return "|".join(map(re.escape, sorted(paths)))
 
 
-def _filled(name: str, config: PeftConfig, base: nn.Module, results: Sequence[Result]) -> Adapter:
-    adapter = build(name, config, base)
+def _fill(adapter: Adapter, results: Sequence[Result]) -> None:
     here = {(r.site.place.module, r.site.place.parameter): r for r in results}
     for part in adapter.parts:
         result = here.get((part.place.module, part.place.parameter))
         match part.method:
             case LoRA() as method:
                 assert result is not None and isinstance(result.change, Product)
-                _fill(method, result.change)
+                _fill_factors(method, result.change)
             case BitFit() as method:
                 if result is not None and result.bias is not None:
                     method.delta.copy_(result.bias)
@@ -245,10 +237,9 @@ def _filled(name: str, config: PeftConfig, base: nn.Module, results: Sequence[Re
                     method.bias.add_(result.bias)
             case _:  # a copy of a module
                 assert isinstance(part.method, ModuleCopy)
-    return adapter
 
 
-def _fill(method: LoRA, change: Product) -> None:
+def _fill_factors(method: LoRA, change: Product) -> None:
     """The factors, with zeros where the method has more rank. Its scale is 1."""
     room = method.B.shape[-1] - change.rank
     a, b = nn.functional.pad(change.a, (0, 0, 0, room)), nn.functional.pad(change.b, (0, room))
