@@ -39,6 +39,7 @@ def combine(order: Order) -> tuple[Adapter, Report]:
     matrices = [site for site in found if site.is_matrix and site.moves(node)]
     how = order.how or _exact(matrices, node)
     _check_rank(matrices, how, options)
+    _check_one(order.base, found, matrices, node)
     asked = averaged(node) if how == "mean" else node
     voting = options.voting
     results: list[Result] = []
@@ -73,6 +74,22 @@ def _check_rank(matrices: Sequence[Site], how: str, options: Options) -> None:
             )
     elif WAYS[how].vote and options.r is None:
         raise ValueError(f"how={how!r} gives changes of full rank; say r=, the rank to keep (or 'full').")
+
+
+def _check_one(base: nn.Module, found: Sequence[Site], matrices: Sequence[Site], node: Node) -> None:
+    """Raises ValueError where no one adapter holds all that these change."""
+    norms = [site.place.path for site in found if site.moves(node) and not site.is_matrix]
+    biases = [site.place.path for site in found if site.bias(node) is not None]
+    if norms and (matrices or set(biases) - set(norms)):
+        raise ValueError(
+            f"A LoRA cannot hold the change of a norm's weight ({norms[0]!r}), and norms alone are not all that these "
+            "adapters change. Combine those at norms by themselves."
+        )
+    if matrices and (new := sorted(set(biases) - set(target.with_bias(base)))):
+        raise ValueError(
+            f"A LoRA trains only biases that are there; these adapters give one to {new[0]!r}, which has none. Combine "
+            "those at biases (BitFit) by themselves."
+        )
 
 
 def _at(site: Site, node: Node, how: str, options: Options, voting: Voting) -> tuple[Result, list[Row]]:
@@ -148,32 +165,18 @@ def _ab_linear(site: Site, node: Node) -> Product:
 
 
 def _config(base: nn.Module, results: Sequence[Result], common: Mapping[str, Any]) -> PeftConfig:
-    """What the results can be: a LoRA, with biases or not; biases alone; norms alone.
-
-    Raises:
-        ValueError: no one adapter holds all of them.
-    """
+    """What the results are: a LoRA, with biases or not; norms alone; biases alone; copies of modules alone."""
     layers = {r.site.place.path: r.change.rank for r in results if isinstance(r.change, Product) and _is_layer(r)}
     raw = {r.site.place.path: r.change.rank for r in results if isinstance(r.change, Product) and not _is_layer(r)}
     norms = [r.site.place.path for r in results if isinstance(r.change, Tensor)]
     biases = [r.site.place.path for r in results if r.bias is not None]
     if norms:
-        if layers or raw or set(biases) - set(norms):
-            raise ValueError(
-                f"A LoRA cannot hold the change of a norm's weight ({norms[0]!r}), and norms alone are not all that "
-                "these adapters change. Combine those at norms by themselves."
-            )
         return LNTuningConfig(target_modules=_named(norms, base), **common)
-    if not layers and not raw and not biases:  # copies of modules are all that there is
+    if not layers and not raw and not biases:
         targets = _named(common["modules_to_save"], base)
         return FullCopyConfig(target_modules=targets, **{**common, "modules_to_save": None})
     if not layers and not raw:
         return BitFitConfig(target_modules=_named(biases, base), **common)
-    if new := sorted(set(biases) - set(target.with_bias(base))):
-        raise ValueError(
-            f"A LoRA trains only biases that are there; these adapters give one to {new[0]!r}, which has none. Combine "
-            "those at biases (BitFit) by themselves."
-        )
     r, patterns = _ranks(layers, raw)
     return LoraConfig(
         r=r,
