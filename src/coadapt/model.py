@@ -5,8 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
+from .combining import Options, Report, combine
+from .combining.field import translated
 from .config import PeftConfig, check_name
 from .core import composition, merging
 from .core.adapter import build, replace_options, start_from
@@ -72,7 +75,7 @@ class PeftModel(View):
         """
         self._add(_name_for(peft_config, adapter_name), peft_config, half=not autocast_adapter_dtype)
 
-    def _add(self, name: str, config: PeftConfig, half: bool) -> None:
+    def _check_new(self, name: str) -> None:
         check_name(name)
         if name in self._names:
             raise ValueError(
@@ -80,6 +83,9 @@ class PeftModel(View):
             )
         if self._merged is not None:
             raise RuntimeError("Adapters are merged into the base; unmerge_adapter() before another one is attached.")
+
+    def _add(self, name: str, config: PeftConfig, half: bool) -> None:
+        self._check_new(name)
         source = None if config.init_from is None else self.get_adapter(config.init_from)
         where = config.base_model_name_or_path or getattr(self.base, "name_or_path", None) or None
         adapter = build(name, config, self.base, half)
@@ -118,6 +124,86 @@ class PeftModel(View):
             )
         self._node = node
         self.gates = nn.ModuleList(composition.learned(node))
+
+    # ---- combining ---------------------------------------------------------------------------------------------------
+
+    def combine(
+        self,
+        composition: Any,
+        how: str | None = None,
+        *,
+        adapter_name: str,
+        r: Any = None,
+        density: float | None = None,
+        majority_sign: str | None = None,
+        seed: int | None = None,
+    ) -> Report:
+        """Makes one new adapter that stands for a composition: "0.5*a + 0.5*b", "a - b", "-1*a", "prefix1 >> prefix2".
+
+        It is attached frozen and not made active; the others stay as they are. docs/combining.md has every way.
+
+        Args:
+            composition: as in `set_adapter`.
+            how: "cat", "svd", "linear", "mean", "ties", "dare_linear", "dare_ties", "magnitude_prune", "ab_linear".
+                None: the one that is exact.
+            adapter_name: of the new adapter.
+            r: rank of the result, at most; "full" for as much as it takes to be exact.
+            density: share of the numbers of each change that TIES, DARE and pruning keep, in (0, 1].
+            majority_sign: of TIES: "total" (the sum's; the default) or "frequency".
+            seed: of what DARE drops; 0 if left out.
+
+        Returns:
+            How, with which rank and how far from the composition itself, site by site. It prints as a table.
+
+        Raises:
+            ValueError: the name is taken, no way is exact and none is named, or an option is missing or has no effect.
+            TypeError: no one adapter can stand for these. Nothing was changed.
+            RuntimeError: adapters are merged into the base.
+        """
+        options = Options(r=r, density=density, majority_sign=majority_sign, seed=seed)
+        return self._combine(self.checked(composition), how, adapter_name, options)
+
+    def _combine(self, node: Node, how: str | None, name: str, options: Options) -> Report:
+        self._check_new(name)
+        if self._record.merged_by is not None:
+            raise RuntimeError("Another view has merged its adapters into this base; unmerge_adapter() there first.")
+        adapter, report = combine(self.base, self._names, node, how, name, options)
+        self._install(adapter)
+        return report
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> Report:
+        """`combine` by the field's name for it. Every type but "cat" works on W' - W, never on A and B apart.
+
+        Args:
+            svd_rank: of the types that end in "svd"; the largest rank of the adapters if left out, and of the others.
+            svd_full_matrices: taken as in the field; the result is the same either way.
+
+        Raises:
+            ValueError: as `combine`; or `svd_clamp` or `svd_driver`, which are not there.
+        """
+        for name in adapters:
+            self.get_adapter(name)
+        if svd_clamp is not None or svd_driver is not None:
+            raise ValueError(
+                "svd_clamp and svd_driver have no effect here: the best approximation is kept as it is. Leave them out."
+            )
+        seed = int(torch.randint(2**31, ())) if combination_type.startswith("dare") else 0
+        node, how, options = translated(
+            adapters, weights, self._names, combination_type, svd_rank, density, majority_sign_method, seed
+        )
+        return self._combine(node, how, adapter_name, options)
 
     # ---- what trains -------------------------------------------------------------------------------------------------
 

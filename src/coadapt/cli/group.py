@@ -15,6 +15,7 @@ VERBS = {
     "chat": "Talk to a model with its adapters.",
     "merge": "Put an adapter into the weights of its base.",
     "verify": "Try one step with an adapter: does everything train?",
+    "combine": "Make one adapter out of several.",
     "show": "What an adapter folder, or a model, is made of.",
     "doctor": "What this machine has, and what of it works.",
     "completion": "The script that lets a shell complete coadapt.",

@@ -1,7 +1,7 @@
 """A trained folder and its base, ready to be asked."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,22 @@ def load(model: str | None, adapter: Path | None, adapters: str | None = None) -
         ValueError: no base is named, or the folder does not fit it.
         FileNotFoundError: there is no such folder.
     """
+    ready = load_bare(model, adapter)
+    if adapter is None:
+        return ready
+    view = PeftModel.from_pretrained(ready.model, adapter)
+    if adapters is not None:
+        view.set_adapter(adapters)
+    return replace(ready, model=view.eval())
+
+
+def load_bare(model: str | None, adapter: Path | None) -> Ready:
+    """As `load`, with nothing attached yet: the base that the adapter folder is for.
+
+    Raises:
+        ValueError: no base is named.
+        FileNotFoundError: there is no such folder.
+    """
     if adapter is not None and not adapter.is_dir():
         raise FileNotFoundError(f"There is no adapter folder {str(adapter)!r}.")
     if adapter is not None:
@@ -59,10 +75,7 @@ def load(model: str | None, adapter: Path | None, adapters: str | None = None) -
     if adapter is None:
         return Ready(model=load_base(name, task, tokenizer).eval(), **how)
     base = load_base(name, task, tokenizer, classes=told.get("data", {}).get("classes", ()))
-    view = PeftModel.from_pretrained(base, adapter)
-    if adapters is not None:
-        view.set_adapter(adapters)
-    return Ready(model=view.eval(), **how)
+    return Ready(model=base.eval(), **how)
 
 
 def _task_of(adapter: Path) -> Task | None:
