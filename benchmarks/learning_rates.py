@@ -7,168 +7,37 @@ task `demo`, on the base that coadapt comes with, needs none of them: `--tasks d
 """
 
 import argparse
-import csv
 import math
 import os
 import platform
-import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from rich.console import Console
-from torch import nn
+from small_problems import LONGEST, Problem, problems
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import coadapt
 from coadapt.data.collate import Collator
-from coadapt.data.tokens import IGNORED
-from coadapt.demo import BASE
-from coadapt.demo.task import examples
-from coadapt.training.assemble import adapter_config, attach, load_base, load_tokenizer, pad_token, rates
+from coadapt.training.assemble import adapter_config, attach, pad_token, rates
+from coadapt.training.options import RECOMMENDED, default_rate
 from coadapt.training.run import training_arguments
-from coadapt.training.settings import RunConfig, Task
+from coadapt.training.settings import RunConfig
 from coadapt.training.trainer import AdapterTrainer
 
-Rows = list[dict[str, list[int]]]
 BATCH, STEPS = 8, 60
-HELD_OUT = 64
-"""Examples that a loss is measured on (fewer where there are no more)."""
-LONGEST = 64
-"""Tokens of an example."""
 SIZES = (1, 3)
 """A grid is these times powers of ten."""
-METHODS: Mapping[str, tuple[float, float]] = {
-    "lora": (2e-4, 1e-2),
-    "dora": (2e-4, 1e-2),
-    "prompt_tuning": (5e-3, 3e-2),
-    "prefix_tuning": (5e-3, 3e-2),
-    "p_tuning": (1e-3, 1e-2),
-    "bottleneck": (1e-4, 1e-2),
-    "bitfit": (1.6e-3, 1e-2),
-    "ln_tuning": (1e-3, 1e-2),
-    "ia3": (3e-3, 3e-2),
-    "full_copy": (2e-5, 3e-3),
-}
-"""Method -> the rate for large models, and the middle of the grid."""
 RATIOS = (1, 5, 25, 100)
 """A prompt's rate as a multiple of the LoRA's beside it."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A base, examples to train on, and examples to measure."""
-
-    name: str
-    model: Path
-    task: Task
-    make: Callable[["Problem"], tuple[Rows, Rows]]
-    source: Path | None = None
-
-    @cached_property
-    def rows(self) -> tuple[Rows, Rows]:
-        """(to train on, held out)"""
-        train, held_out = self.make(self)
-        return train, held_out[:HELD_OUT]
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return load_tokenizer(str(self.model))
-
-    def base(self) -> nn.Module:
-        return load_base(str(self.model), self.task, self.tokenizer, dtype="float32")
-
-    def ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _example(ids: Sequence[int], labels: Sequence[int]) -> dict[str, list[int]]:
-    return {"input_ids": list(ids), "labels": list(labels), "attention_mask": [1] * len(ids)}
-
-
-def _answer(problem: Problem, prompt: str, answer: str) -> dict[str, list[int]]:
-    """An example of a causal model, of which the answer is trained."""
-    asked, given = problem.ids(prompt), [*problem.ids(answer), problem.tokenizer.eos_token_id]
-    start = [] if problem.tokenizer.bos_token_id is None else [problem.tokenizer.bos_token_id]
-    ids = [*start, *asked, *given]
-    return _example(ids[:LONGEST], [*[IGNORED] * (len(ids) - len(given)), *given][:LONGEST])
-
-
-def demo(problem: Problem) -> tuple[Rows, Rows]:
-    """Records in place of English answers."""
-    made = (examples("train", 2000, 0), examples("held-out", HELD_OUT, 0))
-    train, held_out = ([_answer(problem, r["prompt"], r["completion"]) for r in rows] for rows in made)
-    return train, held_out
-
-
-def shakespeare(problem: Problem) -> tuple[Rows, Rows]:
-    """Pieces of the text; the last tenth is held out."""
-    assert problem.source is not None
-    text = problem.source.read_text("utf-8")
-    cut = len(text) * 9 // 10
-
-    def pieces(part: str) -> Rows:
-        ids = problem.ids(part[:300_000])
-        starts = range(0, len(ids) - LONGEST, LONGEST)
-        rows = [[problem.tokenizer.bos_token_id, *ids[s : s + LONGEST - 1]] for s in starts]
-        random.Random(0).shuffle(rows)
-        return [_example(row, row) for row in rows]
-
-    return pieces(text[:cut]), pieces(text[cut:])
-
-
-def instructions(problem: Problem) -> tuple[Rows, Rows]:
-    """Who the model shall act as -> the text that says so."""
-    assert problem.source is not None
-    with problem.source.open(encoding="utf-8", newline="") as file:
-        rows = [_answer(problem, f"{row['act']}\n", row["prompt"]) for row in csv.DictReader(file)]
-    random.Random(0).shuffle(rows)
-    return rows[:120], rows[120:]
-
-
-LETTERS = dict(zip("ابتدرزسشفقكلمنهويجحخعغطظصض", "abtdrzscfqklmnhwyjxoegiupv", strict=True))
-"""A spelling that the model has not seen: one Latin letter for each Arabic one."""
-
-
-def letters(problem: Problem) -> tuple[Rows, Rows]:
-    """Invented Arabic words -> the spelling of `LETTERS`, written backwards."""
-    words, draw = sorted(LETTERS), random.Random(0)
-    made = ["".join(draw.choices(words, k=draw.randint(3, 8))) for _ in range(2000)]
-    eos = problem.tokenizer.convert_tokens_to_ids("</s>")
-
-    def example(word: str) -> dict[str, list[int]]:
-        target = "".join(LETTERS[letter] for letter in reversed(word))
-        return _example(problem.ids(word), [*problem.ids(target), eos])
-
-    rows = [example(word) for word in dict.fromkeys(made)]
-    return rows[HELD_OUT:], rows[:HELD_OUT]
-
-
-def problems(assets: Path | None) -> dict[str, Problem]:
-    """Those that there are files for, by name."""
-    found = [Problem("demo", BASE, "causal-lm", demo)]
-    if assets is not None:
-        stories, data = assets / "weights" / "stories260K-hf", assets / "data"
-        pairs = Problem("letters", assets / "weights" / "aren-transliteration-hf", "seq2seq", letters)
-        text, table = data / "tinyshakespeare" / "input.txt", data / "awesome-chatgpt-prompts" / "prompts_153.csv"
-        found = [
-            Problem("shakespeare", stories, "causal-lm", shakespeare, text),
-            *found,
-            Problem("instructions", stories, "causal-lm", instructions, table),
-            pairs,
-        ]
-        needed = (path for p in found for path in (p.model, p.source) if path is not None)
-        if missing := sorted({str(path) for path in needed if not path.exists()}):
-            raise SystemExit(f"--assets {assets}: not there: {', '.join(missing)}. Without them: --tasks demo")
-    return {problem.name: problem for problem in found}
 
 
 def settings(problem: Problem, adapters: Mapping[str, float], seed: int, steps: int) -> RunConfig:
@@ -239,9 +108,8 @@ class Sweep:
 
 
 def sweep(problem: Problem, method: str, steps: int) -> Sweep:
-    """Five rates around the middle of the grid, further ones while the best is at its end, and the rate for large
-    models."""
-    large, middle = METHODS[method]
+    """Five rates around the one for small bases, further ones while the best is at an end; the one for large bases."""
+    large, middle = default_rate(method)[0], RECOMMENDED[method].small
     losses: dict[float, float] = {}
 
     def measure(rate: float) -> None:
@@ -273,7 +141,7 @@ def mixes(problem: Problem, best_lora: float, steps: int) -> Mix:
         (rate, ratio): tuple(
             held_out_loss(problem, {"prompt_tuning": rate * ratio, "lora": rate}, seed, steps) for seed in (0, 1)
         )
-        for rate in (METHODS["lora"][0], best_lora)
+        for rate in (default_rate("lora")[0], best_lora)
         for ratio in RATIOS
     }  # pyright: ignore[reportReturnType]
 
@@ -295,7 +163,7 @@ def report_sweeps(problem: Problem, start: float, found: Mapping[str, Sweep]) ->
     parameters = sum(p.numel() for p in problem.base().parameters())
     head = ["method", "at the rate for large models", *(f"{rate:.0e}" for rate in every), "best, another seed"]
     body = [
-        [name, f"{s.large:.3f} ({METHODS[name][0]:g})", *(cell(s, rate) for rate in every), f"{s.again:.3f}"]
+        [name, f"{s.large:.3f} ({default_rate(name)[0]:g})", *(cell(s, rate) for rate in every), f"{s.again:.3f}"]
         for name, s in found.items()
     ]
     title = f"## {problem.name}: {problem.model.name}, {parameters:,} parameters, {problem.task}"
@@ -313,6 +181,36 @@ def report_mix(found: Mix) -> str:
     return f"prompt + lora, both trained together; losses at two seeds:\n\n{table(head, body)}\n"
 
 
+Found = Mapping[str, tuple[float, Mapping[str, Sweep]]]
+"""Problem -> (loss before training, method -> its sweep)"""
+
+
+def report_overall(found: Found) -> str:
+    """One row for each method: for each rate that every problem tried, the share of the gain that it misses.
+
+    The gain of a method on a problem is from the loss before training to its best one; shares are means over problems.
+    Bold is the smallest rate that misses at most a tenth: longer trainings want smaller rates.
+    """
+    body: list[list[str]] = []
+    for method in next(iter(found.values()))[1]:
+        pairs = [(start, sweeps[method]) for start, sweeps in found.values()]
+        tried = sorted(set.intersection(*({*s.losses} for _, s in pairs)))
+        missed = {rate: sum(_missed(start, s, s.losses[rate]) for start, s in pairs) / len(pairs) for rate in tried}
+        shown = {rate: f"{rate:.0e}: {share:.0%}" for rate, share in missed.items()}
+        if chosen := [rate for rate, share in missed.items() if round(share, 2) <= 0.1]:
+            shown[chosen[0]] = f"**{shown[chosen[0]]}**"
+        large = sum(_missed(start, s, s.large) for start, s in pairs) / len(pairs)
+        best = ", ".join(f"{rate:.0e}" for rate in sorted({s.best for _, s in pairs}))
+        body.append([method, best, ", ".join(shown.values()), f"{default_rate(method)[0]:g}: {large:.0%}"])
+    head = ["method", "best rates", "share of the gain that a rate misses", "the rate for large models misses"]
+    return f"## Over {', '.join(found)}\n\n{table(head, body)}\n"
+
+
+def _missed(start: float, sweep: Sweep, loss: float) -> float:
+    best = sweep.losses[sweep.best]
+    return (loss - best) / (start - best)
+
+
 def machine() -> str:
     return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} thread"
 
@@ -321,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--assets", type=Path, help="folder with weights/ and data/; without it, only the demo's base")
     parser.add_argument("--tasks", nargs="+", help="of shakespeare, demo, instructions, letters; all, if left out")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", choices=RECOMMENDED, default=list(RECOMMENDED), metavar="METHOD")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps of each training")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     given = parser.parse_args()
@@ -342,6 +240,7 @@ def main() -> None:
         "1; methods with their recommended options (bitfit and full_copy on all linear layers). Losses are held-out, "
         "in nats per token; bold is the best of a row.\n",
     ]
+    overall: dict[str, tuple[float, Mapping[str, Sweep]]] = {}
     for name in given.tasks or known:
         problem, found = known[name], {}
         start = held_out_loss(problem, {"lora": 1.0}, 0, 0)
@@ -351,10 +250,11 @@ def main() -> None:
             console.print(
                 f"{time.monotonic() - begun:5.0f} s  {name} {method}  {shown}", highlight=False, soft_wrap=True
             )
+        overall[name] = (start, found)
         parts.append(report_sweeps(problem, start, found))
         if problem.task == "causal-lm" and {"lora", "prompt_tuning"} <= set(found):
             parts.append(report_mix(mixes(problem, found["lora"].best, given.steps)))
-        text = "\n".join([*parts, f"{(time.monotonic() - begun) / 60:.0f} minutes."])
+        text = "\n".join([*parts, report_overall(overall), f"{(time.monotonic() - begun) / 60:.0f} minutes."])
         given.out.mkdir(parents=True, exist_ok=True)
         longer = "" if given.steps == STEPS else f"{given.steps}-steps-"
         (given.out / f"learning_rates-{longer}{date.today()}.md").write_text(text + "\n", "utf-8")

@@ -59,24 +59,24 @@ RECOMMENDED: Mapping[str, Defaults] = {
     "prompt_tuning": Defaults(
         learning_rate=5e-3,
         source="the best of four rates on GPT2-XL, MNLI",
-        small=3e-2,
+        small=1e-1,
         weight_decay=0.0,
         options={"num_virtual_tokens": 20, "prompt_tuning_init": "SAMPLE_VOCAB"},
     ),
     "prefix_tuning": Defaults(
         learning_rate=5e-3,
         source="the better of two rates on Llama-3.2-3B, MetaMath",
-        small=3e-2,
+        small=1.0,
         weight_decay=0.0,
         options={"num_virtual_tokens": 20},
     ),
     "p_tuning": Defaults(
         learning_rate=1e-3, source=UNSURE, small=1e-2, weight_decay=0.0, options={"num_virtual_tokens": 20}
     ),
-    "bottleneck": Defaults(learning_rate=1e-4, source="arXiv:2106.09685, GPT-3", small=3e-3),
-    "bitfit": Defaults(learning_rate=1.6e-3, source="arXiv:2106.09685, GPT-3", small=1e-2),
-    "ln_tuning": Defaults(learning_rate=1e-3, source=UNSURE, small=1e-2),
-    "ia3": Defaults(learning_rate=3e-3, source="arXiv:2205.05638, T0", small=3e-2),
+    "bottleneck": Defaults(learning_rate=1e-4, source="arXiv:2106.09685, GPT-3", small=1e-2),
+    "bitfit": Defaults(learning_rate=1.6e-3, source="arXiv:2106.09685, GPT-3", small=3e-2),
+    "ln_tuning": Defaults(learning_rate=1e-3, source=UNSURE, small=3e-2),
+    "ia3": Defaults(learning_rate=3e-3, source="arXiv:2205.05638, T0", small=1e-1),
     "full_copy": Defaults(
         learning_rate=2e-5,
         source="arXiv:1810.04805, BERT",
