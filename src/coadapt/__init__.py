@@ -23,6 +23,7 @@ _HOMES = {
     "TaskType": "config",
     "checkpoint": "core.frame",
     "get_peft_model": "model",
+    "recommended": "training.recommend",
 }
 
 # A method's file needs no line here: its configuration is found by its name, without importing it.

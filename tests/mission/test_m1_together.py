@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from coadapt import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from coadapt.training.options import RECOMMENDED
+from coadapt import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, recommended
 from coadapt.training.trainer import AdapterTrainer, Rates
 from models import bloom, gpt2, ids, llama, logits, stir, t5
 from steps import error, gradients, loss
@@ -171,7 +170,7 @@ def test_m1_5_each_adapter_has_its_clipping_and_warm_up(tmp_path: Path) -> None:
 
 
 def test_m1_5_the_default_rate_of_a_prompt_is_25_to_100_times_a_loras() -> None:
-    assert 25 <= RECOMMENDED["prompt_tuning"]["learning_rate"] / RECOMMENDED["lora"]["learning_rate"] <= 100
+    assert 25 <= recommended("prompt").learning_rate / recommended("lora").learning_rate <= 100
 
 
 def test_m1_6_a_text_starts_the_prompt(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 
 import coadapt.methods  # noqa: F401  makes the configurations known
 from coadapt.config import CONFIGS
-from coadapt.training.options import NOT_CHOSEN, RECOMMENDED, method_named, methods
+from coadapt.training.options import NOT_CHOSEN, RECOMMENDED, SMALL, method_named, methods
 from coadapt.training.settings import RunConfig, explain
 from coadapt.training.vocabulary import ALIASES, GONE, SettingHint, override, read_yaml
 
@@ -38,13 +38,13 @@ def test_what_is_read_from_the_sources_is_what_the_classes_have() -> None:
 
 
 def test_every_recommended_option_is_one_of_its_method() -> None:
-    own = {"learning_rate", "warmup_steps", "max_grad_norm", "weight_decay"}
-    assert all(set(values) - own <= set(methods()[name].names()) for name, values in RECOMMENDED.items())
+    assert all(set(d.options) <= set(methods()[name].names()) for name, d in RECOMMENDED.items())
+    assert set(RECOMMENDED) == set(methods())
 
 
 def test_one_method_is_one_adapter_with_tested_values() -> None:
     [(name, adapter)] = run().adapters.items()
-    assert (name, adapter.method, adapter.learning_rate) == ("default", "lora", 2e-4)
+    assert (name, adapter.method, adapter.learning_rate) == ("default", "lora", None)
     assert adapter.options == {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -54,7 +54,18 @@ def test_options_go_to_the_methods_that_read_them() -> None:
     assert (both["lora"].options["r"], both["lora"].options["lora_alpha"]) == (8, 16)
     assert both["prompt"].options["num_virtual_tokens"] == 4
     assert "r" not in both["prompt"].options
-    assert both["prompt"].learning_rate / both["lora"].learning_rate == 25
+
+
+def test_a_rate_that_is_left_open_follows_the_size_of_the_base() -> None:
+    both = run(method="prompt + lora")
+    large = both.with_rates(SMALL).peak_rates()
+    assert large == {"prompt": 5e-3, "lora": 2e-4}
+    small = both.with_rates(SMALL - 1)
+    assert small.peak_rates() == {name: RECOMMENDED[a.method].small for name, a in both.adapters.items()}
+    assert {name: a.options for name, a in small.adapters.items()} == {n: a.options for n, a in both.adapters.items()}
+    assert run(method="lora", learning_rate=7e-5).with_rates(1).peak_rates() == {"default": 7e-5}
+    with pytest.raises(ValueError, match="No learning_rate is given for prompt, lora"):
+        both.peak_rates()
 
 
 def test_an_adapter_keeps_its_own_rate_beside_the_run_s() -> None:

@@ -89,7 +89,7 @@ def _method_options() -> Iterable[tuple[str, list[Option]]]:
 
 def _option_default(option: Option) -> str:
     """What the command line uses: this project's recommendation, else the class's default."""
-    chosen = [values[option.name] for values in RECOMMENDED.values() if option.name in values]
+    chosen = [d.options[option.name] for d in RECOMMENDED.values() if option.name in d.options]
     value = str(chosen[0]) if chosen else option.default.strip("'")
     return "" if value in ("", "None") or value.startswith("field(") else f"  [{value}]"
 

@@ -131,9 +131,10 @@ def rates(run: RunConfig, view: PeftModel) -> dict[str, Rates]:
     def first(*values: float | None) -> float:
         return next(value for value in values if value is not None)
 
+    peak = run.peak_rates()
     found = {
         name: Rates(
-            learning_rate=a.learning_rate,
+            learning_rate=peak[name],
             warmup_steps=first(a.warmup_steps, run.warmup_steps),
             max_grad_norm=first(a.max_grad_norm, run.max_grad_norm),
             weight_decay=first(a.weight_decay, run.weight_decay),

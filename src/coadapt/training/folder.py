@@ -53,7 +53,7 @@ def claim(folder: Path, run: RunConfig) -> Path | None:
     if run.resume:
         if not checkpoints:
             raise ValueError(f"resume: {folder} holds no checkpoint to go on from. Leave resume out to begin.")
-        _same_run(folder / RUN, run)
+        same_run(folder, run)
         return checkpoints[-1]
     results = [p.name for p in _results(folder)]
     if results and not run.overwrite_output_dir:
@@ -83,10 +83,14 @@ def _results(folder: Path) -> list[Path]:
     return [path for path in (*ours, *beside, *checkpoints, *parts) if path.exists() or path.is_symlink()]
 
 
-def _same_run(file: Path, run: RunConfig) -> None:
+def same_run(folder: Path, run: RunConfig) -> None:
+    """Raises a ValueError if the run in `folder` had other settings. What `run` leaves open is not compared."""
+    file = folder / RUN
     before = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
     now = run.plain()
-    # What is left open now is found as it was found then.
+    for name, adapter in now["adapters"].items():
+        if "learning_rate" not in adapter and (then := before.get("adapters", {}).get(name)):
+            adapter["learning_rate"] = then["learning_rate"]
     other = [n for n in now if n not in MAY_CHANGE and now[n] is not None and n in before and before[n] != now[n]]
     if other:
         shown = "\n".join(f"  {n}: {before[n]!r} then, {now[n]!r} now" for n in other)
@@ -115,8 +119,9 @@ def write_provenance(folder: Path, **facts: Any) -> None:
 
 def write_card(folder: Path, run: RunConfig, figures: Mapping[str, Any], prompt_style: str) -> None:
     """The model card, which hubs show."""
+    peak = run.peak_rates()
     adapters = "\n".join(
-        f"| `{name}` | {a.method} | {a.learning_rate:g} | " + ", ".join(f"{k}={v}" for k, v in a.options.items()) + " |"
+        f"| `{name}` | {a.method} | {peak[name]:g} | " + ", ".join(f"{k}={v}" for k, v in a.options.items()) + " |"
         for name, a in run.adapters.items()
     )
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())

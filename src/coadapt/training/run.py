@@ -41,6 +41,7 @@ from coadapt.training.memory import total as device_memory
 from coadapt.training.monitor import Stillness, teller
 from coadapt.training.panel import screen
 from coadapt.training.picture import draw
+from coadapt.training.recommend import parameters
 from coadapt.training.record import EarlyStop, Interrupt, MetricsLog, Watch, check_tracker, read_log
 from coadapt.training.settings import RunConfig, Task
 from coadapt.training.trainer import AdapterTrainer
@@ -100,7 +101,10 @@ def train(run: RunConfig, console: Console) -> Outcome:
     seed_everything(run.seed)
     configs = {name: adapter_config(name, a, task, run.revision) for name, a in run.adapters.items()}
     base = load_base(run.model, task, tokenizer, dtype=run.dtype, revision=run.revision, classes=found.classes)
+    run = run.with_rates(parameters(base))
     run = run.model_copy(update={"task": task, "output_dir": str(out), "max_length": made.max_length})
+    if checkpoint is not None:
+        folder.same_run(out, run)  # now with what was open
     view = attach(base, configs, run.composition)
     trainer = _trainer(run, view, made, tokenizer, out, resuming=checkpoint is not None)
     console.print(settings_table(run, view, trainer.forecast()), "")
@@ -186,7 +190,7 @@ def training_arguments(run: RunConfig, out: Path, evaluates: bool, resuming: boo
             **same,
             checkpointing: run.gradient_checkpointing,
             "output_dir": str(out),
-            "learning_rate": max(a.learning_rate for a in run.adapters.values()),
+            "learning_rate": max(run.peak_rates().values()),
             "max_grad_norm": 0.0,
             "eval_strategy": run.eval_strategy if evaluates else "no",
             "eval_on_start": run.eval_on_start and evaluates and not resuming,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from coadapt.config import check_name
-from coadapt.training.options import method_named, methods, recommended
+from coadapt.training.options import default_options, default_rate, method_named, methods
 from coadapt.training.vocabulary import adapters_of, plain_value, refuse_unknown, renamed
 
 Task = Literal["causal-lm", "seq2seq", "sequence-classification", "token-classification"]
@@ -22,8 +22,8 @@ class AdapterSettings(BaseModel):
 
     method: str
     """lora, dora, prompt_tuning (or prompt), prefix_tuning (or prefix), bottleneck, ia3 …"""
-    learning_rate: float = Field(gt=0)
-    """Peak learning rate of this adapter."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of this adapter; left out, the tested one of its method for a base of this size."""
     warmup_steps: float | None = Field(default=None, ge=0)
     """Its own warm-up, else the run's."""
     max_grad_norm: float | None = Field(default=None, ge=0)
@@ -47,7 +47,7 @@ class AdapterSettings(BaseModel):
         known = method_named(str(values["method"]))
         refuse_unknown(values, [*cls.model_fields, *known.names()], f"method {known.name}")
         values = {name: plain_value(name, value, known) for name, value in values.items()}
-        return {**values, "method": known.name, **recommended(known.name, values)}
+        return {**values, "method": known.name, **default_options(known.name, values)}
 
 
 class RunConfig(BaseModel):
@@ -100,7 +100,8 @@ class RunConfig(BaseModel):
     composition: str | None = None
     """How the adapters take part, as in `task + 0.5*style`; left out, their sum."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """For every adapter that has none of its own; left out, the tested rate of each method."""
+    """For every adapter that has none of its own; left out, each method's tested one, larger for a
+    base below 10 million parameters (docs/learning_rates.md)."""
 
     max_steps: int = -1
     """Stop after so many steps; -1: after `num_train_epochs`."""
@@ -228,6 +229,25 @@ class RunConfig(BaseModel):
                 f"eval_strategy={self.eval_strategy}, eval_steps={self.eval_steps}: leave the first two out"
             )
         return self
+
+    def with_rates(self, parameters: int) -> Self:
+        """The run on a base of so many parameters: no learning rate is left open."""
+        found = {
+            name: a.model_copy(update={"learning_rate": a.learning_rate or default_rate(a.method, parameters)[0]})
+            for name, a in self.adapters.items()
+        }
+        return self.model_copy(update={"adapters": found})
+
+    def peak_rates(self) -> dict[str, float]:
+        """Adapter -> learning rate.
+
+        Raises:
+            ValueError: one is left open; see `with_rates`.
+        """
+        found = {name: a.learning_rate for name, a in self.adapters.items() if a.learning_rate is not None}
+        if left := [name for name in self.adapters if name not in found]:
+            raise ValueError(f"No learning_rate is given for {', '.join(left)}: give one, or call with_rates() first.")
+        return found
 
     def plain(self) -> dict[str, Any]:
         """The run as plain values, defaults and all, which build the same run again."""
