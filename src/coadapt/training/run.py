@@ -1,5 +1,6 @@
 """A training run from its settings to the finished folder."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from coadapt.data.prepare import CLASSIFYING, Plan, Prepared, has_tags, plan, pr
 from coadapt.data.show import describe, one_sample
 from coadapt.data.source import read
 from coadapt.data.tokens import IGNORED
-from coadapt.formats.files import aside
+from coadapt.formats.files import aside, saving
 from coadapt.model import PeftModel
 from coadapt.training import folder
 from coadapt.training.assemble import (
@@ -70,7 +71,8 @@ def train(run: RunConfig, console: Console) -> Outcome:
     """
     check_tracker(run.report_to)
     out = folder.output_dir(run)
-    checkpoint = folder.claim(out, run)
+    start = folder.claim(out, run)
+    checkpoint = start.checkpoint
     task, found, made, tokenizer = _data(run)
     if run.early_stopping_patience is not None and made.held_out is None:
         raise ValueError(
@@ -87,8 +89,12 @@ def train(run: RunConfig, console: Console) -> Outcome:
     view = attach(base, configs, run.composition)
     trainer = _trainer(run, view, made, tokenizer, out, resuming=checkpoint is not None)
     console.print(settings_table(run, view, trainer.forecast()), "")
+    if run.resume:
+        console.print(Text(_resumed(start)), soft_wrap=True)
     if checkpoint is None:
         folder.clear(out)
+    for path in start.broken:
+        shutil.rmtree(path, ignore_errors=True)
     folder.write_run(out, run)
     log = out / folder.METRICS
     stillness = Stillness(view, teller(console, log))
@@ -233,8 +239,8 @@ def _finish(
     folder.link(out, "last", out / f"checkpoint-{state.global_step}")
     folder.link(out, "best", best)
     if not interrupted:
-        view.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        with saving(out) as new:
+            tokenizer.save_pretrained(new.folder)
         with aside(out / folder.PICTURE) as file:
             draw(log, file, title(run))
         figures = _figures(state.global_step, log, made, best_step)
@@ -245,6 +251,7 @@ def _finish(
         facts |= {"base": {"name": run.model, "fingerprint": fingerprint(view.get_base_model())}}
         framing = {"style": made.framing.style, "separator": made.framing.separator}
         folder.write_provenance(out, **facts, prompt=framing, figures=figures)
+        view.save_pretrained(out)  # last: where an adapter is found, all that belongs to it is there
     return Outcome(
         folder=out,
         step=state.global_step,
@@ -254,6 +261,12 @@ def _finish(
         view=view,
         tokenizer=tokenizer,
     )
+
+
+def _resumed(start: folder.Start) -> str:
+    left = [f"{path.name} is left out, it was not written to its end: {why}." for path, why in start.broken.items()]
+    begun = "There is no checkpoint yet: training begins anew."
+    return "\n".join([*left, begun if start.checkpoint is None else f"Going on from {start.checkpoint.name}."])
 
 
 def title(run: RunConfig) -> str:
