@@ -288,6 +288,21 @@ def test_a_checkpoint_that_is_not_whole_is_left_out_with_a_word(base: str, rows:
     assert (broken / "checkpoint-mine").is_dir()
 
 
+@pytest.mark.parametrize("how", [SAVING | {"max_steps": 5, "save_strategy": "steps"}, TOO_FAR], ids=["end", "early"])
+def test_a_run_that_was_killed_after_its_last_step_is_brought_to_its_end(
+    base: str, rows: str, out: Path, how: dict[str, Any]
+) -> None:
+    done = go(base, rows, out, **how)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for name in ("adapter_config.json", "adapter_model.safetensors", "composition.json", "loss.png", "README.md"):
+        (out / name).unlink()
+    text = io.StringIO()
+    again = go(base, rows, out, Console(file=text, width=120), resume=True, **how)
+    assert f"Going on from checkpoint-{done.step}. Training had ended there" in text.getvalue()
+    assert (again.step, again.best_step, again.held_out_loss) == (done.step, done.best_step, done.held_out_loss)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
 def test_what_a_resume_needs_is_looked_at_before_anything_is_done(base: str, rows: str, out: Path) -> None:
     go(base, rows, out, **SAVING)
 

@@ -63,6 +63,8 @@ class Start:
 
     checkpoint: Path | None = None
     """What it goes on from; None: it begins anew."""
+    ended: bool = False
+    """Whether training ended with this checkpoint, and only the results are to be written."""
     broken: Mapping[Path, str] = field(default_factory=dict[Path, str])
     """Later checkpoints that are not whole, with what is wrong. They are in the way, and of no use."""
 
@@ -98,12 +100,12 @@ def _resume(folder: Path, run: RunConfig) -> Start:
             if checkpoints
             else f"resume: {folder} holds no checkpoint to go on from, nor a {RUN}. Leave resume out to begin."
         )
-    _same_run(folder / RUN, run)
+    before = _same_run(folder / RUN, run)
     read_log(folder / METRICS)
     broken: dict[Path, str] = {}
     for checkpoint in reversed(checkpoints):
         if (wrong := damage(checkpoint)) is None:
-            return Start(checkpoint=checkpoint, broken=broken)
+            return Start(checkpoint=checkpoint, broken=broken, ended=_ended(folder, checkpoint, before, run))
         broken[checkpoint] = wrong
     # A process that is killed leaves one such checkpoint; several have another cause, and somebody may mend them.
     found = "; ".join(f"{path.name}: {wrong}" for path, wrong in broken.items())
@@ -117,6 +119,20 @@ def _resume(folder: Path, run: RunConfig) -> Start:
             "To train it anew: --overwrite-output-dir."
         )
     return Start(broken=broken)
+
+
+def _ended(folder: Path, checkpoint: Path, before: Mapping[str, Any], run: RunConfig) -> bool:
+    """Trainer itself would make one step more, or refuse where it stopped early."""
+    state = read_json(checkpoint / STATE)
+    same = all(before[name] == getattr(run, name) for name in ("max_steps", "num_train_epochs"))
+    steps = state["max_steps"] if same else run.max_steps
+    if 0 < steps <= state["global_step"]:
+        return True
+    stopping = state.get("stateful_callbacks", {}).get("EarlyStop", {}).get("attributes", {})
+    enough = run.early_stopping_patience is not None and (
+        stopping.get("early_stopping_patience_counter", 0) >= run.early_stopping_patience
+    )
+    return enough and not any((folder / name).is_file() for name in (CONFIG, COMPOSITION))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -170,7 +186,8 @@ def _results(folder: Path) -> list[Path]:
     return [path for path in (*ours, *beside, *checkpoints, *parts) if path.exists() or path.is_symlink()]
 
 
-def _same_run(file: Path, run: RunConfig) -> None:
+def _same_run(file: Path, run: RunConfig) -> Mapping[str, Any]:
+    """The settings of the run that is resumed."""
     now = run.plain()
     try:
         before = yaml.safe_load(file.read_text("utf-8"))
@@ -191,6 +208,7 @@ def _same_run(file: Path, run: RunConfig) -> None:
         raise ValueError(
             f"resume: the checkpoint is of a run with other settings, which would have no effect now:\n{shown}"
         )
+    return before
 
 
 def write_run(folder: Path, run: RunConfig) -> None:

@@ -105,7 +105,10 @@ def train(run: RunConfig, console: Console) -> Outcome:
         for callback in (Watch(), MetricsLog(log), stillness, shown, interrupt):
             trainer.add_callback(callback)
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if checkpoint is not None and start.ended:
+                trainer.take_up(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             shown.stop()
     done = _finish(run, trainer, view, tokenizer, found, made, out, interrupt.asked)
@@ -265,8 +268,10 @@ def _finish(
 
 def _resumed(start: folder.Start) -> str:
     left = [f"{path.name} is left out, it was not written to its end: {why}." for path, why in start.broken.items()]
-    begun = "There is no checkpoint yet: training begins anew."
-    return "\n".join([*left, begun if start.checkpoint is None else f"Going on from {start.checkpoint.name}."])
+    if start.checkpoint is None:
+        return "\n".join([*left, "There is no checkpoint yet: training begins anew."])
+    end = " Training had ended there; what it came to is written now." if start.ended else ""
+    return "\n".join([*left, f"Going on from {start.checkpoint.name}.{end}"])
 
 
 def title(run: RunConfig) -> str:

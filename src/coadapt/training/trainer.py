@@ -11,8 +11,9 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import Trainer, get_scheduler
+from transformers import Trainer, TrainerState, get_scheduler
 
+from coadapt.formats.files import CHECKPOINT, read_tensors
 from coadapt.model import PeftModel
 from coadapt.training import folder, memory
 from coadapt.training.monitor import Monitor
@@ -111,6 +112,13 @@ class AdapterTrainer(Trainer):
         schedule = get_scheduler(self.args.lr_scheduler_type, stand_in, length, steps)
         assert isinstance(schedule, LambdaLR)
         return schedule.lr_lambdas[0]
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Weights and state become those with which training ended at `checkpoint`; the best weights, if they are kept."""
+        self.state = TrainerState.load_from_json(str(checkpoint / folder.STATE))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        source = checkpoint if best is None else checkpoint.parent / Path(best).name
+        self.view.load_state_dict(read_tensors(source / CHECKPOINT))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """transformers' own; one that cannot be written to its end is taken away again.
