@@ -5,7 +5,7 @@ import platform
 import shutil
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ AUTO_NAMES: Mapping[Task, str] = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
+    "image-classification": "AutoModelForImageClassification",
 }
 
 
@@ -229,8 +230,10 @@ def write_provenance(folder: Path, **facts: Any) -> None:
         part.write_text(json.dumps({**before, **known, **facts}, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def write_card(folder: Path, run: RunConfig, figures: Mapping[str, Any], prompt_style: str) -> None:
-    """The model card, which hubs show."""
+def write_card(
+    folder: Path, run: RunConfig, figures: Mapping[str, Any], prompt_style: str | None, classes: Sequence[str] = ()
+) -> None:
+    """The model card, which hubs show; `prompt_style` None: it is asked no prompts."""
     adapters = "\n".join(
         f"| `{name}` | {a.method} | {a.learning_rate:g} | " + ", ".join(f"{k}={v}" for k, v in a.options.items()) + " |"
         for name, a in run.adapters.items()
@@ -241,11 +244,18 @@ def write_card(folder: Path, run: RunConfig, figures: Mapping[str, Any], prompt_
             run=run,
             adapters=adapters,
             rows=rows,
-            style=prompt_style,
+            asked=f"Prompts were put to the model in the style `{prompt_style}`. " if prompt_style else "",
+            head=_head(run, classes),
             base=json.dumps(run.model),
             auto=AUTO_NAMES[run.task or "causal-lm"],
         )
         file.write_text(text, "utf-8")
+
+
+def _head(run: RunConfig, classes: Sequence[str]) -> str:
+    """How the base is loaded with a head of as many classes as the adapter's."""
+    other = ", ignore_mismatched_sizes=True" if run.task == "image-classification" else ""
+    return f", num_labels={len(classes)}{other}" if classes else ""
 
 
 _CARD = """---
@@ -272,12 +282,12 @@ Trained by coadapt on `{run.data}`.
 from coadapt import PeftModel
 from transformers import {auto}
 
-base = {auto}.from_pretrained({base})
+base = {auto}.from_pretrained({base}{head})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
-Prompts were put to the model in the style `{style}`. The whole configuration is in `run.yaml`, each step's figures in
-`metrics.jsonl`, versions and hashes in `provenance.json`.
+{asked}The whole configuration is in `run.yaml`, each step's figures in `metrics.jsonl`, versions and hashes in
+`provenance.json`.
 """
 
 

@@ -114,7 +114,7 @@ class AdapterTrainer(Trainer):
         return schedule.lr_lambdas[0]
 
     def take_up(self, checkpoint: Path) -> None:
-        """Weights and state become those with which training ended at `checkpoint`; the best weights, if they are kept."""
+        """Weights and state become those with which training ended at `checkpoint`; the best weights, where kept."""
         self.state = TrainerState.load_from_json(str(checkpoint / folder.STATE))
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         source = checkpoint if best is None else checkpoint.parent / Path(best).name
