@@ -17,7 +17,7 @@ from .core.composition import Node
 from .core.method import method_for
 from .core.view import View
 from .formats import checkpoint, folder
-from .verifying import Report, verify
+from .verifying import Proof, verify
 
 
 class PeftModel(View):
@@ -259,7 +259,7 @@ class PeftModel(View):
         every = list(self.parameters())
         return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
 
-    def verify(self, batch: Any, loss: Callable[[Any], Tensor] | None = None, merge: bool = True) -> Report:
+    def verify(self, batch: Any, loss: Callable[[Any], Tensor] | None = None, merge: bool = True) -> Proof:
         """Proves by one tiny step on `batch` that every adapter trains, and puts everything back.
 
         Per adapter: it changes the output, gets a gradient, is changed by a step. Of all: nothing frozen changes;

@@ -49,7 +49,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Report:
+class Proof:
     """What `verify` found; true where nothing failed."""
 
     findings: Sequence[Finding]
@@ -70,7 +70,7 @@ class Report:
         )
 
 
-def verify(view: Any, batch: Any, loss: Callable[[Any], Tensor] | None = None, merge: bool = True) -> Report:
+def verify(view: Any, batch: Any, loss: Callable[[Any], Tensor] | None = None, merge: bool = True) -> Proof:
     """Tries a step on `batch` and puts everything back: parameters, gradients, random numbers, the training mode.
 
     Args:
@@ -103,7 +103,7 @@ def verify(view: Any, batch: Any, loss: Callable[[Any], Tensor] | None = None, m
         for name in view.peft_config
         if name not in composition.names(view.composition) and _trains(view.get_adapter(name))
     ]
-    return Report(findings, skipped)
+    return Proof(findings, skipped)
 
 
 # ---- what is tried --------------------------------------------------------------------------------------------------

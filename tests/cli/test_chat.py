@@ -90,7 +90,7 @@ def test_the_whole_conversation_is_shown(chat: Chat) -> None:
 
 
 def test_pieces_make_the_answer_that_generate_gives(chat: Chat, talker: Path, adapter: Path) -> None:
-    alone = Ready(model=chat.ready.model, tokenizer=chat.ready.tokenizer, framing=Framing(style="chat"))
+    alone = Ready(model=chat.ready.model, processor=chat.ready.tokenizer, framing=Framing(style="chat"))
     chat.max_new_tokens = 30
     pieces: list[str] = []
     found = chat.answer(chat.request("What?"), pieces.append)
@@ -165,7 +165,7 @@ def test_where_there_is_no_conversation_each_question_is_put_by_itself(
 ) -> None:
     tokenizer = byte_tokenizer(chat_template=options.pop("chat_template", TEMPLATE))
     options = {"framing": Framing(separator=""), **options}
-    ready = Ready(model=make(vocab_size=len(tokenizer)), tokenizer=tokenizer, **options)
+    ready = Ready(model=make(vocab_size=len(tokenizer)), processor=tokenizer, **options)
     chat = Chat(ready, max_new_tokens=4)
     assert reason in str(chat.alone)
     found = asked(chat, "a")
@@ -268,7 +268,7 @@ def test_a_saved_conversation_is_what_training_reads(
 def test_answers_alone_come_out_of_a_pipe(talk: Call, talker: Path, adapter: Path) -> None:
     view = load(str(talker), adapter)
     one = answer(
-        Ready(model=view.model, tokenizer=view.tokenizer, framing=Framing(style="chat")), "a", max_new_tokens=6
+        Ready(model=view.model, processor=view.tokenizer, framing=Framing(style="chat")), "a", max_new_tokens=6
     )
     code, text, said = talk(["a", "", "/use nothng", "/quit", "b"], "--model", talker, "--adapter", adapter)
     assert (code, text) == (0, one.strip() + "\n")

@@ -1,11 +1,9 @@
 """Files appear whole or not at all; what does not fit is told, all of it at once, and nothing is attached."""
 
 import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,62 +31,7 @@ def names(folder: Path) -> list[str]:
 PLAIN = ["adapter_config.json", "adapter_model.safetensors", "provenance.json"]
 
 
-# ---- a save that is cut off ------------------------------------------------------------------------------------------
-
-KILLED = """
-import sys, itertools, torch
-from pathlib import Path
-from coadapt.core.site import Site
-from coadapt.formats import files
-folder = Path(sys.argv[1])
-for number in itertools.count(int(sys.argv[2])):
-    with files.saving(folder) as new:
-        for part in ("", "part/"):
-            new.tensors(part + "adapter_model.safetensors", {"number": torch.full((50_000,), float(number))})
-            new.tensors(part + "training_state.safetensors", {"number": torch.tensor(number)} if number % 2 else {})
-            new.json(part + "adapter_config.json", {"number": number, "text": "x" * 20_000})
-        new.json("composition.json", {"number": number})
-    print(number, flush=True)
-"""
-
-
-def numbers(folder: Path) -> set[int]:
-    """What the files of a save say its number was; one if they are of one save."""
-    found = {int(files.read_json(folder / "composition.json")["number"])}
-    for part in (folder, folder / "part"):
-        weights = files.read_tensors(part / "adapter_model.safetensors")["number"]
-        found |= {int(weights.min()), int(weights.max()), int(files.read_json(part / "adapter_config.json")["number"])}
-        training = part / "training_state.safetensors"
-        found |= {int(files.read_tensors(training)["number"])} if training.is_file() else set()
-        assert training.is_file() == bool(next(iter(found)) % 2)
-    return found
-
-
-def test_killed_at_any_moment_either_all_files_are_old_or_all_are_new(tmp_path: Path) -> None:
-    """The process is killed with SIGKILL after other times; each next one goes on in the same folder."""
-    last, deadline, kills = -1, time.monotonic() + 8, 0
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    while time.monotonic() < deadline or kills < 2:
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(tmp_path), str(last + 1)],
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
-        assert process.stdout is not None
-        told = int(process.stdout.readline())
-        time.sleep(0.001 * (kills * 7 % 23))
-        process.send_signal(signal.SIGKILL)
-        rest = process.communicate()[0].split()
-        told = int(rest[-1]) if rest else told
-        kills += 1
-        files.settle(tmp_path)
-        (number,) = numbers(tmp_path)
-        assert number in (told, told + 1)
-        last = number
-    with files.saving(tmp_path) as new:
-        new.json("composition.json", {"number": 0})
-    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+# ---- a save that is cut off (by real kills: tests/test_killed.py) ----------------------------------------------------
 
 
 def _cut_at(monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
@@ -159,6 +102,34 @@ def test_a_save_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
         assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(old))
 
 
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """What a full disk is to a program."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [400, 6000], ids=["json", "weights"])
+def test_no_room_is_said_and_changes_nothing(tmp_path: Path, size: int) -> None:
+    old = saved(tmp_path)
+    before = {n: (tmp_path / n).read_bytes() for n in names(tmp_path)}
+    larger = get_peft_model(llama(), LoraConfig(r=1 if size == 400 else 16))
+    message = rf"{tmp_path} could not be written, and is as it was before: .*large.*GiB are free there\). Make room"
+    with files_of_at_most(size), pytest.raises(OSError, match=message):
+        larger.save_pretrained(tmp_path)
+    assert {n: (tmp_path / n).read_bytes() for n in names(tmp_path)} == before
+    with torch.no_grad():
+        assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(old))
+    with files_of_at_most(10), pytest.raises(OSError, match=r"run\.yaml could not be written"):
+        with files.aside(tmp_path / "run.yaml") as part:
+            part.write_text("x" * 100)
+    assert names(tmp_path) == sorted(before)
+
+
 def test_one_file_aside(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("old")
@@ -169,6 +140,10 @@ def test_one_file_aside(tmp_path: Path) -> None:
     with files.aside(file) as part:
         part.write_text("new")
     assert file.read_text() == "new" and names(tmp_path) == ["run.yaml"]
+    (tmp_path / ".coadapt-writing.run.yaml").write_text("remains of a process that was killed, longer than what comes")
+    with files.aside(file) as part:
+        part.write_text("newer")
+    assert file.read_text() == "newer" and names(tmp_path) == ["run.yaml"]
     assert file.stat().st_mode & 0o777 == 0o666 & ~_umask()
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from byte_tokenizer import save_base
 from coadapt import PeftModel
 from coadapt.training import run as module
 from coadapt.training.ask import answer
+from coadapt.training.folder import damage
 from coadapt.training.load import load
 from coadapt.training.record import named, read_log
 from coadapt.training.run import Outcome, train
@@ -254,6 +256,82 @@ def test_a_resume_with_other_settings_is_refused(base: str, rows: str, out: Path
     with pytest.raises(ValueError, match=r"other settings.*\n.*seed: 42 then, 43 now"):
         go(base, rows, out, max_steps=2, resume=True, seed=43)
     assert go(base, rows, out, max_steps=2, resume=True).step == 2
+
+
+SAVING: dict[str, Any] = {"save_steps": 2, "max_steps": 6, "logging_steps": 1, "eval_strategy": "no"}
+PARTS = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+def test_a_checkpoint_that_is_not_whole_is_left_out_with_a_word(base: str, rows: str, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    go(base, rows, whole, **SAVING)
+    shutil.copytree(whole, broken, symlinks=True)
+    for part in PARTS:
+        file = broken / "checkpoint-6" / part
+        content = file.read_bytes()
+        assert damage(file.parent) is None
+        for less in (content[: len(content) // 2], b""):
+            file.write_bytes(less)
+            assert damage(file.parent) == f"{part} was cut off"
+        file.unlink()
+        assert damage(file.parent) == f"{part} is missing"
+        file.write_bytes(content)
+    (broken / "checkpoint-6" / "trainer_state.json").unlink()
+    (broken / "checkpoint-mine").mkdir()
+    text = io.StringIO()
+    go(base, rows, broken, Console(file=text, width=120), **SAVING, resume=True)
+    assert "checkpoint-6 is left out, it was not written to its end: trainer_state.json is missing." in text.getvalue()
+    assert "Going on from checkpoint-4." in text.getvalue()
+    one, other = (load_file(out / "adapter_model.safetensors") for out in (whole, broken))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert damage(broken / "checkpoint-6") is None
+    assert (broken / "checkpoint-mine").is_dir()
+
+
+@pytest.mark.parametrize("how", [SAVING | {"max_steps": 5, "save_strategy": "steps"}, TOO_FAR], ids=["end", "early"])
+def test_a_run_that_was_killed_after_its_last_step_is_brought_to_its_end(
+    base: str, rows: str, out: Path, how: dict[str, Any]
+) -> None:
+    done = go(base, rows, out, **how)
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for name in ("adapter_config.json", "adapter_model.safetensors", "composition.json", "loss.png", "README.md"):
+        (out / name).unlink()
+    text = io.StringIO()
+    again = go(base, rows, out, Console(file=text, width=120), resume=True, **how)
+    assert f"Going on from checkpoint-{done.step}. Training had ended there" in text.getvalue()
+    assert (again.step, again.best_step, again.held_out_loss) == (done.step, done.best_step, done.held_out_loss)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_what_a_resume_needs_is_looked_at_before_anything_is_done(base: str, rows: str, out: Path) -> None:
+    go(base, rows, out, **SAVING)
+
+    def refused(match: str, **settings: Any) -> None:
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match=match):
+            go(base, rows, out, resume=True, **{**SAVING, **settings})
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+    log, run = out / "metrics.jsonl", out / "run.yaml"
+    lines, settings = log.read_text(), run.read_text()
+    log.write_text(lines.replace('{"step": 2', '{"ste', 1))
+    refused(r"metrics\.jsonl, line 3 is damaged: '\{\"ste.*Mend that line, or take it out")
+    log.write_text(lines[:-20])  # where a process was killed
+    assert len(read_log(log)) == len(lines.splitlines()) - 1
+    log.write_text(lines)
+    run.write_text(settings[: settings.index("max_grad_norm") + 6])
+    refused(r"run\.yaml is damaged")
+    run.write_text(settings[: settings.index("max_grad_norm")])
+    refused(r"run\.yaml is incomplete: it does not say max_grad_norm, .*--overwrite-output-dir")
+    run.unlink()
+    refused(r"holds checkpoints, and no run\.yaml .*--overwrite-output-dir")
+    run.write_text(settings)
+    for number in (2, 4):
+        shutil.rmtree(out / f"checkpoint-{number}")
+    (out / "checkpoint-6" / "optimizer.pt").unlink()
+    refused(r"holds what a run came to, and no checkpoint to go on from \(checkpoint-6: optimizer\.pt is missing\)")
+    shutil.copytree(out / "checkpoint-6", out / "checkpoint-8")
+    refused(r"no checkpoint in .* is whole \(checkpoint-8: .*; checkpoint-6: .*\)")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(

@@ -24,7 +24,7 @@ CONTROLS = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if chr(
 """What a model could steer a terminal with."""
 
 
-def _invoke(model: str | None, adapter: Path | None, adapters: str | None, **options: Any) -> int:
+def _invoke(model: str | None, adapter: Path | None, adapters: str | None, use_cpu: bool, **options: Any) -> int:
     if adapter is None:
         if adapters:
             raise click.UsageError("--adapters says which adapters of --adapter take part; give --adapter too.")
@@ -33,9 +33,10 @@ def _invoke(model: str | None, adapter: Path | None, adapters: str | None, **opt
     from coadapt.cli.output import quiet
     from coadapt.training.chat import Chat
     from coadapt.training.load import load
+    from coadapt.training.machine import chosen
 
     quiet()
-    Talk(Chat(load(model, adapter, adapters), **options)).run()
+    Talk(Chat(load(model, adapter, adapters, device=chosen(use_cpu)), **options)).run()
     return 0
 
 
@@ -245,5 +246,6 @@ command = click.Command(
             help="0: always the likeliest token; else sampled.",
         ),
         click.Option(["--seed"], type=int, default=42, show_default=True, help="Of the sampling."),
+        click.Option(["--use-cpu"], is_flag=True, help="Do not use a GPU even if there is one."),
     ],
 )

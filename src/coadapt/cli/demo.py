@@ -66,11 +66,12 @@ def _invoke(out: Path, seed: int, overwrite: bool) -> int:
     if done.interrupted:
         click.echo("Stopped.")
         return 1
+    tokenizer: Any = done.processor
     view, rows = done.view.eval(), examples("held-out", ASKED, DATA_SEED + 1)
-    answers = _answers(view, done.tokenizer, [row["prompt"] for row in rows])
+    answers = _answers(view, tokenizer, [row["prompt"] for row in rows])
     scores = {who: exact_match(given, rows) for who, given in answers.items()}
     _show(screen, rows, answers, scores)
-    _merge(screen, view, done.tokenizer, [row["prompt"] for row in rows], answers["prompt + lora"])
+    _merge(screen, view, tokenizer, [row["prompt"] for row in rows], answers["prompt + lora"])
     screen.print(_NEXT.format(seconds=time.monotonic() - started, out=out), soft_wrap=True)
     return 0
 

@@ -14,23 +14,31 @@ def _invoke(
     adapter: Path | None,
     adapters: str | None,
     prompt: tuple[str, ...],
+    image: tuple[Path, ...],
     raw: bool,
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    use_cpu: bool,
 ) -> int:
     if adapters and not adapter:
         raise click.UsageError("--adapters says which adapters of --adapter take part; give --adapter too.")
-    prompts = prompt or tuple(line.rstrip("\n") for line in (() if sys.stdin.isatty() else sys.stdin))
-    if not prompts:
-        raise click.UsageError("There is no prompt: give --prompt, or one per line on the standard input.")
+    if prompt and image:
+        raise click.UsageError("--prompt asks a model of texts, --image one of images: give one of them.")
+    lines = () if image or sys.stdin.isatty() else sys.stdin
+    prompts = prompt or tuple(line.rstrip("\n") for line in lines)
+    if not prompts and not image:
+        raise click.UsageError("There is no prompt: give --prompt (or --image), or one per line on the standard input.")
     from coadapt.cli.output import quiet
-    from coadapt.training.ask import answer
+    from coadapt.training.ask import answer, answer_image
     from coadapt.training.load import load
+    from coadapt.training.machine import chosen
 
     quiet()
-    ready = load(model, adapter, adapters)
+    ready = load(model, adapter, adapters, device=chosen(use_cpu))
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "raw": raw}
+    for file in image:
+        click.echo(answer_image(ready, file))
     for text in prompts:
         click.echo(answer(ready, text, **options))
     return 0
@@ -44,6 +52,9 @@ command = click.Command(
     \b
     coadapt generate --adapter DIR --prompt "Once upon a time"
     coadapt generate --adapter DIR --adapters "task + 0.5*style" --prompt …
+
+    \b
+    coadapt generate --adapter DIR --image cat.png
 
     A prompt is put to the model as it was in training (chat template, separator). Prints answers only.
     """,
@@ -63,6 +74,12 @@ command = click.Command(
             ["--prompt"], multiple=True, help="What to ask; may be repeated. Left out, lines of standard input."
         ),
         click.Option(
+            ["--image"],
+            multiple=True,
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Image to classify; may be repeated. Prints the class of each.",
+        ),
+        click.Option(
             ["--raw"], is_flag=True, help="Take the prompt as it is, without the frame that it had in training."
         ),
         click.Option(
@@ -76,5 +93,6 @@ command = click.Command(
             help="0: always the likeliest token; else sampled.",
         ),
         click.Option(["--seed"], type=int, default=42, show_default=True, help="Of the sampling."),
+        click.Option(["--use-cpu"], is_flag=True, help="Do not use a GPU even if there is one."),
     ],
 )

@@ -10,23 +10,24 @@ import click
 from coadapt.cli.completion import paths
 
 
-def _invoke(model: str | None, adapter: Path, adapters: str | None, out: Path) -> int:
+def _invoke(model: str | None, adapter: Path, adapters: str | None, out: Path, use_cpu: bool) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise click.UsageError(f"--out {out} is there already and not empty. Choose another folder.")
     from coadapt.cli.output import quiet
     from coadapt.formats.files import PROVENANCE
     from coadapt.model import PeftModel
-    from coadapt.training.load import load
+    from coadapt.training.load import asking, load
+    from coadapt.training.machine import chosen
 
     quiet()
-    ready = load(model, adapter, adapters)
+    ready = load(model, adapter, adapters, device=chosen(use_cpu))
     assert isinstance(ready.model, PeftModel)
     merged = cast(Any, ready.model.merge_and_unload())
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         merged.save_pretrained(aside)
-        ready.tokenizer.save_pretrained(aside)
+        ready.processor.save_pretrained(aside)
         if (adapter / PROVENANCE).is_file():  # it says how prompts were put in training
             shutil.copy(adapter / PROVENANCE, aside)
         aside.chmod(0o755)
@@ -37,7 +38,7 @@ def _invoke(model: str | None, adapter: Path, adapters: str | None, out: Path) -
         shutil.rmtree(aside, ignore_errors=True)
     size = sum(f.stat().st_size for f in out.iterdir())
     click.echo(f"Merged into {out} ({size / 1e6:.1f} MB). It is a plain model now:")
-    click.echo(f"  coadapt generate --model {out} --prompt …")
+    click.echo(f"  coadapt generate --model {out} {asking(ready.processor)}")
     return 0
 
 
@@ -60,5 +61,6 @@ command = click.Command(
             ["--adapters"], help="Which of its adapters to merge, as in `task + 0.5*style`; left out, as saved."
         ),
         click.Option(["--out"], required=True, type=click.Path(path_type=Path), help="Folder to write; new or empty."),
+        click.Option(["--use-cpu"], is_flag=True, help="Do not use a GPU even if there is one."),
     ],
 )

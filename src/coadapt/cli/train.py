@@ -143,6 +143,7 @@ def _read(name: str, value: Any) -> Any:
 def _invoke(config: Path | None, overrides: tuple[str, ...], **flags: Any) -> int:
     run = read_settings(config, flags, overrides)
     from coadapt.cli.output import console, quiet
+    from coadapt.training.load import asking
     from coadapt.training.run import train
 
     quiet()
@@ -153,7 +154,7 @@ def _invoke(config: Path | None, overrides: tuple[str, ...], **flags: Any) -> in
         click.echo(f"\nStopped at step {done.step}; nothing is lost. Go on with:\n  {again}")
         return 1
     click.echo(f"\nSaved in {done.folder} (adapter, README.md, loss.png, metrics.jsonl, run.yaml). Try it:")
-    click.echo(f"  coadapt generate --model {run.model} --adapter {done.folder} --prompt …")
+    click.echo(f"  coadapt generate --model {run.model} --adapter {done.folder} {asking(done.processor)}")
     return 0
 
 

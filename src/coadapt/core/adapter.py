@@ -144,7 +144,12 @@ def _share(adapter: Adapter, base: nn.Module) -> None:
 
 def with_head(config: PeftConfig, base: nn.Module) -> PeftConfig:
     """For classification, the newly made head is trained along, as in the field."""
-    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS") or config.modules_to_save is not None:
+    return train_head(config, base) if config.task_type in ("SEQ_CLS", "TOKEN_CLS") else config
+
+
+def train_head(config: PeftConfig, base: nn.Module) -> PeftConfig:
+    """Has the head trained along, unless the configuration says itself what is, or adapts the head."""
+    if config.modules_to_save is not None:
         return config
     heads = [name for name in target.HEADS if hasattr(base, name)]
     targeted = isinstance(config, TargetedConfig) and isinstance(config.target_modules, Sequence)

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-Kind = Literal["text", "pair", "instruction", "messages", "labelled", "tagged"]
+Kind = Literal["text", "pair", "instruction", "messages", "labelled", "tagged", "pictured"]
 """What a row becomes: one text · a prompt and its completion · an instruction and its answer · a conversation · a text
-and its class · words and the tag of each."""
+and its class · words and the tag of each · an image and its class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,7 @@ class Told:
     prompt: str | None = None
     completion: str | None = None
     label: str | None = None
+    image: str | None = None
 
     def given(self) -> dict[str, str]:
         """Role -> column, of those that were named."""
@@ -96,6 +97,11 @@ PATTERNS = (
         kind="tagged",
         needs={"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags", "pos_tags", "chunk_tags", "labels")},
     ),
+    Pattern(
+        name="image + label",
+        kind="pictured",
+        needs={"image": ("image", "img", "image_path", "file_name"), "label": LABEL},
+    ),
 )
 """Tried in this order."""
 
@@ -104,6 +110,7 @@ KINDS_OF_TASK: Mapping[str | None, set[Kind]] = {
     "seq2seq": {"pair", "instruction"},
     "sequence-classification": {"labelled"},
     "token-classification": {"tagged"},
+    "image-classification": {"pictured"},
 }
 
 
@@ -113,8 +120,8 @@ def find_format(features: Mapping[str, str], told: Told, task: str | None = None
     Args:
         features: column -> "text", "list", "number" or "other".
         told: columns that the user named.
-        task: "causal-lm", "seq2seq", "sequence-classification", "token-classification", or None where the data may
-            decide.
+        task: "causal-lm", "seq2seq", "sequence-classification", "token-classification", "image-classification", or None
+            where the data may decide.
 
     Raises:
         ValueError: preference data, a named column that is not there, or columns that fit nothing; says what to do.
@@ -148,10 +155,12 @@ def _as_told(told: Told, task: str | None) -> Format:
             return Format(name="tokens + tags, as told", kind="tagged", columns=columns)
         case ["label", "text"]:
             return Format(name="text + label, as told", kind="labelled", columns=given)
+        case ["image", "label"] if task in (None, "image-classification"):
+            return Format(name="image + label, as told", kind="pictured", columns=given)
     raise ValueError(
         f"{', '.join(f'{role}_column={column}' for role, column in given.items())} is not enough"
         f"{f' for {task}' if task else ''}: name text_column, or prompt_column and completion_column, or text_column "
-        "and label_column."
+        "and label_column, or image_column and label_column."
     )
 
 
@@ -174,6 +183,7 @@ def _last_resort(features: Mapping[str, str], task: str | None) -> Format:
         "seq2seq": "a source and a target text",
         "sequence-classification": "a text and a label",
         "token-classification": "a list of tokens and a list of their tags (text_column=… label_column=…)",
+        "image-classification": "the path of an image and its label (image_column=… label_column=…)",
     }.get(str(task), "text, messages, or prompt and completion")
     pair = (
         f"prompt_column={texts[0]} completion_column={texts[1]}"

@@ -17,7 +17,7 @@ BATCH = 256
 """Rows that are tokenised between two writes."""
 
 
-CLASSIFYING = ("sequence-classification", "token-classification")
+CLASSIFYING = ("sequence-classification", "token-classification", "image-classification")
 """Tasks whose labels are classes."""
 
 
@@ -42,8 +42,9 @@ class Prepared:
 
     train: Dataset
     held_out: Dataset | None
-    framing: Framing
-    max_length: int
+    framing: Framing | None
+    """None where nothing is put to the model as text: images."""
+    max_length: int | None
     tally: Tally
     held_out_tally: Tally
     fingerprint: str
@@ -82,6 +83,8 @@ def plan(source: Source, held_out: Source | None, told: Told, task: str | None) 
                 f"{held_out.name} has no column {column!r} ({role} in {source.name}); it has "
                 f"{', '.join(held_out.rows.column_names)}."
             )
+    if form.kind == "pictured" and column_kinds(source.rows)[column := form.columns["image"]] != "text":
+        raise ValueError(f"The column {column!r} must hold paths of image files, relative to {source.root}.")
     return Plan(source=source, held_out=held_out, form=form, classes=_classes(source.rows, form))
 
 
@@ -138,7 +141,7 @@ def prepare(
         )
     framing = find_framing(found.form, found.features, tokenizer, separator)
     encode = _encoder(found, tokenizer, task, framing, max_length, completion_only_loss)
-    rows, held_rows = _split_rows(found, eval_split, seed)
+    rows, held_rows = split_rows(found, eval_split, seed)
     tally, held_tally = Tally(), Tally()
     train = _encode(rows, encode, tally)
     held_out = None if held_rows is None else _encode(held_rows, encode, held_tally)
@@ -183,7 +186,8 @@ def _encoder(
             raise ValueError(f"task={task!r} is unknown. Known: causal-lm, seq2seq, {', '.join(CLASSIFYING)}.")
 
 
-def _split_rows(found: Plan, share: float, seed: int) -> tuple[Dataset, Dataset | None]:
+def split_rows(found: Plan, share: float, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Rows to train on and to hold out: those that are there to be held out, else a share of all, drawn by `seed`."""
     rows = found.source.rows
     given = found.held_out.rows if found.held_out is not None else found.source.held_out
     if given is not None or not share or found.source.document or len(rows) < 2:
@@ -222,7 +226,7 @@ def _encode(rows: Dataset, encode: Encode, tally: Tally) -> Dataset:
     )
     if len(made) == 0:
         raise ValueError(
-            f"None of the {tally.rows} rows has a trained token: {_reasons(tally)}. Look at columns and max_length."
+            f"None of the {tally.rows} rows has a trained token: {dropped(tally)}. Look at columns and max_length."
         )
     return made
 
@@ -239,7 +243,7 @@ def _notes(
         )
     for name, counts in (("train", tally), ("held out", held)):
         if counts.dropped:
-            notes.append(f"{name}: dropped {_reasons(counts)}")
+            notes.append(f"{name}: dropped {dropped(counts)}")
         if counts.truncated:
             notes.append(
                 f"{name}: {counts.truncated} of {counts.rows} rows were cut to max_length={max_length}; "
@@ -248,5 +252,6 @@ def _notes(
     return tuple(notes)
 
 
-def _reasons(tally: Tally) -> str:
+def dropped(tally: Tally) -> str:
+    """How many rows were left out, and why."""
     return ", ".join(f"{count} rows ({reason})" for reason, count in tally.dropped.items()) or "no rows"

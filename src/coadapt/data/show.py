@@ -26,8 +26,9 @@ def describe(found: Plan, made: Prepared) -> Table:
     table.add_row("train", _counts(len(made.train), made.tally.rows, found.source.document))
     if made.held_out is not None:
         table.add_row("held out", _counts(len(made.held_out), made.held_out_tally.rows, found.source.document))
-    share = made.tally.trained / max(made.tally.tokens, 1)
-    table.add_row("tokens", f"{made.tally.tokens:,}, {share:.0%} of them trained on; max_length {made.max_length}")
+    if made.max_length is not None:
+        share = made.tally.trained / max(made.tally.tokens, 1)
+        table.add_row("tokens", f"{made.tally.tokens:,}, {share:.0%} of them trained on; max_length {made.max_length}")
     for note in made.notes:
         table.add_row("note", Text(note))
     return table
@@ -37,6 +38,12 @@ def _counts(examples: int, rows: int, document: bool) -> str:
     if document or not rows:
         return f"{examples:,} blocks of text"
     return f"{rows:,} rows" if examples == rows else f"{rows:,} rows, {examples:,} examples"
+
+
+def one_image(example: Example, classes: Sequence[str]) -> Text:
+    """The file of an image, and its class between ⟦ and ⟧."""
+    label: int = example["labels"]
+    return _shorten([(str(example["image"]), False), (" → ", False), (classes[label], True)], 600)
 
 
 def one_sample(

@@ -11,6 +11,8 @@ from typing import Any
 import datasets
 from datasets import Dataset, DatasetDict
 
+from coadapt.data import class_folders
+
 KINDS = {
     ".jsonl": "json",
     ".ndjson": "json",
@@ -37,6 +39,8 @@ class Source:
     document: bool = False
     """One long text, to be cut into blocks, and not a table of rows."""
     notes: tuple[str, ...] = field(default=())
+    root: Path = field(default=Path())
+    """Where the rows' paths begin: the folder of the file that they were read from."""
 
 
 def read(name: str, config: str | None = None) -> Source:
@@ -71,8 +75,13 @@ def _from_folder(name: str, folder: Path) -> Source:
         return _from_splits(name, datasets.load_from_disk(str(folder)))
     files = sorted(p for p in folder.iterdir() if p.suffix in KINDS and not p.name.startswith((".", "README")))
     endings = sorted({p.suffix for p in files})
+    if not any(KINDS[file.suffix] != "text" for file in files) and (found := class_folders.find(folder, HELD_OUT)):
+        return _from_images(name, folder, found)
     if not files:
-        raise ValueError(f"data={name!r}: the folder holds no file that ends in {', '.join(KINDS)}.")
+        raise ValueError(
+            f"data={name!r}: the folder holds no file that ends in {', '.join(KINDS)}, nor a folder of images for each "
+            f"class ({', '.join(class_folders.ENDINGS)})."
+        )
     if len(endings) > 1:
         raise ValueError(f"data={name!r}: its files end in {' and '.join(endings)}. Name one file, or move the others.")
     splits: dict[str, list[Path]] = {}
@@ -81,6 +90,15 @@ def _from_folder(name: str, folder: Path) -> Source:
     if "train" not in splits:
         raise ValueError(f"data={name!r}: all files are held-out parts ({_names(files)}); none is for training.")
     return _from_files(name, splits)
+
+
+def _from_images(name: str, folder: Path, found: dict[str, list[tuple[str, str]]]) -> Source:
+    parts = DatasetDict()
+    for part, images in found.items():
+        parts[part] = Dataset.from_dict({"image": [path for path, _ in images], "label": [of for _, of in images]})
+    loose = class_folders.beside(folder)
+    notes = [f"not used: {loose} images in no class's folder"] if loose else []
+    return _from_splits(name, parts, notes, root=folder)
 
 
 def _split_of(file: Path) -> str:
@@ -103,7 +121,7 @@ def _from_files(name: str, splits: dict[str, list[Path]]) -> Source:
     parts = {split: _load(kind, group) for split, group in splits.items()}
     notes = sorted({note for _, note in parts.values() if note})
     rows = DatasetDict({split: rows for split, (rows, _) in parts.items()})
-    return _from_splits(name, rows, notes, document=kind == "text")
+    return _from_splits(name, rows, notes, document=kind == "text", root=files[0].parent)
 
 
 def _load(kind: str, files: list[Path]) -> tuple[Dataset, str | None]:
@@ -208,7 +226,13 @@ def _from_hub(name: str, config: str | None) -> Source:
         ) from error
 
 
-def _from_splits(name: str, found: Dataset | DatasetDict, notes: Sequence[str] = (), document: bool = False) -> Source:
+def _from_splits(
+    name: str,
+    found: Dataset | DatasetDict,
+    notes: Sequence[str] = (),
+    document: bool = False,
+    root: Path = Path(),
+) -> Source:
     if isinstance(found, Dataset):
         return Source(name=name, rows=found)
     if "train" not in found:
@@ -223,6 +247,7 @@ def _from_splits(name: str, found: Dataset | DatasetDict, notes: Sequence[str] =
         held_out=found[held_out] if held_out else None,
         document=document,
         notes=(*notes, *told),
+        root=root,
     )
 
 

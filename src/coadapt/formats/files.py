@@ -5,10 +5,10 @@ Then the files move to their places. `settle` goes on with such a move where it 
 either all files of the last save or all of the one before.
 """
 
+import errno
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,19 +26,41 @@ _LAST = (CONFIG, COMPOSITION)
 """What makes a folder one that holds an adapter, or a composition: gone first, and moved to its place last."""
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextmanager
 def aside(file: Path) -> Iterator[Path]:
-    """A path to write to; renamed to `file` when all is written, removed when something fails."""
-    handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    os.close(handle)
-    part = Path(name)
+    """A path to write to; renamed to `file` when all is written, removed when something fails.
+
+    Its name is always the same, so that the remains of a process that was killed go with the next one.
+
+    Raises:
+        OSError: there is no room; `file` is as it was.
+    """
+    part = file.with_name(f"{_WRITING}.{file.name}")
     try:
-        yield part
-        _to_disk(part)
-        part.chmod(0o666 & ~_umask())
+        with _room(file):
+            yield part
+            _to_disk(part)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _room(what: Path) -> Iterator[None]:
+    """Names what could not be written where the disk is full: the system's own error does not."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = isinstance(error, SafetensorError) or error.errno in _FULL
+        if not full:
+            raise
+        free = shutil.disk_usage(what.parent).free / 2**30
+        raise OSError(
+            f"{what} could not be written, and is as it was before: {error} ({free:.1f} GiB are free there). Make room."
+        ) from error
 
 
 class Saving:
@@ -55,14 +77,12 @@ class Saving:
             save_file(plain, file, metadata={"format": "pt"})
         else:
             file.touch()
-        _to_disk(file)
 
     def json(self, name: str, values: Mapping[str, Any] | None) -> None:
         """Writes a JSON file; takes it away where `values` is None."""
         file = self._place(name)
         text = "" if values is None else json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         file.write_text(text, "utf-8")
-        _to_disk(file)
 
     def _place(self, name: str) -> Path:
         file = self.folder / name
@@ -72,14 +92,21 @@ class Saving:
 
 @contextmanager
 def saving(folder: Path) -> Iterator[Saving]:
-    """Context for a save into `folder`: nothing of it is there before all of it is, and nothing if something fails."""
+    """Context for a save into `folder`: nothing of it is there before all of it is, and nothing if something fails.
+
+    Raises:
+        OSError: there is no room; the folder is as it was.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     settle(folder)
     new = folder / _WRITING
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
-        yield Saving(new)
+        with _room(folder):
+            yield Saving(new)
+            for file in (p for p in new.rglob("*") if p.is_file()):
+                _to_disk(file)
         old = {folder / p.relative_to(new) for p in new.rglob("*") if p.name in _LAST}
         marks = {file: file.stat().st_ino for file in old if file.is_file()}
         new.replace(folder / _WRITTEN)
@@ -126,12 +153,6 @@ def _remove_empty(folder: Path) -> None:
 def _to_disk(file: Path) -> None:
     with file.open("rb") as written:
         os.fsync(written.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

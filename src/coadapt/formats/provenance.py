@@ -19,7 +19,12 @@ def record(file: Path, fingerprint: str, base: str | None, **facts: Any) -> dict
     What others wrote there (data, hardware, figures) stays; to add to it, write what this gives with more `facts`.
     """
     before = read_json(file) if file.is_file() else {}
-    now = {**before, "versions": versions(), "base": {"name": base, "fingerprint": fingerprint}, **facts}
+    now = {
+        **before,
+        "versions": {**before.get("versions", {}), **versions()},
+        "base": {"name": base, "fingerprint": fingerprint},
+        **facts,
+    }
     return {name: fact for name, fact in now.items() if fact is not None}
 
 

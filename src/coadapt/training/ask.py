@@ -1,6 +1,7 @@
 """One prompt, one answer."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from coadapt.data.images import opened
 from coadapt.data.tokens import words_as_tokens
 from coadapt.model import PeftModel
 from coadapt.training.assemble import pad_token
@@ -36,6 +38,16 @@ def tokens(ready: Ready, text: str, *, special: bool) -> dict[str, torch.Tensor]
     inputs = ready.tokenizer(text, return_tensors="pt", add_special_tokens=special)
     device = cast(Any, ready.model).device
     return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def answer_image(ready: Ready, file: Path) -> str:
+    """The class of the image in a file.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such image, or the model takes text.
+    """
+    seen = ready.image_processor(opened(file), return_tensors="pt")
+    return classify(ready, {name: tensor.to(cast(Any, ready.model).device) for name, tensor in seen.items()})
 
 
 @torch.no_grad()

@@ -6,22 +6,35 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 import coadapt.methods  # noqa: F401  makes the configurations known
 from coadapt.config import CONFIGS, PeftConfig, TaskType
+from coadapt.core.adapter import train_head
+from coadapt.data.images import need_pillow
 from coadapt.model import PeftModel, get_peft_model
 from coadapt.training.folder import AUTO_NAMES
 from coadapt.training.options import method_named
 from coadapt.training.settings import AdapterSettings, RunConfig, Task
 from coadapt.training.trainer import Rates
 
+Processor = PreTrainedTokenizerBase | BaseImageProcessor
+"""What makes a model's input."""
 TASK_TYPES: Mapping[Task, TaskType] = {
     "causal-lm": TaskType.CAUSAL_LM,
     "seq2seq": TaskType.SEQ_2_SEQ_LM,
     "sequence-classification": TaskType.SEQ_CLS,
     "token-classification": TaskType.TOKEN_CLS,
 }
+"""Those that the field has a name for; it has none for images."""
 TASKS: Mapping[str, Task] = {str(value): key for key, value in TASK_TYPES.items()}
 USUAL_LENGTH = 1024
 """Longest example where nothing else is said."""
@@ -40,7 +53,23 @@ def task_of_model(config: PreTrainedConfig) -> Task | None:
         return "seq2seq"
     if any(name.endswith("ForMaskedLM") for name in names):
         return "sequence-classification"
-    return None
+    return "image-classification" if takes_images(config) else None
+
+
+def takes_images(config: PreTrainedConfig) -> bool:
+    """Whether transformers has an image classifier of this kind."""
+    known = config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    return known and not any(name.endswith("ForMaskedLM") for name in config.architectures or [])  # Perceiver is both
+
+
+def check_sight(model: str, config: PreTrainedConfig, task: Task) -> None:
+    """Raises a ValueError where the task is about images and the model is not, or the other way round."""
+    if (task == "image-classification") != takes_images(config):
+        takes = "images" if takes_images(config) else "no images"
+        raise ValueError(
+            f"task={task} does not go with model={model!r}: it is a {config.model_type}, which takes {takes}. "
+            "Choose another model, or other data."
+        )
 
 
 def load_config(model: str, revision: str | None = None) -> PreTrainedConfig:
@@ -56,6 +85,24 @@ def load_config(model: str, revision: str | None = None) -> PreTrainedConfig:
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The base's tokenizer."""
     return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(model, revision=revision))
+
+
+def load_processor(model: str, task: Task, revision: str | None = None) -> Processor:
+    """What makes the model's input: its tokenizer, or its image processor.
+
+    Raises:
+        ValueError: the model has no image processor, or pillow, which reads images, is missing.
+    """
+    if task != "image-classification":
+        return load_tokenizer(model, revision)
+    need_pillow()
+    try:
+        return cast(BaseImageProcessor, AutoImageProcessor.from_pretrained(model, revision=revision))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model={model!r} has no image processor (preprocessor_config.json), which says how large its images are "
+            f"and how their values are scaled: {error}"
+        ) from error
 
 
 def longest(run: RunConfig, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -76,7 +123,7 @@ def positions(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> l
 def load_base(
     model: str,
     task: Task,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     *,
     dtype: str = "auto",
     revision: str | None = None,
@@ -87,7 +134,10 @@ def load_base(
     if classes:
         names = dict(enumerate(classes))
         options |= {"num_labels": len(names), "id2label": names, "label2id": {v: k for k, v in names.items()}}
-        options["pad_token_id"] = pad_token(tokenizer)
+        if isinstance(processor, PreTrainedTokenizerBase):
+            options["pad_token_id"] = pad_token(processor)
+        else:  # image classifiers come with a head for the classes that they were pretrained on
+            options["ignore_mismatched_sizes"] = True
     return getattr(transformers, AUTO_NAMES[task]).from_pretrained(model, **options)
 
 
@@ -105,13 +155,22 @@ def adapter_config(name: str, adapter: AdapterSettings, task: Task, revision: st
     """
     method = method_named(adapter.method)
     try:
-        return CONFIGS[method.kind](**method.fixed, **adapter.options, task_type=TASK_TYPES[task], revision=revision)
+        return CONFIGS[method.kind](
+            **method.fixed, **adapter.options, task_type=TASK_TYPES.get(task), revision=revision
+        )
     except TypeError as error:
         raise ValueError(f"adapters.{name}: {error}") from error
 
 
-def attach(base: nn.Module, configs: Mapping[str, PeftConfig], composition: str | None) -> PeftModel:
-    """A view of `base` with all adapters, of which `composition` (or their sum) is active."""
+def attach(
+    base: nn.Module, configs: Mapping[str, PeftConfig], composition: str | None, new_head: bool = False
+) -> PeftModel:
+    """A view of `base` with all adapters, of which `composition` (or their sum) is active.
+
+    `new_head`: the head is new, and trained along, whatever the configurations say of the task.
+    """
+    if new_head:
+        configs = {name: train_head(config, base) for name, config in configs.items()}
     (first, config), *others = configs.items()
     view = get_peft_model(base, config, adapter_name=first)
     for name, other in others:

@@ -4,21 +4,38 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 
-from coadapt.formats.files import COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, aside, read_json, settle
+from coadapt.formats.files import (
+    CHECKPOINT,
+    COMPOSITION,
+    CONFIG,
+    GATES,
+    PROVENANCE,
+    TRAINING,
+    WEIGHTS,
+    aside,
+    read_json,
+    settle,
+)
 from coadapt.formats.provenance import versions
+from coadapt.training.record import read_log
 from coadapt.training.settings import RunConfig, Task
 
 RUN, METRICS, PICTURE, CARD = "run.yaml", "metrics.jsonl", "loss.png", "README.md"
+STATE = "trainer_state.json"
+"""What Trainer writes last into a checkpoint."""
 MAY_CHANGE = frozenset(
     """max_steps num_train_epochs logging_steps eval_strategy eval_steps eval_on_start save_strategy save_steps
-    save_total_limit report_to use_cpu dataloader_num_workers per_device_eval_batch_size output_dir
+    save_total_limit report_to use_cpu verify dataloader_num_workers per_device_eval_batch_size output_dir
     auto_find_batch_size early_stopping_patience early_stopping_threshold""".split()
 )
 """Settings that a resumed run may have otherwise than the run that it goes on with."""
@@ -29,6 +46,7 @@ AUTO_NAMES: Mapping[Task, str] = {
     "seq2seq": "AutoModelForSeq2SeqLM",
     "sequence-classification": "AutoModelForSequenceClassification",
     "token-classification": "AutoModelForTokenClassification",
+    "image-classification": "AutoModelForImageClassification",
 }
 
 
@@ -40,32 +58,118 @@ def output_dir(run: RunConfig) -> Path:
     return Path("outputs", f"{Path(run.model).name}-{methods}")
 
 
-def claim(folder: Path, run: RunConfig) -> Path | None:
-    """Whether the run may write there, before anything is done; the checkpoint to go on from, if the run resumes.
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run begins."""
+
+    checkpoint: Path | None = None
+    """What it goes on from; None: it begins anew."""
+    ended: bool = False
+    """Whether training ended with this checkpoint, and only the results are to be written."""
+    broken: Mapping[Path, str] = field(default_factory=dict[Path, str])
+    """Later checkpoints that are not whole, with what is wrong. They are in the way, and of no use."""
+
+
+def claim(folder: Path, run: RunConfig) -> Start:
+    """Whether the run may write there, before anything is done; what to go on from, if the run resumes.
+
+    A run that ended before its first checkpoint begins anew.
 
     Raises:
         ValueError: it holds results that the run was not told to replace or to go on with, or nothing to go on with, or
-            the checkpoint is of a run with other settings.
+            the checkpoint is of a run with other settings, or its settings or its log are damaged.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={str(folder)!r} is a file.")
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     if run.resume:
-        if not checkpoints:
-            raise ValueError(f"resume: {folder} holds no checkpoint to go on from. Leave resume out to begin.")
-        same_run(folder, run)
-        return checkpoints[-1]
+        return _resume(folder, run)
     results = [p.name for p in _results(folder)]
     if results and not run.overwrite_output_dir:
         raise ValueError(
             f"output_dir={str(folder)!r} holds the results of a run already ({', '.join(sorted(results)[:4])}). Go on "
             "with it (--resume), replace it (--overwrite-output-dir), or choose another folder (--output-dir)."
         )
+    return Start()
+
+
+def _resume(folder: Path, run: RunConfig) -> Start:
+    checkpoints = _checkpoints(folder)
+    if not (folder / RUN).is_file():
+        raise ValueError(
+            f"resume: {folder} holds checkpoints, and no {RUN} that says how they came about. Put it back, or begin "
+            "anew (--overwrite-output-dir)."
+            if checkpoints
+            else f"resume: {folder} holds no checkpoint to go on from, nor a {RUN}. Leave resume out to begin."
+        )
+    before = same_run(folder, run)
+    read_log(folder / METRICS)
+    broken: dict[Path, str] = {}
+    for checkpoint in reversed(checkpoints):
+        if (wrong := damage(checkpoint)) is None:
+            return Start(checkpoint=checkpoint, broken=broken, ended=_ended(folder, checkpoint, before, run))
+        broken[checkpoint] = wrong
+    # A process that is killed leaves one such checkpoint; several have another cause, and somebody may mend them.
+    found = "; ".join(f"{path.name}: {wrong}" for path, wrong in broken.items())
+    if len(broken) > 1:
+        raise ValueError(
+            f"resume: no checkpoint in {folder} is whole ({found}). Mend one, or begin anew (--overwrite-output-dir)."
+        )
+    if any(path.name not in (RUN, METRICS) and path not in broken for path in _results(folder)):
+        raise ValueError(
+            f"resume: {folder} holds what a run came to, and no checkpoint to go on from{found and f' ({found})'}. "
+            "To train it anew: --overwrite-output-dir."
+        )
+    return Start(broken=broken)
+
+
+def _ended(folder: Path, checkpoint: Path, before: Mapping[str, Any], run: RunConfig) -> bool:
+    """Trainer itself would make one step more, or refuse where it stopped early."""
+    state = read_json(checkpoint / STATE)
+    same = all(before[name] == getattr(run, name) for name in ("max_steps", "num_train_epochs"))
+    steps = state["max_steps"] if same else run.max_steps
+    if 0 < steps <= state["global_step"]:
+        return True
+    stopping = state.get("stateful_callbacks", {}).get("EarlyStop", {}).get("attributes", {})
+    enough = run.early_stopping_patience is not None and (
+        stopping.get("early_stopping_patience_counter", 0) >= run.early_stopping_patience
+    )
+    return enough and not any((folder / name).is_file() for name in (CONFIG, COMPOSITION))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those that Trainer has written, the oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What keeps a run from going on from a checkpoint; None where it is whole."""
+    for name in (CHECKPOINT, "optimizer.pt", "scheduler.pt", "rng_state*.pth", STATE):
+        files = list(checkpoint.glob(name))
+        if not files:
+            return f"{name.replace('*', '')} is missing"
+        if cut := [file.name for file in files if not _whole(file)]:
+            return f"{cut[0]} was cut off"
     return None
 
 
+def _whole(file: Path) -> bool:
+    if file.suffix in (".pt", ".pth"):
+        return zipfile.is_zipfile(file)
+    try:
+        if file.name == STATE:
+            return "global_step" in read_json(file)
+        with safe_open(str(file), "pt") as tensors:
+            return len(tensors.keys()) > 0
+    except (ValueError, SafetensorError):
+        return False
+
+
 def clear(folder: Path) -> None:
-    """Takes the results of an earlier run away, and nothing else that is there."""
+    """Takes the results of an earlier run away, and nothing else that is there; its settings first.
+
+    Without them, what is left of it when this is cut off is not taken for part of the next run.
+    """
     settle(folder)
     for path in _results(folder):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -75,7 +179,7 @@ def clear(folder: Path) -> None:
 def _results(folder: Path) -> list[Path]:
     """What a run writes, as far as it is there; anything else in the folder is the user's."""
     parts = [p.parent for p in folder.glob(f"*/{CONFIG}") if not p.parent.is_symlink()]
-    checkpoints = list(folder.glob("checkpoint-*"))
+    checkpoints = _checkpoints(folder)
     ours = [folder / name for name in (RUN, METRICS, CONFIG, COMPOSITION)]
     if not parts and not checkpoints and not any(path.exists() for path in ours):
         return []
@@ -83,20 +187,36 @@ def _results(folder: Path) -> list[Path]:
     return [path for path in (*ours, *beside, *checkpoints, *parts) if path.exists() or path.is_symlink()]
 
 
-def same_run(folder: Path, run: RunConfig) -> None:
-    """Raises a ValueError if the run in `folder` had other settings. What `run` leaves open is not compared."""
-    file = folder / RUN
-    before = yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
-    now = run.plain()
+def same_run(folder: Path, run: RunConfig) -> Mapping[str, Any]:
+    """The settings of the run that is resumed.
+
+    Raises:
+        ValueError: they are damaged, or others than those of `run`; what that leaves open is not compared.
+    """
+    file, now = folder / RUN, run.plain()
+    try:
+        before = yaml.safe_load(file.read_text("utf-8"))
+        lost = [name for name in now if name not in before]
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"resume: {file} is damaged: {error}. Mend it, or begin anew (--overwrite-output-dir)."
+        ) from error
+    if lost:
+        raise ValueError(
+            f"resume: {file} is incomplete: it does not say {', '.join(lost)}. Add what was set then, or begin anew "
+            "(--overwrite-output-dir)."
+        )
+    # What is left open now is found as it was found then.
     for name, adapter in now["adapters"].items():
-        if "learning_rate" not in adapter and (then := before.get("adapters", {}).get(name)):
+        if "learning_rate" not in adapter and (then := before["adapters"].get(name)):
             adapter["learning_rate"] = then["learning_rate"]
-    other = [n for n in now if n not in MAY_CHANGE and now[n] is not None and n in before and before[n] != now[n]]
+    other = [n for n in now if n not in MAY_CHANGE and now[n] is not None and before[n] != now[n]]
     if other:
         shown = "\n".join(f"  {n}: {before[n]!r} then, {now[n]!r} now" for n in other)
         raise ValueError(
             f"resume: the checkpoint is of a run with other settings, which would have no effect now:\n{shown}"
         )
+    return before
 
 
 def write_run(folder: Path, run: RunConfig) -> None:
@@ -117,8 +237,10 @@ def write_provenance(folder: Path, **facts: Any) -> None:
         part.write_text(json.dumps({**before, **known, **facts}, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def write_card(folder: Path, run: RunConfig, figures: Mapping[str, Any], prompt_style: str) -> None:
-    """The model card, which hubs show."""
+def write_card(
+    folder: Path, run: RunConfig, figures: Mapping[str, Any], prompt_style: str | None, classes: Sequence[str] = ()
+) -> None:
+    """The model card, which hubs show; `prompt_style` None: it is asked no prompts."""
     peak = run.peak_rates()
     adapters = "\n".join(
         f"| `{name}` | {a.method} | {peak[name]:g} | " + ", ".join(f"{k}={v}" for k, v in a.options.items()) + " |"
@@ -130,11 +252,18 @@ def write_card(folder: Path, run: RunConfig, figures: Mapping[str, Any], prompt_
             run=run,
             adapters=adapters,
             rows=rows,
-            style=prompt_style,
+            asked=f"Prompts were put to the model in the style `{prompt_style}`. " if prompt_style else "",
+            head=_head(run, classes),
             base=json.dumps(run.model),
             auto=AUTO_NAMES[run.task or "causal-lm"],
         )
         file.write_text(text, "utf-8")
+
+
+def _head(run: RunConfig, classes: Sequence[str]) -> str:
+    """How the base is loaded with a head of as many classes as the adapter's."""
+    other = ", ignore_mismatched_sizes=True" if run.task == "image-classification" else ""
+    return f", num_labels={len(classes)}{other}" if classes else ""
 
 
 _CARD = """---
@@ -161,12 +290,12 @@ Trained by coadapt on `{run.data}`.
 from coadapt import PeftModel
 from transformers import {auto}
 
-base = {auto}.from_pretrained({base})
+base = {auto}.from_pretrained({base}{head})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
-Prompts were put to the model in the style `{style}`. The whole configuration is in `run.yaml`, each step's figures in
-`metrics.jsonl`, versions and hashes in `provenance.json`.
+{asked}The whole configuration is in `run.yaml`, each step's figures in `metrics.jsonl`, versions and hashes in
+`provenance.json`.
 """
 
 

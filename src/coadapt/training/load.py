@@ -1,19 +1,26 @@
 """A trained folder and its base, ready to be asked."""
 
 import json
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 from coadapt.config import PeftConfig
 from coadapt.data.segments import Framing
 from coadapt.formats.files import PROVENANCE, read_json, settle
+from coadapt.formats.vocabulary import rows_needed
 from coadapt.model import PeftModel
-from coadapt.training.assemble import TASKS, load_base, load_config, load_tokenizer, task_of_model
+from coadapt.training.assemble import TASKS, Processor, load_base, load_config, load_processor, task_of_model
+from coadapt.training.machine import best
 from coadapt.training.settings import Task
+
+PROCESSORS = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+"""Files that say that a folder has a tokenizer, or an image processor, of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +28,29 @@ class Ready:
     """A model that can be asked, and how it was asked in training."""
 
     model: PeftModel | nn.Module
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
     framing: Framing
     trained: bool = False
     """Whether the framing is that of a training; otherwise nothing is known of one."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises ValueError where the model takes images."""
+        if not isinstance(self.processor, PreTrainedTokenizerBase):
+            raise ValueError("This model takes images, not text. Ask it with: coadapt generate --image FILE")
+        return self.processor
+
+    @property
+    def image_processor(self) -> BaseImageProcessor:
+        """Raises ValueError where the model takes text."""
+        if isinstance(self.processor, PreTrainedTokenizerBase):
+            raise ValueError("This model takes text, not images. Ask it with: coadapt generate --prompt TEXT")
+        return self.processor
+
+
+def asking(processor: Processor) -> str:
+    """The options of `coadapt generate` that put something to such a model."""
+    return "--prompt …" if isinstance(processor, PreTrainedTokenizerBase) else "--image …"
 
 
 def base_of(adapter: Path) -> str | None:
@@ -35,23 +61,38 @@ def base_of(adapter: Path) -> str | None:
     return None
 
 
-def load(model: str | None, adapter: Path | None, adapters: str | None = None) -> Ready:
+def load(
+    model: str | None, adapter: Path | None, adapters: str | None = None, *, device: torch.device | None = None
+) -> Ready:
     """The base (the adapter's own where `model` is None), with the adapter folder, of which `adapters` is active.
+
+    Both are put on `device`; None: on the best one that there is.
 
     Raises:
         ValueError: no base is named, or the folder does not fit it.
         FileNotFoundError: there is no such folder.
     """
-    ready = load_bare(model, adapter)
+    ready = load_bare(model, adapter, device=device)
     if adapter is None:
         return ready
+    _grow(ready.model, adapter)
     view = PeftModel.from_pretrained(ready.model, adapter)
     if adapters is not None:
         view.set_adapter(adapters)
     return replace(ready, model=view.eval())
 
 
-def load_bare(model: str | None, adapter: Path | None) -> Ready:
+def _grow(base: Any, adapter: Path) -> None:
+    """Makes room for the tokens that an adapter brings: this base is nobody else's."""
+    needed, rows = rows_needed(adapter), len(base.get_input_embeddings().weight) if rows_needed(adapter) else 0
+    if needed is not None and needed > rows:
+        warnings.warn(
+            f"{adapter} brings {needed - rows} tokens more than the base's {rows}: it is resized.", stacklevel=2
+        )
+        base.resize_token_embeddings(needed, mean_resizing=False)
+
+
+def load_bare(model: str | None, adapter: Path | None, *, device: torch.device | None = None) -> Ready:
     """As `load`, with nothing attached yet: the base that the adapter folder is for.
 
     Raises:
@@ -67,15 +108,17 @@ def load_bare(model: str | None, adapter: Path | None) -> Ready:
         raise ValueError("Which base? Give --model" + (f"; {adapter} names none." if adapter else "."))
     config = load_config(name)
     task = (_task_of(adapter) if adapter else None) or task_of_model(config) or "causal-lm"
-    tokenizer = load_tokenizer(str(adapter) if adapter and (adapter / "tokenizer_config.json").is_file() else name)
+    kept = adapter is not None and any((adapter / n).is_file() for n in PROCESSORS)
+    processor = load_processor(str(adapter) if kept else name, task)
+    device = best() if device is None else device
     told = _provenance(adapter if adapter is not None else Path(name))  # a merged model keeps its adapter's
     # Where nothing is known of its training, a prompt is taken as it is.
     framing = Framing(**told.get("prompt", {"separator": ""}))
-    how: dict[str, Any] = {"tokenizer": tokenizer, "framing": framing, "trained": "prompt" in told}
+    how: dict[str, Any] = {"processor": processor, "framing": framing, "trained": "prompt" in told}
     if adapter is None:
-        return Ready(model=load_base(name, task, tokenizer).eval(), **how)
-    base = load_base(name, task, tokenizer, classes=told.get("data", {}).get("classes", ()))
-    return Ready(model=base.eval(), **how)
+        return Ready(model=load_base(name, task, processor).to(device).eval(), **how)
+    base = load_base(name, task, processor, classes=told.get("data", {}).get("classes", ()))
+    return Ready(model=base.to(device).eval(), **how)
 
 
 def _task_of(adapter: Path) -> Task | None:

@@ -34,6 +34,11 @@ def best() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
+def chosen(use_cpu: bool) -> torch.device:
+    """The processor where that is asked for, else the best that there is."""
+    return torch.device("cpu") if use_cpu else best()
+
+
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,5 @@
 """How far each adapter moves: the norms of its gradient and of its update, and a word about one that stands still."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from coadapt.model import PeftModel
+from coadapt.training.record import append
 
 Figures = dict[str, dict[str, float]]
 """Group -> figure -> value."""
@@ -157,7 +157,6 @@ def teller(console: Console, file: Path) -> Callable[[int, str], None]:
 
     def tell(step: int, message: str) -> None:
         console.print(Text(f"warning: {message}", "yellow"), soft_wrap=not console.is_terminal)
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"step": step, "warning": message}) + "\n")
+        append(file, {"step": step, "warning": message})
 
     return tell

@@ -47,11 +47,11 @@ class Screen(TrainerCallback):
     def _restart(self, state: TrainerState) -> None:
         self.clock, self.tokens, self.steps = time.monotonic(), state.num_input_tokens_seen, state.global_step
 
-    def _speed(self, state: TrainerState) -> tuple[float, float]:
-        """Tokens a second and seconds a step, since `_restart`."""
+    def _speed(self, state: TrainerState) -> tuple[str, float]:
+        """Tokens a second (steps, where there are none) and seconds a step, since `_restart`."""
         seconds = max(time.monotonic() - self.clock, 1e-9)
-        tokens = (state.num_input_tokens_seen - self.tokens) / seconds
-        return tokens, seconds / max(state.global_step - self.steps, 1)
+        tokens, each = state.num_input_tokens_seen - self.tokens, seconds / max(state.global_step - self.steps, 1)
+        return f"{tokens / seconds:,.0f} tokens/s" if tokens else f"{1 / each:.1f} steps/s", each
 
 
 class Lines(Screen):
@@ -75,7 +75,7 @@ class Lines(Screen):
         rates = {name: f"{of['learning_rate']:.1e}" for name, of in figures_in(logs).items()}
         rate = ", ".join(f"{k} {v}" for k, v in rates.items()) if len(rates) > 1 else f"{logs['learning_rate']:.1e}"
         left = duration(each * (state.max_steps - state.global_step))
-        parts = [f"loss {logs['loss']:.4f}", f"rate {rate}", f"{speed:,.0f} tokens/s"]
+        parts = [f"loss {logs['loss']:.4f}", f"rate {rate}", speed]
         return " · ".join([*parts, f"peak {memory.size(memory.peak())}", f"{left} left"])
 
 
@@ -98,7 +98,7 @@ class Panel(Screen):
         self.losses: deque[float] = deque(maxlen=POINTS)
         self.held_out: list[tuple[int, float]] = []
         self.accuracy: float | None = None
-        self.speed: float | None = None
+        self.speed: str | None = None
         self.memory = ""
         self.figures: Figures = {}
 
@@ -199,7 +199,7 @@ class Panel(Screen):
             accuracy = "" if self.accuracy is None else f"  accuracy {self.accuracy:.1%}"
             latest = (f"{self.held_out[-1][1]:<8.4f}", f"bold {HELD_OUT}")
             facts.add_row("held out", Text.assemble(latest, accuracy, (f"  best {best:.4f} at step {step:,}", "dim")))
-        facts.add_row("speed", "…" if self.speed is None else f"{self.speed:,.0f} tokens/s")
+        facts.add_row("speed", self.speed or "…")
         facts.add_row("time", self._time())
         if not short:
             facts.add_row("memory", self.memory or "…")

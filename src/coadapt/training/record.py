@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import signal
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -13,6 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from coadapt.config import did_you_mean
+from coadapt.formats.files import aside
 
 FINAL = "train_runtime"
 """A key of the summary that Trainer logs after the last step."""
@@ -36,23 +39,51 @@ class MetricsLog(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         kept = [line for line in read_log(self.file) if line["step"] <= state.global_step] if state.global_step else []
-        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
+        with aside(self.file) as file:
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
         if FINAL in logs and "loss" not in logs:
             return
-        with self.file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(named({"step": state.global_step, **logs})) + "\n")
+        append(self.file, named({"step": state.global_step, **logs}))
+
+
+def append(file: Path, line: Mapping[str, Any]) -> None:
+    """Adds a line to a metrics file, whole or not at all.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    before = file.stat().st_size if file.is_file() else 0
+    try:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(line) + "\n")
+    except OSError as error:
+        with suppress(OSError):
+            os.truncate(file, before)
+        raise OSError(f"{file} could not be written: {error}. Make room, then go on with --resume.") from error
 
 
 def read_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; none where there is none. A last line that was cut off is left out."""
+    """The lines of a metrics file; none where there is none. A last line that was cut off is left out.
+
+    Raises:
+        ValueError: another line is damaged; names it.
+    """
     if not file.is_file():
         return []
-    lines = file.read_text("utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = file.read_text("utf-8", errors="replace").splitlines(keepends=True)
+    return [_line(file, number, line) for number, line in enumerate(lines, 1) if line.endswith("\n")]
+
+
+def _line(file: Path, number: int, line: str) -> dict[str, Any]:
+    with suppress(ValueError):
+        found = json.loads(line)
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            return found
+    raise ValueError(f"{file}, line {number} is damaged: {line.strip()[:80]!r}. Mend that line, or take it out.")
 
 
 class Watch(TrainerCallback):

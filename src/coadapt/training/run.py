@@ -1,5 +1,6 @@
 """A training run from its settings to the finished folder."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +18,22 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from coadapt.core.base import fingerprint
 from coadapt.data.collate import Collator
 from coadapt.data.columns import Told
+from coadapt.data.images import ImageCollator, prepare_images
 from coadapt.data.prepare import CLASSIFYING, Plan, Prepared, has_tags, plan, prepare
-from coadapt.data.show import describe, one_sample
+from coadapt.data.show import describe, one_image, one_sample
 from coadapt.data.source import read
 from coadapt.data.tokens import IGNORED
-from coadapt.formats.files import aside
+from coadapt.formats.files import aside, saving
 from coadapt.model import PeftModel
 from coadapt.training import folder
 from coadapt.training.assemble import (
+    Processor,
     adapter_config,
     attach,
+    check_sight,
     load_base,
     load_config,
-    load_tokenizer,
+    load_processor,
     longest,
     pad_token,
     rates,
@@ -59,7 +63,7 @@ class Outcome:
     best_step: int | None
     """The step that they are of, where the best ones are kept; None where they are those of the last step."""
     view: PeftModel
-    tokenizer: PreTrainedTokenizerBase
+    processor: Processor
 
 
 def prove(view: PeftModel, batch: Mapping[str, Any], console: Console) -> None:
@@ -88,30 +92,39 @@ def train(run: RunConfig, console: Console) -> Outcome:
     """
     check_tracker(run.report_to)
     out = folder.output_dir(run)
-    checkpoint = folder.claim(out, run)
-    task, found, made, tokenizer = _data(run)
+    start = folder.claim(out, run)
+    checkpoint = start.checkpoint
+    task, found, made, processor = _data(run)
     if run.early_stopping_patience is not None and made.held_out is None:
         raise ValueError(
             f"early_stopping_patience={run.early_stopping_patience} watches the held-out loss, and nothing is held "
             f"out: eval_split={run.eval_split:g} of {made.tally.rows} rows. Give eval_data, or a larger eval_split."
         )
     console.print(describe(found, made))
-    console.print(Text("\none example, trained tokens between ⟦ and ⟧:", "dim"))
-    console.print(one_sample(made.train[0], tokenizer, found.classes), "")
+    if isinstance(processor, PreTrainedTokenizerBase):
+        console.print(Text("\none example, trained tokens between ⟦ and ⟧:", "dim"))
+        console.print(one_sample(made.train[0], processor, found.classes), "")
+    else:
+        console.print(Text("\none example, its class between ⟦ and ⟧:", "dim"))
+        console.print(one_image(made.train[0], found.classes), "")
     seed_everything(run.seed)
     configs = {name: adapter_config(name, a, task, run.revision) for name, a in run.adapters.items()}
-    base = load_base(run.model, task, tokenizer, dtype=run.dtype, revision=run.revision, classes=found.classes)
+    base = load_base(run.model, task, processor, dtype=run.dtype, revision=run.revision, classes=found.classes)
     run = run.with_rates(parameters(base))
     run = run.model_copy(update={"task": task, "output_dir": str(out), "max_length": made.max_length})
     if checkpoint is not None:
         folder.same_run(out, run)  # now with what was open
-    view = attach(base, configs, run.composition)
-    trainer = _trainer(run, view, made, tokenizer, out, resuming=checkpoint is not None)
+    view = attach(base, configs, run.composition, new_head=task == "image-classification")
+    trainer = _trainer(run, view, made, processor, out, resuming=checkpoint is not None)
     console.print(settings_table(run, view, trainer.forecast()), "")
+    if run.resume:
+        console.print(Text(_resumed(start)), soft_wrap=True)
     if run.verify and checkpoint is None:
         prove(view, trainer.data_collator([made.train[i] for i in range(min(len(made.train), 2))]), console)
     if checkpoint is None:
         folder.clear(out)
+    for path in start.broken:
+        shutil.rmtree(path, ignore_errors=True)
     folder.write_run(out, run)
     log = out / folder.METRICS
     stillness = Stillness(view, teller(console, log))
@@ -122,18 +135,25 @@ def train(run: RunConfig, console: Console) -> Outcome:
         for callback in (Watch(), MetricsLog(log), stillness, shown, interrupt):
             trainer.add_callback(callback)
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            if checkpoint is not None and start.ended:
+                trainer.take_up(checkpoint)
+            else:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             shown.stop()
-    done = _finish(run, trainer, view, tokenizer, found, made, out, interrupt.asked)
+    done = _finish(run, trainer, view, processor, found, made, out, interrupt.asked)
     if done.best_step is not None:
         console.print(Text(f"\n{_stopped(run, done, trainer.state.max_steps)}"), soft_wrap=True)
     return done
 
 
-def _data(run: RunConfig) -> tuple[Task, Plan, Prepared, PreTrainedTokenizerBase]:
+def _data(run: RunConfig) -> tuple[Task, Plan, Prepared, Processor]:
     told = Told(
-        text=run.text_column, prompt=run.prompt_column, completion=run.completion_column, label=run.label_column
+        text=run.text_column,
+        prompt=run.prompt_column,
+        completion=run.completion_column,
+        label=run.label_column,
+        image=run.image_column,
     )
     source = read(run.data, run.dataset_config)
     held_out = read(run.eval_data, run.dataset_config) if run.eval_data else None
@@ -142,24 +162,33 @@ def _data(run: RunConfig) -> tuple[Task, Plan, Prepared, PreTrainedTokenizerBase
     if run.task is None and task == "sequence-classification" and has_tags(source):
         task = "token-classification"  # an encoder can be either
     found = plan(source, held_out, told, task)
-    decided: dict[str, Task] = {"labelled": "sequence-classification", "tagged": "token-classification"}
+    decided: dict[str, Task] = {
+        "labelled": "sequence-classification",
+        "tagged": "token-classification",
+        "pictured": "image-classification",
+    }
     task = task or decided.get(found.form.kind, "causal-lm")
-    tokenizer = load_tokenizer(run.model, run.revision)
+    check_sight(run.model, config, task)
+    processor = load_processor(run.model, task, run.revision)
+    if not isinstance(processor, PreTrainedTokenizerBase):
+        if run.max_length is not None:
+            raise ValueError(f"max_length={run.max_length} has no effect on images. Leave it out.")
+        return task, found, prepare_images(found, eval_split=run.eval_split, seed=run.seed), processor
     made = prepare(
         found,
-        tokenizer,
+        processor,
         task=task,
-        max_length=longest(run, config, tokenizer),
+        max_length=longest(run, config, processor),
         eval_split=run.eval_split,
         seed=run.seed,
         completion_only_loss=run.completion_only_loss,
         separator=run.prompt_separator,
     )
-    return task, found, made, tokenizer
+    return task, found, made, processor
 
 
 def _trainer(
-    run: RunConfig, view: PeftModel, made: Prepared, tokenizer: PreTrainedTokenizerBase, out: Path, resuming: bool
+    run: RunConfig, view: PeftModel, made: Prepared, processor: Processor, out: Path, resuming: bool
 ) -> AdapterTrainer:
     classes = run.task in CLASSIFYING
     trainer = AdapterTrainer(
@@ -168,7 +197,11 @@ def _trainer(
         args=training_arguments(run, out, evaluates=made.held_out is not None, resuming=resuming),
         train_dataset=made.train,
         eval_dataset=made.held_out,
-        data_collator=Collator(pad_token_id=pad_token(tokenizer)),
+        data_collator=(
+            Collator(pad_token_id=pad_token(processor))
+            if isinstance(processor, PreTrainedTokenizerBase)
+            else ImageCollator(processor=processor)
+        ),
         compute_metrics=_accuracy if classes else None,
         preprocess_logits_for_metrics=_chosen if classes else None,
     )
@@ -197,7 +230,7 @@ def training_arguments(run: RunConfig, out: Path, evaluates: bool, resuming: boo
             "load_best_model_at_end": run.early_stopping_patience is not None,
             "metric_for_best_model": "eval_loss" if evaluates and run.eval_strategy != "no" else None,
             "greater_is_better": False,
-            "include_num_input_tokens_seen": "non_padding",
+            "include_num_input_tokens_seen": "no" if run.task == "image-classification" else "non_padding",
             "logging_first_step": True,
             "logging_nan_inf_filter": False,
             "prediction_loss_only": run.task not in CLASSIFYING,
@@ -242,7 +275,7 @@ def _finish(
     run: RunConfig,
     trainer: AdapterTrainer,
     view: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
     found: Plan,
     made: Prepared,
     out: Path,
@@ -256,18 +289,20 @@ def _finish(
     folder.link(out, "last", out / f"checkpoint-{state.global_step}")
     folder.link(out, "best", best)
     if not interrupted:
-        view.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        with saving(out) as new:
+            processor.save_pretrained(new.folder)
         with aside(out / folder.PICTURE) as file:
             draw(log, file, title(run))
         figures = _figures(state.global_step, log, made, best_step)
-        folder.write_card(out, run, figures, made.framing.style)
+        folder.write_card(out, run, figures, made.framing and made.framing.style, found.classes)
         facts = {
             "data": {"name": run.data, "sha256": made.fingerprint, "format": found.form.name, "classes": found.classes}
         }
         facts |= {"base": {"name": run.model, "fingerprint": fingerprint(view.get_base_model())}}
-        framing = {"style": made.framing.style, "separator": made.framing.separator}
-        folder.write_provenance(out, **facts, prompt=framing, figures=figures)
+        if made.framing is not None:
+            facts["prompt"] = {"style": made.framing.style, "separator": made.framing.separator}
+        folder.write_provenance(out, **facts, figures=figures)
+        view.save_pretrained(out)  # last: where an adapter is found, all that belongs to it is there
     return Outcome(
         folder=out,
         step=state.global_step,
@@ -275,8 +310,16 @@ def _finish(
         held_out_loss=state.best_metric if best_step is not None else held_out[-1] if held_out else None,
         best_step=best_step,
         view=view,
-        tokenizer=tokenizer,
+        processor=processor,
     )
+
+
+def _resumed(start: folder.Start) -> str:
+    left = [f"{path.name} is left out, it was not written to its end: {why}." for path, why in start.broken.items()]
+    if start.checkpoint is None:
+        return "\n".join([*left, "There is no checkpoint yet: training begins anew."])
+    end = " Training had ended there; what it came to is written now." if start.ended else ""
+    return "\n".join([*left, f"Going on from {start.checkpoint.name}.{end}"])
 
 
 def title(run: RunConfig) -> str:
@@ -301,8 +344,8 @@ def _figures(step: int, log: list[dict[str, Any]], made: Prepared, best: int | N
     figures: dict[str, Any] = {
         "steps": step,
         "training rows": made.tally.rows,
-        "tokens of training data": made.tally.tokens,
     }
+    figures |= {"tokens of training data": made.tally.tokens} if made.tally.tokens else {}
     figures |= {"last training loss": round(train[-1], 4)} if train else {}
     figures |= {} if best is None else {"saved": f"the best adapters, of step {best}"}
     if not held_out:

@@ -12,7 +12,7 @@ from coadapt.config import check_name
 from coadapt.training.options import default_options, default_rate, method_named, methods
 from coadapt.training.vocabulary import adapters_of, plain_value, refuse_unknown, renamed
 
-Task = Literal["causal-lm", "seq2seq", "sequence-classification", "token-classification"]
+Task = Literal["causal-lm", "seq2seq", "sequence-classification", "token-classification", "image-classification"]
 
 
 class AdapterSettings(BaseModel):
@@ -71,7 +71,8 @@ class RunConfig(BaseModel):
     task: Task | None = None
     """Left out, it is found from the model and the data."""
     data: str
-    """What to train on: a jsonl, json, csv, tsv, parquet or txt file, a folder of such files, or a hub id."""
+    """What to train on: a jsonl, json, csv, tsv, parquet or txt file, a folder of such files, or a hub id; for images
+    also a folder with a sub-folder for each class."""
     dataset_config: str | None = None
     """Configuration of a dataset of the hub."""
     eval_data: str | None = None
@@ -86,6 +87,8 @@ class RunConfig(BaseModel):
     """Column of what it shall answer; also the target of seq2seq."""
     label_column: str | None = None
     """Column of the class, or of the words' tags."""
+    image_column: str | None = None
+    """Column of the images' files, relative to the file that names them."""
     prompt_separator: str = "\n"
     """Joins a plain prompt and its completion where neither has white space there."""
     completion_only_loss: bool = True

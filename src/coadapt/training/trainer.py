@@ -1,17 +1,21 @@
 """transformers' Trainer with one optimiser group for each adapter: its own rate, warm-up, decay and clipping."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import Trainer, get_scheduler
+from transformers import Trainer, TrainerState, get_scheduler
 
+from coadapt.formats.files import CHECKPOINT, read_tensors
 from coadapt.model import PeftModel
-from coadapt.training import memory
+from coadapt.training import folder, memory
 from coadapt.training.monitor import Monitor
 
 
@@ -108,6 +112,32 @@ class AdapterTrainer(Trainer):
         schedule = get_scheduler(self.args.lr_scheduler_type, stand_in, length, steps)
         assert isinstance(schedule, LambdaLR)
         return schedule.lr_lambdas[0]
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Weights and state become those with which training ended at `checkpoint`; the best weights, where kept."""
+        self.state = TrainerState.load_from_json(str(checkpoint / folder.STATE))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        source = checkpoint if best is None else checkpoint.parent / Path(best).name
+        self.view.load_state_dict(read_tensors(source / CHECKPOINT))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """transformers' own; one that cannot be written to its end is taken away again.
+
+        Raises:
+            OSError: says why, and how to go on.
+        """
+        out = Path(self.args.output_dir or ".")
+        place = out / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if folder.damage(place) is not None:
+                shutil.rmtree(place, ignore_errors=True)
+            free = shutil.disk_usage(out).free / memory.GIB
+            raise OSError(
+                f"{place} could not be written: {error} ({free:.1f} GiB are free there). Earlier checkpoints are as "
+                "they were; make room, then go on with --resume."
+            ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the figures of each adapter (rate, norms of gradient and update) and the peak of memory."""
