@@ -374,7 +374,9 @@ class PeftModel(View):
             return
         chosen = list(selected_adapters or self._names)
         adapters = {name: self.get_adapter(name) for name in chosen}
-        node = self._node if set(composition.names(self._node)) <= set(chosen) else composition.Sum(*chosen)
+        active = set(composition.names(self._node))
+        whole = active <= set(chosen) and (active or selected_adapters is None)
+        node = self._node if whole else composition.Sum(*chosen)
         folder.save(Path(save_directory), adapters, node, self.base, self._record.fingerprint, save_embedding_layers)
 
     @classmethod

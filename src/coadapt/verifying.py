@@ -94,10 +94,13 @@ def verify(view: Any, batch: Any, loss: Callable[[Any], Tensor] | None = None, m
             (MERGED, _unmergeable(view) if merge else "merge=False", _merged),
             (SAVED, "", _saved),
         ):
+            try:
+                if not why:
+                    findings.append(tried(view, call, expected))
+            except OSError as error:
+                why = f"there is no room for it: {error}"
             if why:
                 skipped[what] = why
-            else:
-                findings.append(tried(view, call, expected))
     findings += [
         Finding(GRADIENT, name, False, "it takes no part", f"It is not in the composition {view.composition!r}.")
         for name in view.peft_config

@@ -16,6 +16,8 @@ from laws.setting import EVERY, MAKE, close, far, logits, pairs, view_on
 def way(case: str) -> tuple[str | None, dict[str, Any]]:
     """How an adapter of this case is combined exactly; None where it need not be said."""
     method = METHODS[EVERY[case].method]
+    if case == "lora-tokens":
+        return "svd", {"r": "full"}  # other rows of an embedding are no product of two factors
     if issubclass(method, ModuleMethod) and not issubclass(method, ModuleCopy):
         return "mean", {}
     if issubclass(method, WeightMethod) and not issubclass(method, LowRankMethod | BitFit | LNTuning):

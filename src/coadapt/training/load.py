@@ -72,14 +72,14 @@ def load(
         ValueError: no base is named, or the folder does not fit it.
         FileNotFoundError: there is no such folder.
     """
-    ready = load_bare(model, adapter, device=device)
+    ready, device = load_bare(model, adapter), best() if device is None else device
     if adapter is None:
-        return ready
+        return replace(ready, model=ready.model.to(device))
     _grow(ready.model, adapter)
     view = PeftModel.from_pretrained(ready.model, adapter)
     if adapters is not None:
         view.set_adapter(adapters)
-    return replace(ready, model=view.eval())
+    return replace(ready, model=view.to(device).eval())
 
 
 def _grow(base: Any, adapter: Path) -> None:
@@ -92,7 +92,7 @@ def _grow(base: Any, adapter: Path) -> None:
         base.resize_token_embeddings(needed, mean_resizing=False)
 
 
-def load_bare(model: str | None, adapter: Path | None, *, device: torch.device | None = None) -> Ready:
+def load_bare(model: str | None, adapter: Path | None) -> Ready:
     """As `load`, with nothing attached yet: the base that the adapter folder is for.
 
     Raises:
@@ -110,15 +110,14 @@ def load_bare(model: str | None, adapter: Path | None, *, device: torch.device |
     task = (_task_of(adapter) if adapter else None) or task_of_model(config) or "causal-lm"
     kept = adapter is not None and any((adapter / n).is_file() for n in PROCESSORS)
     processor = load_processor(str(adapter) if kept else name, task)
-    device = best() if device is None else device
     told = _provenance(adapter if adapter is not None else Path(name))  # a merged model keeps its adapter's
     # Where nothing is known of its training, a prompt is taken as it is.
     framing = Framing(**told.get("prompt", {"separator": ""}))
     how: dict[str, Any] = {"processor": processor, "framing": framing, "trained": "prompt" in told}
     if adapter is None:
-        return Ready(model=load_base(name, task, processor).to(device).eval(), **how)
+        return Ready(model=load_base(name, task, processor).eval(), **how)
     base = load_base(name, task, processor, classes=told.get("data", {}).get("classes", ()))
-    return Ready(model=base.to(device).eval(), **how)
+    return Ready(model=base.eval(), **how)
 
 
 def _task_of(adapter: Path) -> Task | None:
