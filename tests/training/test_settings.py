@@ -160,7 +160,7 @@ def test_names_are_those_of_transformers_where_it_has_one() -> None:
         "eval_split",
         "prompt_separator",
     }
-    ours |= {f"{role}_column" for role in ("text", "prompt", "completion", "label")} | {
+    ours |= {f"{role}_column" for role in ("text", "prompt", "completion", "label", "image")} | {
         "completion_only_loss",
         "max_length",
     }
