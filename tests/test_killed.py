@@ -1,5 +1,6 @@
 """Real processes, killed with SIGKILL at random moments while they save or train: nothing is lost, nothing is mixed."""
 
+import glob
 import json
 import random
 import time
@@ -138,12 +139,17 @@ Moment = Callable[[Path, Callable[[], bool]], None]
 """Waits in a folder for the moment to kill; the second says whether the process has ended."""
 
 
+def there(pattern: Path) -> set[str]:
+    """What matches; `Path.glob` fails where a folder goes meanwhile."""
+    return set(glob.glob(str(pattern)))  # noqa: PTH207
+
+
 def at(name: str, chance: random.Random) -> Moment:
     """As soon as there is such a file, or up to 20 ms after."""
 
     def moment(out: Path, ended: Callable[[], bool]) -> None:
-        before = set(out.glob(name))
-        wait(lambda: bool(set(out.glob(name)) - before) or ended())
+        before = there(out / name)
+        wait(lambda: bool(there(out / name) - before) or ended())
         time.sleep(chance.uniform(0, 0.02))
 
     return moment
