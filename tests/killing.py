@@ -11,8 +11,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
+import pytest
 import torch
 
 import coadapt.training.run  # noqa: F401  imported once, by the server
@@ -27,7 +27,9 @@ SERVER = multiprocessing.get_context("forkserver")
 def start(target: Any, *args: Any) -> BaseProcess:
     """A process of its own that calls `target`, a function of this file."""
     SERVER.set_forkserver_preload([__name__])
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1"):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("OMP_NUM_THREADS", "1")
         forkserver.ensure_running()
     process = SERVER.Process(target=target, args=args, daemon=True)
     process.start()

@@ -1,5 +1,6 @@
 """Real processes, killed with SIGKILL at random moments while they save or train: nothing is lost, nothing is mixed."""
 
+import glob
 import json
 import random
 import time
@@ -90,11 +91,17 @@ def test_hundreds_of_kills_while_saving(tmp_path: Path) -> None:
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def arguments(data: Path, out: Path) -> list[str]:
-    """Two adapters, dropout, a checkpoint every two steps, the last step between two checkpoints."""
+PLAIN = "--max-steps 7 --save-steps 2 --eval-steps 3"
+"""The last step is between two checkpoints."""
+EARLY = "--max-steps 30 --eval-steps 2 --early-stopping-patience 2 --learning-rate 0.5"
+"""At this rate the held-out loss soon gets worse; the best adapters are kept."""
+
+
+def arguments(data: Path, out: Path, how: str = PLAIN) -> list[str]:
+    """Two adapters, dropout, a checkpoint every two steps."""
     plain = f"--model {BASE} --data {data} --output-dir {out} --method lora+prompt --r 2 --lora-dropout 0.2 --use-cpu"
-    often = "--max-steps 7 --save-steps 2 --eval-steps 3 --eval-split 0.2 --logging-steps 1 --save-total-limit 2"
-    return ["train", *plain.split(), *often.split()]
+    often = "--eval-split 0.2 --logging-steps 1 --save-total-limit 2"
+    return ["train", *plain.split(), *often.split(), *how.split()]
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +115,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unbroken") / "out"
-    log = out.with_name("log")
-    process = killing.start(killing.command, log, *arguments(data, out))
-    process.join()
-    assert process.exitcode == 0, log.read_text()
+    kill_while_training(data, out, iter(()))
     return out
 
 
@@ -135,12 +139,17 @@ Moment = Callable[[Path, Callable[[], bool]], None]
 """Waits in a folder for the moment to kill; the second says whether the process has ended."""
 
 
+def there(pattern: Path) -> set[str]:
+    """What matches; `Path.glob` fails where a folder goes meanwhile."""
+    return set(glob.glob(str(pattern)))  # noqa: PTH207
+
+
 def at(name: str, chance: random.Random) -> Moment:
     """As soon as there is such a file, or up to 20 ms after."""
 
     def moment(out: Path, ended: Callable[[], bool]) -> None:
-        before = set(out.glob(name))
-        wait(lambda: bool(set(out.glob(name)) - before) or ended())
+        before = there(out / name)
+        wait(lambda: bool(there(out / name) - before) or ended())
         time.sleep(chance.uniform(0, 0.02))
 
     return moment
@@ -150,13 +159,15 @@ def after(seconds: float) -> Moment:
     return lambda out, ended: time.sleep(seconds)
 
 
-def kill_while_training(data: Path, out: Path, moments: Iterator[Moment]) -> tuple[list[str], list[str]]:
+def kill_while_training(
+    data: Path, out: Path, moments: Iterator[Moment], how: str = PLAIN
+) -> tuple[list[str], list[str]]:
     """Runs, kills, and resumes until the run ends by itself: what each process said, and what was broken each time."""
     said, broken = list[str](), list[str]()
     while True:
         again = ["--resume"] if (out / "run.yaml").is_file() else []
         log = out.with_name(f"log{len(said)}")
-        process = killing.start(killing.command, log, *arguments(data, out), *again)
+        process = killing.start(killing.command, log, *arguments(data, out, how), *again)
         moment = next(moments, None)
         if moment is not None:
             moment(out, lambda process=process: process.exitcode is not None)
@@ -203,24 +214,19 @@ def test_a_training_that_finds_no_room_says_so_and_goes_on_when_there_is(
 
 
 @pytest.mark.full
-def test_many_kills_while_training(data: Path, unbroken: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [PLAIN, EARLY], ids=["plain", "early"])
+def test_many_kills_while_training(data: Path, tmp_path: Path, how: str) -> None:
     chance = random.Random(1)
-    names = (
-        "run.yaml",
-        "metrics.jsonl",
-        "checkpoint-*",
-        "checkpoint-*/*.pt",
-        "checkpoint-*/*.json",
-        "*.json*",
-        "lora/*",
-    )
-    found = list[str]()
-    for number in range(12):
+    names = ("run.yaml", "*.jsonl", "checkpoint-*", "checkpoint-*/*.pt", "checkpoint-*/*.json", "*.json", "lora/*")
+    unbroken, found = tmp_path / "unbroken" / "out", list[str]()
+    unbroken.parent.mkdir()
+    kill_while_training(data, unbroken, iter(()), how)
+    for number in range(8):
         out = tmp_path / str(number) / "out"
         out.parent.mkdir()
         moments = [
             at(chance.choice(names), chance) if chance.random() < 0.6 else after(chance.uniform(0, 3)) for _ in range(8)
         ]
-        found += kill_while_training(data, out, iter(moments))[1]
+        found += kill_while_training(data, out, iter(moments), how)[1]
         equal(out, unbroken)
     assert found  # some were killed while a checkpoint was written

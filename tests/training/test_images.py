@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from byte_tokenizer import save_base
 from coadapt import PeftModel
@@ -98,7 +99,18 @@ def test_what_does_not_go_together_is_refused(
     (bare / "preprocessor_config.json").unlink()
     with pytest.raises(ValueError, match=r"has no image processor \(preprocessor_config\.json\)"):
         go(bare, images, out, method="lora")
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(bare)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(bare)
+    with pytest.raises(ValueError, match="'all-linear' finds none beside the head in ResNet"):
+        go(bare, images, out, method="lora")
     assert not out.exists()
+    done = go(bare, images, out, method="lora", target_modules=["convolution"], max_steps=2)
+    assert {part.place.path.rpartition(".")[2] for part in done.view.get_adapter("default").parts} == {
+        "convolution",
+        "classifier",
+    }
     image, capsys_err = images / "red" / "0.png", lambda: capsys.readouterr().err
     assert call(["generate", "--model", base, "--image", str(image), "--use-cpu"]) == 1
     assert "takes text, not images" in capsys_err()

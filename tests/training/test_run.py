@@ -323,6 +323,8 @@ def test_what_a_resume_needs_is_looked_at_before_anything_is_done(base: str, row
     refused(r"run\.yaml is damaged")
     run.write_text(settings[: settings.index("max_grad_norm")])
     refused(r"run\.yaml is incomplete: it does not say max_grad_norm, .*--overwrite-output-dir")
+    run.write_text(settings.replace("image_column: null\n", ""))  # of a version that had no such setting
+    go(base, rows, out, resume=True, **SAVING)
     run.unlink()
     refused(r"holds checkpoints, and no run\.yaml .*--overwrite-output-dir")
     run.write_text(settings)

@@ -1,7 +1,6 @@
 """`coadapt merge`: an adapter becomes part of its base's weights."""
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,13 +23,14 @@ def _invoke(model: str | None, adapter: Path, adapters: str | None, out: Path, u
     assert isinstance(ready.model, PeftModel)
     merged = cast(Any, ready.model.merge_and_unload())
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    aside = out.with_name(f".coadapt-writing.{out.name}")  # always the same: remains of a killed process go with it
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
     try:
         merged.save_pretrained(aside)
         ready.processor.save_pretrained(aside)
         if (adapter / PROVENANCE).is_file():  # it says how prompts were put in training
             shutil.copy(adapter / PROVENANCE, aside)
-        aside.chmod(0o755)
         if out.exists():
             out.rmdir()
         aside.rename(out)

@@ -106,7 +106,12 @@ def modules(config: TargetedConfig, base: nn.Module, usual: Sequence[str]) -> li
                 )
         case "all-linear":
             top = heads(base)
-            paths = [n for n, _ in linears(base) if n not in top]
+            paths = [n for n, _ in linears(base) if not any(n == head or n.startswith(f"{head}.") for head in top)]
+            if not paths:
+                raise ValueError(
+                    f"{_who(config)}: target_modules='all-linear' finds none beside the head in {type(base).__name__}. "
+                    "Name the modules; LoRA takes convolutions, too."
+                )
             if (left := [m for m in mixtures(base) if m.raw]) and not getattr(config, "target_parameters", None):
                 warnings.warn(_left_out(config, paths, left), stacklevel=2)
         case str():

@@ -197,26 +197,29 @@ def same_run(folder: Path, run: RunConfig) -> Mapping[str, Any]:
     try:
         before = yaml.safe_load(file.read_text("utf-8"))
         lost = [name for name in now if name not in before]
+        # Settings that there were not yet when it was written.
+        left_open = {name: RunConfig.model_fields[name].default for name in lost}
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(
             f"resume: {file} is damaged: {error}. Mend it, or begin anew (--overwrite-output-dir)."
         ) from error
-    if lost:
+    if list(now)[-1] in lost:  # cut off
         raise ValueError(
             f"resume: {file} is incomplete: it does not say {', '.join(lost)}. Add what was set then, or begin anew "
             "(--overwrite-output-dir)."
         )
+    known = {**left_open, **before}
     # What is left open now is found as it was found then.
     for name, adapter in now["adapters"].items():
-        if "learning_rate" not in adapter and (then := before["adapters"].get(name)):
+        if "learning_rate" not in adapter and (then := known["adapters"].get(name)):
             adapter["learning_rate"] = then["learning_rate"]
-    other = [n for n in now if n not in MAY_CHANGE and now[n] is not None and before[n] != now[n]]
+    other = [n for n in now if n not in MAY_CHANGE and now[n] is not None and known[n] != now[n]]
     if other:
-        shown = "\n".join(f"  {n}: {before[n]!r} then, {now[n]!r} now" for n in other)
+        shown = "\n".join(f"  {n}: {known[n]!r} then, {now[n]!r} now" for n in other)
         raise ValueError(
             f"resume: the checkpoint is of a run with other settings, which would have no effect now:\n{shown}"
         )
-    return before
+    return known
 
 
 def write_run(folder: Path, run: RunConfig) -> None:
