@@ -85,6 +85,13 @@ def test_every_method_has_a_larger_rate_on_a_small_base() -> None:
         assert default_rate(name, SMALL - 1)[0] > default_rate(name, SMALL)[0] == default_rate(name)[0], name
 
 
+def test_the_table_of_the_page_is_the_one_in_use() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "learning_rates.md").read_text("utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.count(" | ") == 4]
+    shown = {row[0]: (float(row[1]), float(row[3])) for row in rows if row[0] in RECOMMENDED}
+    assert shown == {name: (d.learning_rate, d.small) for name, d in RECOMMENDED.items()}
+
+
 def test_a_run_writes_down_the_rate_that_it_found_and_resumes_with_no_other(base: str, rows: str, out: Path) -> None:
     def go(**settings: Any) -> None:
         given: dict[str, Any] = {"use_cpu": True, "eval_split": 0, "r": 2, **settings}
