@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import site
-from .target import HEADS
+from .target import HEADS, word_embeddings
 
 _BASES: "weakref.WeakKeyDictionary[nn.Module, Base]" = weakref.WeakKeyDictionary()
 
@@ -110,8 +110,7 @@ FIRST = 16
 def fingerprint(model: nn.Module) -> str:
     """`"<structure>-<values>"`, 16 hexadecimal digits each. The same in fp32 and bf16; unknown values are left out."""
     structure, values = hashlib.sha256(), hashlib.sha256()
-    ends = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
-    vocabulary = {id(m.weight) for m in ends if isinstance(m, nn.Module) and hasattr(m, "weight")}
+    vocabulary = {id(m.weight) for m in word_embeddings(model)}
     for name, parameter in sorted(model.named_parameters()):
         if name.partition(".")[0] in HEADS:  # new at each load; what was trained of it is in the adapter
             continue

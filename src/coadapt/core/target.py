@@ -306,14 +306,27 @@ def with_tied(base: nn.Module, found: Sequence[tuple[str, nn.Module]]) -> list[t
     return [(p, m) for p, m in every if (p, m) in found or id(weight_of(base, m)) in weights]
 
 
+def word_embeddings(base: Any) -> list[nn.Module]:
+    """The embedding of the input and the head, as far as the model has them, with a weight each."""
+    found: list[nn.Module] = []
+    for end in ("input", "output"):
+        try:
+            module = getattr(base, f"get_{end}_embeddings", lambda: None)()
+        except NotImplementedError:  # what transformers says of a model without tokens
+            continue
+        if isinstance(module, nn.Module) and isinstance(getattr(module, "weight", None), nn.Parameter):
+            found.append(module)
+    return found
+
+
 def weight_of(base: Any, module: nn.Module) -> Any:
     """The weight of a layer; of a head on the meta device, which is tied when it is loaded, the one that it gets."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, nn.Parameter) and weight.is_meta and hasattr(base, "get_output_embeddings"):
         tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
-        first = getattr(base.get_input_embeddings(), "weight", weight)
-        if tied and first.is_meta and base.get_output_embeddings() is module:
-            return first
+        ends = word_embeddings(base)
+        if tied and len(ends) == 2 and ends[0].get_parameter("weight").is_meta and ends[1] is module:
+            return ends[0].weight
     return weight
 
 

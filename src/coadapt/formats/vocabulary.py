@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, ModuleCopy, make
-from ..core.target import path_of
+from ..core.target import path_of, word_embeddings
 from ..methods.trainable_tokens import KeptRows, TrainableTokens, TrainableTokensConfig
 from .files import WEIGHTS
 
@@ -18,10 +18,7 @@ ROOT = "base_model.model."
 
 def embeddings(base: Any) -> dict[str, nn.Module]:
     """The input embedding, and the head where its weight is another one, by path; nothing where there are none."""
-    if not hasattr(base, "get_input_embeddings"):
-        return {}
-    found = [base.get_input_embeddings(), base.get_output_embeddings()]
-    distinct = {id(m.weight): m for m in reversed(found) if isinstance(getattr(m, "weight", None), Tensor)}
+    distinct = {id(m.weight): m for m in reversed(word_embeddings(base))}
     return {path_of(base, m): m for m in reversed(distinct.values())}
 
 
