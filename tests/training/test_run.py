@@ -15,7 +15,7 @@ import yaml
 from matplotlib.image import imread
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BertForMaskedLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertForMaskedLM, TrainerCallback
 
 import models
 from byte_tokenizer import save_base
@@ -437,3 +437,20 @@ def test_a_run_in_which_an_adapter_would_not_train_does_not_begin(base: str, row
     train(RunConfig(**said, adapters=adapters, composition="a + 0*b", verify=False), console)
     train(RunConfig(**said, adapters=adapters, overwrite_output_dir=True), console)
     assert "every adapter changes the output" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(base: str, rows: str, out: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    small = tmp_path / "small"
+    model.save_pretrained(small)
+    tokenizer.add_tokens(["<plus>"])
+    tokenizer.save_pretrained(small)
+    data = tmp_path / "plus.jsonl"
+    data.write_text(Path(rows).read_text("utf-8").replace("+", "<plus>"), "utf-8")
+    if len(tokenizer) <= model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer) - 1)
+        model.save_pretrained(small)
+    with pytest.raises(ValueError, match=r"no embeddings for, '<plus>' among them.*resize_token_embeddings"):
+        go(str(small), str(data), out, max_steps=1)
+    go(str(small), rows, out, max_steps=1)

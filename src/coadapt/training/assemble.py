@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 import coadapt.methods  # noqa: F401  makes the configurations known
 from coadapt.config import CONFIGS, PeftConfig, TaskType
 from coadapt.core.adapter import train_head
+from coadapt.core.target import word_embeddings
 from coadapt.data.images import need_pillow
 from coadapt.model import PeftModel, get_peft_model
 from coadapt.training.folder import AUTO_NAMES
@@ -139,6 +140,20 @@ def load_base(
         else:  # image classifiers come with a head for the classes that they were pretrained on
             options["ignore_mismatched_sizes"] = True
     return getattr(transformers, AUTO_NAMES[task]).from_pretrained(model, **options)
+
+
+def check_vocabulary(base: nn.Module, rows: Any, processor: Processor) -> None:
+    """Raises ValueError where the data has tokens that the model has no embeddings for. It is not resized here."""
+    ends = word_embeddings(base)
+    known = len(ends[0].get_parameter("weight")) if ends else 0
+    if not isinstance(processor, PreTrainedTokenizerBase) or not ends or len(processor) <= known:
+        return
+    if highest := max((i for row in rows for i in row["input_ids"] if i >= known), default=0):
+        raise ValueError(
+            f"The data has tokens that the model has no embeddings for, {processor.convert_ids_to_tokens(highest)!r} "
+            f"among them: the tokenizer knows {len(processor)} tokens, the model {known}. Make room for them with "
+            f"base.resize_token_embeddings({len(processor)}), save it, and train with that folder as --model."
+        )
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -31,6 +31,7 @@ from coadapt.training.assemble import (
     adapter_config,
     attach,
     check_sight,
+    check_vocabulary,
     load_base,
     load_config,
     load_processor,
@@ -110,6 +111,7 @@ def train(run: RunConfig, console: Console) -> Outcome:
     seed_everything(run.seed)
     configs = {name: adapter_config(name, a, task, run.revision) for name, a in run.adapters.items()}
     base = load_base(run.model, task, processor, dtype=run.dtype, revision=run.revision, classes=found.classes)
+    check_vocabulary(base, made.train, processor)
     run = run.with_rates(parameters(base))
     run = run.model_copy(update={"task": task, "output_dir": str(out), "max_length": made.max_length})
     if checkpoint is not None:
