@@ -216,3 +216,17 @@ def test_a_name_that_is_a_file_already(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a file there has that name"):
         view.save_pretrained(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_of_one_adapter_goes_by_any_name(tmp_path: Path) -> None:
+    """Also where it says more than the adapter itself, as a trained one says its rate."""
+    view = get_peft_model(llama(), LoraConfig(r=2))
+    stir(view.adapters)
+    view.param_groups({"default": 1e-3})
+    view.save_pretrained(tmp_path)
+    assert (tmp_path / "composition.json").is_file()
+    again = PeftModel.from_pretrained(llama(), tmp_path, adapter_name="task", is_trainable=True)
+    again.load_adapter(tmp_path, "other")
+    assert (again.active_adapters, list(again.peft_config)) == (["task"], ["task", "other"])
+    assert again.get_adapter("task").learning_rate == 1e-3
+    assert torch.equal(logits(again.eval()), logits(view.eval()))

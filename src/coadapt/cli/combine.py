@@ -86,12 +86,13 @@ def _folders(given: tuple[str, ...]) -> dict[str, Path]:
 
 def _attach(view: "PeftModel", name: str, folder: Path) -> None:
     """The adapter in `folder` as `name`, or those of a composition by their own names."""
-    from coadapt.formats.files import CHECKPOINT, COMPOSITION, settle
+    from coadapt.formats.files import CHECKPOINT, COMPOSITION, read_json, settle
 
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no adapter folder {str(folder)!r}.")
     settle(folder)
-    if (folder / COMPOSITION).is_file() or (folder / CHECKPOINT).is_file():
+    told = read_json(folder / COMPOSITION) if (folder / COMPOSITION).is_file() else {"adapters": ["default"]}
+    if told.get("adapters") != ["default"] or (folder / CHECKPOINT).is_file():
         type(view).from_pretrained(view, folder)
     else:
         view.load_adapter(folder, name)

@@ -173,18 +173,21 @@ def _load_composition(reader: _Reader, where: Path, name: str | None, is_trainab
     if lost := [k for k in ("adapters", "composition") if k not in said]:
         raise ValueError(f"{file} is incomplete: it does not say {' and '.join(lost)}.")
     listed = [check_name(n) for n in said["adapters"]]
-    if name is not None and name not in listed:
+    alone = listed == ["default"]  # a folder of one adapter, which goes by any name
+    if name is not None and name not in listed and not alone:
         raise ValueError(
             f"{where} holds the adapters {', '.join(listed)}; {name!r} is not among them. To load one under another "
             "name, give its sub-folder."
         )
     trained = listed if name is not None else said.get("trainable") or listed
     adapters = [
-        _load_adapter(reader, where if n == "default" else where / n, n, None, is_trainable and n in trained)
+        _load_adapter(
+            reader, where if n == "default" or alone else where / n, n, None, is_trainable and (n in trained or alone)
+        )
         for n in ([name] if name is not None else listed)
     ]
     for adapter in adapters:
-        adapter.learning_rate = said.get("learning_rates", {}).get(adapter.name)
+        adapter.learning_rate = said.get("learning_rates", {}).get("default" if alone else adapter.name)
     node = name if name is not None else node_from_json(said["composition"])
     _fill_gates(where, learned(node), is_trainable)
     return Loaded(adapters, node)
