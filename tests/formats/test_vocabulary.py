@@ -9,7 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from byte_tokenizer import save_base
 from coadapt import LoraConfig, PeftModel, PromptTuningConfig, TrainableTokensConfig, get_peft_model
+from coadapt.formats.vocabulary import rows_needed
+from coadapt.training.load import load
 from models import MODELS, VOCABULARY, ids, logits, stir
 from steps import traces
 
@@ -122,3 +125,18 @@ def test_nothing_is_written_where_nothing_was_resized(where: Path, tmp_path: Pat
     assert not [k for k in load_file(tmp_path / "none" / "adapter_model.safetensors") if "lora" not in k]
     with pytest.raises(ValueError, match="save_embedding_layers='yes' is not one of"):
         view.save_pretrained(tmp_path / "x", save_embedding_layers="yes")
+
+
+def test_the_command_line_makes_room_and_says_so(tmp_path: Path) -> None:
+    """Its base is nobody else's. Other tables than the vocabulary's (positions) do not count."""
+    where = save_base(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(where)
+    size = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(size + 2, mean_resizing=False)
+    get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "out")
+    with pytest.warns(UserWarning, match="brings 2 tokens more"):
+        ready: Any = load(str(where), tmp_path / "out").model
+    assert ready.get_input_embeddings().weight.shape[0] == size + 2
+    positions = get_peft_model(MODELS["gpt2"](), LoraConfig(r=2, modules_to_save=["wpe"]))
+    positions.save_pretrained(tmp_path / "positions")
+    assert rows_needed(tmp_path / "positions", MODELS["gpt2"]()) == 0

@@ -13,6 +13,7 @@ import click
 
 from coadapt.cli.completion import paths
 from coadapt.cli.group import DEBUG, describe
+from coadapt.cli.options import answering
 
 if TYPE_CHECKING:
     from coadapt.training.chat import Chat, Request
@@ -235,17 +236,6 @@ command = click.Command(
         click.Option(
             ["--raw"], is_flag=True, help="Put each text as it is, without chat template or frame of training."
         ),
-        click.Option(
-            ["--max-new-tokens"], type=click.IntRange(1), default=128, show_default=True, help="Longest answer."
-        ),
-        click.Option(
-            ["--temperature"],
-            type=click.FloatRange(0),
-            default=0.0,
-            show_default=True,
-            help="0: always the likeliest token; else sampled.",
-        ),
-        click.Option(["--seed"], type=int, default=42, show_default=True, help="Of the sampling."),
-        click.Option(["--use-cpu"], is_flag=True, help="Do not use a GPU even if there is one."),
+        *answering(),
     ],
 )

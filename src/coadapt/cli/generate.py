@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from coadapt.cli.completion import paths
+from coadapt.cli.options import answering
 
 
 def _invoke(
@@ -82,17 +83,6 @@ command = click.Command(
         click.Option(
             ["--raw"], is_flag=True, help="Take the prompt as it is, without the frame that it had in training."
         ),
-        click.Option(
-            ["--max-new-tokens"], type=click.IntRange(1), default=128, show_default=True, help="Longest answer."
-        ),
-        click.Option(
-            ["--temperature"],
-            type=click.FloatRange(0),
-            default=0.0,
-            show_default=True,
-            help="0: always the likeliest token; else sampled.",
-        ),
-        click.Option(["--seed"], type=int, default=42, show_default=True, help="Of the sampling."),
-        click.Option(["--use-cpu"], is_flag=True, help="Do not use a GPU even if there is one."),
+        *answering(),
     ],
 )

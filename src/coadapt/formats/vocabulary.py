@@ -73,7 +73,7 @@ def taken(adapter: Adapter, base: Any, tensors: Mapping[str, Tensor], half: bool
     done: set[str] = set()
     for path, module in embeddings(base).items():
         own = module.get_parameter("weight")
-        key = next((k for k in (f"{ROOT}{path}.weight", f"{ROOT}{path}.base_layer.weight") if k in tensors), None)
+        key = next((k for k in _keys(path) if k in tensors), None)
         if key is None or own.is_meta or tensors[key].shape[1:] != own.shape[1:]:
             continue
         stored = tensors[key]
@@ -102,13 +102,17 @@ def _keep(adapter: Adapter, base: nn.Module, path: str, ids: Tensor, stored: Ten
         adapter.parts.insert(i, adapter.parts.pop())  # what else the adapter does there comes after
 
 
-def rows_needed(folder: Path) -> int | None:
-    """How many tokens a base must know for what lies in `folder`; None where it brings no embeddings."""
+def rows_needed(folder: Path, base: Any) -> int:
+    """How many tokens `base` must know for the embeddings that lie in `folder`; 0 where there are none."""
+    keys = {key for path in embeddings(base) for key in _keys(path)}
     sizes: list[int] = []
     for file in (folder / WEIGHTS, *sorted(folder.glob(f"*/{WEIGHTS}"))):
         if file.is_file():
             with safe_open(file, "pt") as tensors:
-                names = [k for k in tensors.keys() if "embed" in k or "wte" in k or "shared" in k]
-                shapes = [tensors.get_slice(k).get_shape() for k in names if k.endswith(".weight") and "lora_" not in k]
-                sizes += [shape[0] for shape in shapes if len(shape) == 2]
-    return max(sizes, default=None)
+                sizes += [tensors.get_slice(key).get_shape()[0] for key in keys & set(tensors.keys())]
+    return max(sizes, default=0)
+
+
+def _keys(path: str) -> tuple[str, str]:
+    """Of an embedding in files: as it is, and where an adapter sits on it."""
+    return f"{ROOT}{path}.weight", f"{ROOT}{path}.base_layer.weight"

@@ -84,8 +84,8 @@ def load(
 
 def _grow(base: Any, adapter: Path) -> None:
     """Makes room for the tokens that an adapter brings: this base is nobody else's."""
-    needed = rows_needed(adapter)
-    if needed is not None and needed > (rows := len(base.get_input_embeddings().weight)):
+    needed = rows_needed(adapter, base)
+    if needed and needed > (rows := len(base.get_input_embeddings().weight)):
         warnings.warn(
             f"{adapter} brings {needed - rows} tokens more than the base's {rows}: it is resized.", stacklevel=2
         )
