@@ -63,7 +63,9 @@ def _routed(router: Router, children: Sequence[str]) -> str:
 
 
 def _bracketed(node: Node) -> str:
-    return node if isinstance(node, str) or _is_routed(node) else f"({node!r})"
+    if isinstance(node, str):
+        return node
+    return repr(node) if _is_routed(node) else f"({node!r})"
 
 
 def _shown(weight: Weight) -> str:
@@ -226,8 +228,8 @@ class _Reader:
             return sign * float(word)
         except ValueError:
             raise ValueError(
-                f"{self.text!r} is no composition: {word!r} before '*' is no number"
-                f"{did_you_mean(word, _LEARNED) or '.'} {_HOW}"
+                f"{self.text!r} is no composition: {word!r} before '*' is no number."
+                f"{did_you_mean(word, _LEARNED)} {_HOW}"
             ) from None
 
     def routed(self, name: str) -> Node:

@@ -42,8 +42,6 @@ class Plan:
         skip: frozenset[nn.Module] = frozenset(),
     ) -> None:
         self.nodes = tuple(nodes)
-        for node in nodes:
-            routing.prepare(node, adapters, base)
         self.by_task, self.keeps_sums = routing.by_task(nodes), routing.keeps_sums(nodes)
         self.used = list(dict.fromkeys(n for node in nodes for n in names(node)))
         self.calls: dict[nn.Module, SiteCall] = {}
