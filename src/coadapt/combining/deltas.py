@@ -13,7 +13,7 @@ from ..core.composition import Learned, Node, Seq, Sum, is_zero, names, terms
 from ..core.layer import Around, Layer
 from ..core.lowrank import LowRankMethod
 from ..core.parameter import ParameterLayer
-from ..core.target import Place
+from ..core.roles import Place
 from ..methods.bitfit import BitFit
 
 

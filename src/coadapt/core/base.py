@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import site
-from .target import HEADS, word_embeddings
+from .roles import HEADS, word_embeddings
 
 _BASES: "weakref.WeakKeyDictionary[nn.Module, Base]" = weakref.WeakKeyDictionary()
 

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, ModuleCopy, make
-from ..core.target import path_of, word_embeddings
+from ..core.roles import path_of, word_embeddings
 from ..methods.trainable_tokens import KeptRows, TrainableTokens, TrainableTokensConfig
 from .files import WEIGHTS
 
