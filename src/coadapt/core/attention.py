@@ -29,7 +29,8 @@ class AttentionTerm:
         """(1,) or (B,): 0 where it takes no part."""
         count = len(like)
         values = [torch.zeros(()) if g is None else torch.as_tensor(g.value(count, like)) for g in self.gates]
-        values = [v.to(device=like.device, dtype=torch.float32).reshape(-1) for v in values]
+        wide = torch.promote_types(like.dtype, torch.float32)
+        values = [v.to(device=like.device, dtype=wide).reshape(-1) for v in values]
         if rows is None:
             return values[0]
         chosen = per_row(rows, count).to(like.device)

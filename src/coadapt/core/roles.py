@@ -2,14 +2,16 @@
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .layer import kind_of
 from .mixture import is_linear, mixtures
+from .store import value
 
 PROJECTIONS = {
     "query": ("q_proj", "q", "query", "q_lin"),
@@ -43,8 +45,9 @@ def bypass(base: nn.Module, path: str) -> str | None:
     """Why an adapter at `path` would never be called: a module above it that reads its weight directly; or None."""
     module = base.get_submodule(path)
     if path.rpartition(".")[2] == "shared" and isinstance(module, nn.Embedding):
-        others = [p for p, m in base.named_modules() if isinstance(m, nn.Embedding) and m is not module]
-        tied = [p for p in others if base.get_submodule(p).weight is module.weight]
+        others = {p: m for p, m in base.named_modules() if isinstance(m, nn.Embedding) and m is not module}
+        weight = weights(base, [module, *others.values()])
+        tied = [p for p, m in others.items() if weight[m] is weight[module]]
         if tied:
             return f"it only holds the weight of {' and '.join(tied)} and is never called; adapt those"
     parent = path
@@ -128,9 +131,10 @@ def path_of(base: nn.Module, module: nn.Module) -> str:
 
 def with_tied(base: nn.Module, found: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
     """These layers, and those that have the very same weight, as a head that is tied to the embedding."""
-    weights = {id(weight_of(base, module)) for _, module in found}
     every = [(p, m) for p, m in base.named_modules() if kind_of(m) is not None and bypass(base, p) is None]
-    return [(p, m) for p, m in every if (p, m) in found or id(weight_of(base, m)) in weights]
+    weight = weights(base, [m for _, m in (*every, *found)])
+    theirs = {id(weight[m]) for _, m in found}
+    return [(p, m) for p, m in every if (p, m) in found or id(weight[m]) in theirs]
 
 
 def word_embeddings(base: Any) -> list[nn.Module]:
@@ -146,15 +150,38 @@ def word_embeddings(base: Any) -> list[nn.Module]:
     return found
 
 
-def weight_of(base: Any, module: nn.Module) -> Any:
-    """The weight of a layer; of a head on the meta device, which is tied when it is loaded, the one that it gets."""
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, nn.Parameter) and weight.is_meta and hasattr(base, "get_output_embeddings"):
-        tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
-        ends = word_embeddings(base)
-        if tied and len(ends) == 2 and ends[0].get_parameter("weight").is_meta and ends[1] is module:
-            return ends[0].weight
-    return weight
+def weights(base: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
+    """The weight of each of `modules`, None where it has none; tied ones are one object, also on the meta device.
+
+    There the objects do not tell: accelerate puts new ones in place after each call, and a model that is built there is
+    tied when it is loaded. The model's own word does, unless values that wait elsewhere contradict it.
+    """
+    found = {m: getattr(m, "weight", None) for m in modules}
+    if any(isinstance(weight, nn.Parameter) and weight.is_meta for weight in found.values()):
+        for one, other in _said_to_be_tied(base):
+            if one in found and _equal(one, other):
+                found[one] = found.get(other, other.weight)
+    return found
+
+
+def _said_to_be_tied(base: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Layers, each with the one whose weight it is to have; those of inner models first, as these may be tied again."""
+    for part in reversed([m for m in base.modules() if hasattr(m, "get_expanded_tied_weights_keys")]):
+        told: dict[str, str] = part.get_expanded_tied_weights_keys()  # type: ignore[operator]
+        for name, source in told.items():
+            if name.endswith(".weight") and source.endswith(".weight"):
+                yield (
+                    part.get_submodule(name.removesuffix(".weight")),
+                    part.get_submodule(source.removesuffix(".weight")),
+                )
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two weights have the same values, or both of them none yet."""
+    a, b = value(one, "weight"), value(other, "weight")
+    if a.is_meta or b.is_meta:
+        return a.is_meta and b.is_meta
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(a.cpu(), b.cpu())
 
 
 def norms(base: nn.Module) -> list[str]:
