@@ -103,8 +103,9 @@ class PeftModel(View):
         self.get_adapter(adapter_name)
         if self._merged is not None:
             raise RuntimeError("Adapters are merged into the base; unmerge_adapter() before one is deleted.")
+        left = composition.without(self._node, adapter_name)
         self._take_away(adapter_name)
-        self.set_adapter(composition.without(self._node, adapter_name))
+        self.set_adapter(left)
 
     def unload(self) -> nn.Module:
         """Takes all adapters away and gives the base back, to the bit as it was (what is merged is taken out first)."""

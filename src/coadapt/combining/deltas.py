@@ -14,7 +14,7 @@ from ..core.gates import Learned, Routed, is_zero
 from ..core.layer import Around, Layer
 from ..core.lowrank import LowRankMethod
 from ..core.parameter import ParameterLayer
-from ..core.target import Place
+from ..core.roles import Place
 from ..methods.bitfit import BitFit
 
 

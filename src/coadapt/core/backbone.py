@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .target import Place
+from .roles import Place
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from .composition import Node, names, routers, trained_gates
 from .gates import Learned, Spot, TrainedGate, attention_site, input_site, span_site
 from .layer import Layer, kind_of
 from .method import AttentionMethod, InputMethod
-from .target import PROJECTIONS, attentions
+from .roles import PROJECTIONS, attentions
 
 
 def site_name(part: Part) -> str:
