@@ -124,7 +124,6 @@ class PeftModel(View):
             raise RuntimeError(
                 f"{self._merged.node!r} is merged into the base; unmerge_adapter() before another is made active."
             )
-        self._plans.one(node, self._merged)  # now: torch.compile would trace the making of it, and again without
         self._node = node
         self.gates = nn.ModuleList(composition.trained_gates(node)).train(self.training)
 

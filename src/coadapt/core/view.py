@@ -73,6 +73,8 @@ class View(nn.Module, ABC):
         if routing.has_routers([node]) and _STACKS not in self._sites:
             self._sites[_STACKS] = [stack.module for stack in stacks(self.base)]
             self._record.attach(self._sites[_STACKS])
+        if self._merged is None:
+            self._plans.one(node, None)  # now: torch.compile would trace the making of it, and again without
 
     def _take_away(self, name: str) -> None:
         self._record.detach(self._sites.pop(name))
