@@ -1,7 +1,8 @@
 """The picture of a run: its loss, and below it how each adapter moved, in how many directions, and behind what gate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -75,10 +76,14 @@ def norms_in(log: Sequence[Mapping[str, Any]], figure: str) -> dict[str, Points]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """A running mean over a tenth of the points, centred, shorter at the ends."""
+    """A running mean of running medians over a tenth of the points, centred, shorter at the ends: a spike leaves no
+    plateau."""
     half = len(values) // 20
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+
+    def along(values: Sequence[float], middle: Callable[[Sequence[float]], float]) -> list[float]:
+        return [middle(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+    return along(along(values, median), fmean)
 
 
 def spread(heights: Sequence[float], gap: float, floor: float = float("-inf")) -> list[float]:

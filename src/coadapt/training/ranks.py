@@ -1,7 +1,7 @@
 """How many directions an adapter uses: the effective rank of what it changes, from its factors."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ def has_factors(method: nn.Module) -> bool:
     return isinstance(method, Bottleneck | InputMethod | AttentionMethod) or _low_rank(method) is not None
 
 
-def _drawn(methods: list[nn.Module], sites: int) -> list[nn.Module]:
+def _drawn(methods: Sequence[nn.Module], sites: int) -> Sequence[nn.Module]:
     # By chance: every seventh of seven linear layers a block would always be a query.
     wide = any(_columns(method) > WIDE for method in methods)
     sites = min(sites, FEW) if wide else sites

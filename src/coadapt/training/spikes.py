@@ -8,7 +8,7 @@ WINDOW, FEWEST = 20, 8
 """The level is that of so many logged losses before; with fewer than the second there is none yet."""
 DEVIATIONS, SHARE = 6.0, 0.5
 NORMAL = 1.4826
-"""MAD × this is the standard deviation, where values are normal."""
+"""MAD times this is the standard deviation, where values are normal."""
 
 
 @dataclass(frozen=True)
