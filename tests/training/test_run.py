@@ -79,7 +79,14 @@ def test_a_tracker_gets_what_the_log_has(base: str, rows: str, out: Path) -> Non
     [events] = (out / "runs").iterdir()
     tracker = EventAccumulator(str(events)).Reload()
     log = [line for line in read_log(out / "metrics.jsonl") if "train/loss" in line]
-    for figure in ("loss", "peak_memory_gib", "grad_norm/lora", "update_norm/prompt", "update_ratio/lora"):
+    for figure in (
+        "loss",
+        "peak_memory_gib",
+        "grad_norm/lora",
+        "update_norm/prompt",
+        "update_ratio/lora",
+        "grad_norm.B/lora",
+    ):
         found = {event.step: event.value for event in tracker.Scalars(f"train/{figure}")}
         assert found == pytest.approx({line["step"]: line[f"train/{figure}"] for line in log}, rel=1e-6), figure
     assert len(tracker.Scalars("eval/loss")) == 3

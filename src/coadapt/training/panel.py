@@ -239,7 +239,7 @@ class Panel(Screen):
         """The figures that there is room for, with their titles."""
         room = max((width - 12) // COLUMN, 1)
         titles = {figure: title for figure, (title, needed) in COLUMNS.items() if needed <= room}
-        name = min(max(map(len, self.figures)), LONGEST)
+        name = min(max(map(len, ("adapter", *self.figures))), LONGEST)
         there = {figure for of in self.figures.values() for figure in of}
         more = max((width - name) // COLUMN - len(COLUMNS), 0)
         return titles | dict([(f, title) for f, title in EXTRAS.items() if f in there][:more])
