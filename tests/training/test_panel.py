@@ -140,8 +140,12 @@ def test_spikes_are_counted_beside_the_loss(told: Any) -> None:
     assert "spike" not in text()
     log(panel, state, loss=9.0, loss_spikes=1)
     assert re.search(r"loss +9\.0000 +▁█ +1 spike ", text())
-    log(panel, state, loss=9.0, loss_spikes=2)
-    assert "2 spikes" in text()
+    for _ in range(60):
+        log(panel, state, loss=9.0, loss_spikes=2)
+    assert re.search("loss +9\\.0000 +▁+ +2 spikes +│", text())
+    narrow = Console(file=io.StringIO(), width=44)
+    narrow.print(panel._facts(40))  # the curve makes room
+    assert re.search("▁  2 spikes$", narrow.file.getvalue().splitlines()[0].rstrip())  # type: ignore[attr-defined]
 
 
 def test_a_person_who_asks_it_to_stop_is_answered(told: Any) -> None:

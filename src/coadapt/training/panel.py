@@ -196,12 +196,14 @@ class Panel(Screen):
         facts.add_column(no_wrap=True, overflow="ellipsis")
         loss = Text("…")
         if self.losses:
-            room = max(min(POINTS, width - 22), 0)
+            spikes = f"  {self.spikes} spike{'s' * (self.spikes > 1)}" if self.spikes else ""
+            room = max(min(POINTS, width - 22 - len(spikes)), 0)
             loss = Text.assemble(
-                (f"{self.losses[-1]:<8.4f}", f"bold {TRAIN}"), "  ", (sparkline(list(self.losses)[-room:]), TRAIN)
+                (f"{self.losses[-1]:<8.4f}", f"bold {TRAIN}"),
+                "  ",
+                (sparkline(list(self.losses)[max(len(self.losses) - room, 0) :]), TRAIN),
+                (spikes, "yellow"),
             )
-            if self.spikes:
-                loss.append(f"  {self.spikes} spike{'s' * (self.spikes > 1)}", "yellow")
         facts.add_row("loss", loss)
         if self.held_out:
             step, best = min(self.held_out, key=lambda found: found[1])
