@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from . import composition
+from . import composition, distributed
 from .adapter import Adapter, attribute, sites_of
 from .base import Base, base_of, statistics
 from .composition import Node, as_node
@@ -177,7 +177,7 @@ class View(nn.Module, ABC):
             adapter_names: one composition for each row of the batch (None or "__base__" for a row without any).
         """
         with self.running(adapters, adapter_names, args, kwargs):
-            return self.base(*args, **kwargs)
+            return distributed.joined(self.base(*args, **kwargs))
 
     def generate(
         self, *args: Any, adapters: Any = None, adapter_names: Sequence[Any] | None = None, **kwargs: Any
@@ -210,6 +210,7 @@ class View(nn.Module, ABC):
             _check_rows(names, args, kwargs)
             nodes = [composition.Sum() if n is None or n == "__base__" else self.checked(n) for n in names]
             plan, rows = self._plans.rows(nodes, self._merged)
+        distributed.check({**self._names, "gates": self.gates}, plan.nodes)
         if torch.compiler.is_compiling():
             return entered(plan.frame(rows))
         return _Running(record, id(self), entered(plan.frame(rows)))
