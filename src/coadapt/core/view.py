@@ -208,12 +208,20 @@ class View(nn.Module, ABC):
             raise ValueError("Give adapters (for the whole call) or adapter_names (one for each row), not both.")
         else:
             _check_rows(names, args, kwargs)
-            nodes = [composition.Sum() if n is None or n == "__base__" else self.checked(n) for n in names]
+            nodes = [self._of_row(i, node) for i, node in enumerate(names)]
             plan, rows = self._plans.rows(nodes, self._merged)
         distributed.check({**self._names, "gates": self.gates}, plan.nodes)
         if torch.compiler.is_compiling():
             return entered(plan.frame(rows))
         return _Running(record, id(self), entered(plan.frame(rows)))
+
+    def _of_row(self, row: int, node: Any) -> Node:
+        if node is None or node == "__base__":
+            return composition.Sum()
+        try:
+            return self.checked(node)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"adapter_names[{row}]: {error}") from None
 
     # ---- state: adapters only ----------------------------------------------------------------------------------------
 
@@ -272,18 +280,23 @@ class _Running:
             self.record.running[self.view] -= 1
 
 
-def _check_rows(names: Sequence[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    if isinstance(names, str):
+def _check_rows(names: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if not isinstance(names, list | tuple):
         raise TypeError(
-            f"adapter_names is a list with one composition for each row; {names!r} is one string. "
-            "Did you mean adapters=?"
+            f"adapter_names is a list with one composition for each row; got a {type(names).__name__}: {names!r}. "
+            "Did you mean adapters=, for the whole call?"
         )
-    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
-    if tensors and len(tensors[0]) != len(names):
+    tensors = [v for v in (*args, *(kwargs.get(n) for n in _BATCHED), *kwargs.values()) if isinstance(v, Tensor)]
+    rows = next((len(t) for t in tensors if t.dim()), len(names))
+    if rows != len(names):
         raise ValueError(
-            f"adapter_names has {len(names)} entries, but the batch has {len(tensors[0])} rows; it needs one for "
-            "each row."
+            f"adapter_names has {len(names)} entries, but the batch has {rows} rows; it needs one for each row. "
+            "Beams and returned sequences follow their row, without entries of their own."
         )
+
+
+_BATCHED = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values", "decoder_input_ids")
+"""Arguments that surely have one row for each of the batch (position ids may have one for all)."""
 
 
 def _literal(name: Any, known: Mapping[str, Any]) -> Node:
