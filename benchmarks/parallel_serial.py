@@ -169,7 +169,10 @@ def ratios(found: dict[int, dict[str, Cost]]) -> str:
     for one, other in pairs:
         cells: list[Any] = []
         for costs in found.values():
-            cells += [f"{costs[one].seconds / costs[other].seconds:.2f}", f"{costs[one].saved / costs[other].saved:.2f}"]
+            cells += [
+                f"{costs[one].seconds / costs[other].seconds:.2f}",
+                f"{costs[one].saved / costs[other].saved:.2f}",
+            ]
         lines.append(f"| {one} / {other} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
