@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from coadapt import LoraConfig, PeftModel
-from laws.setting import MAKE, attach, close, far, gradients, ids, logits, loss, pairs, view_on
+from laws.setting import MAKE, attach, close, far, gradients, ids, logits, loss, pairs, rest, view_on
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
@@ -61,6 +61,39 @@ def test_rows_and_gates_in_half_precision(case: str, model: str, dtype: torch.dt
     assert mixed.dtype == logits(view.base).dtype
     for b, node in enumerate(["a", [], "a + 0.5*b"]):
         close(mixed[b].float(), logits(view, ids()[b : b + 1], adapters=node)[0].float(), 3e-2)
+
+
+SERIAL, PARALLEL, ROWS = ["a", "b", "a"], ["a + 0.5*b"], [["a", None, "b"]]
+MODES = {"serial": SERIAL, "parallel": PARALLEL, "rows": ROWS}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+@pytest.mark.parametrize("cases", [("lora", "bottleneck"), ("prompt", "prefix"), ("dora", "ia3")])
+@pytest.mark.parametrize("model", ["llama", *rest("gpt2", "t5", "bart")])
+def test_gradients_of_several_adapters_are_those_of_full_precision(
+    model: str, cases: tuple[str, str], autocast: bool, mode: str
+) -> None:
+    """As far as bf16 carries: within a few of its steps (1/256), for each adapter as a whole."""
+
+    def found(half: bool) -> dict[str, torch.Tensor]:
+        base = MAKE[model]()
+        base.load_state_dict({k: v.bfloat16().float() for k, v in base.state_dict().items()})
+        view = attach(base, model, *cases, by=0.3).train()
+        if half and not autocast:
+            base.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half and autocast):
+            outs = [
+                logits(view, **({"adapter_names": node} if isinstance(node, list) else {"adapters": node})).float()
+                for node in MODES[mode]
+            ]
+        torch.stack(outs).sum(0).square().mean().backward()  # through all forwards at once
+        return {n: torch.cat([p.grad.flatten() for p in view.get_adapter(n).parameters()]) for n in "ab"}  # type: ignore[union-attr]
+
+    exact, half = found(False), found(True)
+    for name, gradient in half.items():
+        assert gradient.dtype == torch.float32
+        assert float((gradient - exact[name]).norm() / exact[name].norm()) < 0.03, name
 
 
 @pairs(5)

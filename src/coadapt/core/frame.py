@@ -10,6 +10,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from .distributed import refuse_reentrant
+
 
 class SiteCall(Protocol):
     """What stands around one module's forward in one plan."""
@@ -121,6 +123,7 @@ class Carried:
 
         told = {**getattr(self.checkpoint, "keywords", {}), **kwargs}
         if frame is not None and told.get("use_reentrant") and torch.is_grad_enabled():
+            refuse_reentrant()
             args = _with_gradient(args)
         return self.checkpoint(again, *args, **kwargs)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from . import composition, routing
+from . import composition, distributed, routing
 from .adapter import Adapter, attribute, sites_of
 from .backbone import stacks
 from .base import Base, base_of, statistics
@@ -214,7 +214,7 @@ class View(nn.Module, ABC):
             task_ids: (B,) the task of each row, where a `TaskRouter` is in the composition.
         """
         with self.running(adapters, adapter_names, args, kwargs, task_ids):
-            return self.base(*args, **kwargs)
+            return distributed.joined(self.base(*args, **kwargs))
 
     def generate(
         self,
@@ -257,10 +257,19 @@ class View(nn.Module, ABC):
             raise ValueError("Give adapters (for the whole call) or adapter_names (one for each row), not both.")
         else:
             _check_rows(names, args, kwargs)
-            nodes = [composition.Sum() if n is None or n == "__base__" else self.checked(n) for n in names]
+            nodes = [self._of_row(i, node) for i, node in enumerate(names)]
             plan, rows = self._plans.rows(nodes, self._merged)
+        distributed.check({**self._names, "gates": self.gates}, plan.nodes)
         frame = entered(plan.frame(rows, _tasks(task_ids, plan, args, kwargs)), plan=plan)
         return frame if torch.compiler.is_compiling() else _Running(record, id(self), frame)
+
+    def _of_row(self, row: int, node: Any) -> Node:
+        if node is None or node == "__base__":
+            return composition.Sum()
+        try:
+            return self.checked(node)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"adapter_names[{row}]: {error}") from None
 
     # ---- state: adapters only ----------------------------------------------------------------------------------------
 
@@ -348,20 +357,26 @@ def _refuse_beams(base: Any, kwargs: Mapping[str, Any]) -> None:
 
 def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """How many rows a call has; None where nothing tells."""
-    return next((len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), None)
+    tensors = [v for v in (*args, *(kwargs.get(n) for n in _BATCHED), *kwargs.values()) if isinstance(v, Tensor)]
+    return next((len(t) for t in tensors if t.dim()), None)
 
 
-def _check_rows(names: Sequence[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    if isinstance(names, str):
+def _check_rows(names: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if not isinstance(names, list | tuple):
         raise TypeError(
-            f"adapter_names is a list with one composition for each row; {names!r} is one string. "
-            "Did you mean adapters=?"
+            f"adapter_names is a list with one composition for each row; got a {type(names).__name__}: {names!r}. "
+            "Did you mean adapters=, for the whole call?"
         )
     rows = _batch(args, kwargs)
     if rows is not None and rows != len(names):
         raise ValueError(
-            f"adapter_names has {len(names)} entries, but the batch has {rows} rows; it needs one for each row."
+            f"adapter_names has {len(names)} entries, but the batch has {rows} rows; it needs one for each row. "
+            "Beams and returned sequences follow their row, without entries of their own."
         )
+
+
+_BATCHED = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values", "decoder_input_ids")
+"""Arguments that surely have one row for each of the batch (position ids may have one for all)."""
 
 
 def _literal(name: Any, known: Mapping[str, Any]) -> Node:

@@ -25,7 +25,7 @@ from coadapt.data.source import read
 from coadapt.data.tokens import IGNORED
 from coadapt.formats.files import aside, saving
 from coadapt.model import PeftModel
-from coadapt.training import folder
+from coadapt.training import folder, processes
 from coadapt.training.assemble import (
     Processor,
     adapter_config,
@@ -92,6 +92,8 @@ def train(run: RunConfig, console: Console) -> Outcome:
         FileNotFoundError: the data or the model is not there.
     """
     check_tracker(run.report_to)
+    writes = processes.first()  # of several processes the others compute along, and leave no trace
+    console = console if writes else Console(quiet=True)
     out = folder.output_dir(run)
     start = folder.claim(out, run)
     checkpoint = start.checkpoint
@@ -123,11 +125,8 @@ def train(run: RunConfig, console: Console) -> Outcome:
         console.print(Text(_resumed(start)), soft_wrap=True)
     if run.verify and checkpoint is None:
         prove(view, trainer.data_collator([made.train[i] for i in range(min(len(made.train), 2))]), console)
-    if checkpoint is None:
-        folder.clear(out)
-    for path in start.broken:
-        shutil.rmtree(path, ignore_errors=True)
-    folder.write_run(out, run)
+    if writes:
+        _begin(run, out, start)
     log = out / folder.METRICS
     trainer.monitor.tell = teller(console, log)
     stillness = Stillness(view, trainer.monitor.tell)
@@ -135,7 +134,7 @@ def train(run: RunConfig, console: Console) -> Outcome:
         shown = screen(console, stillness, interrupt)
         if run.early_stopping_patience is not None:
             trainer.add_callback(EarlyStop(run.early_stopping_patience, run.early_stopping_threshold))
-        for callback in (Watch(), MetricsLog(log), stillness, shown, interrupt):
+        for callback in (Watch(), *((MetricsLog(log), stillness, shown) if writes else ()), interrupt):
             trainer.add_callback(callback)
         try:
             if checkpoint is not None and start.ended:
@@ -148,6 +147,15 @@ def train(run: RunConfig, console: Console) -> Outcome:
     if done.best_step is not None:
         console.print(Text(f"\n{_stopped(run, done, trainer.state.max_steps)}"), soft_wrap=True)
     return done
+
+
+def _begin(run: RunConfig, out: Path, start: folder.Start) -> None:
+    """The folder as the run begins with it."""
+    if start.checkpoint is None:
+        folder.clear(out)
+    for path in start.broken:
+        shutil.rmtree(path, ignore_errors=True)
+    folder.write_run(out, run)
 
 
 def _data(run: RunConfig) -> tuple[Task, Plan, Prepared, Processor]:
@@ -289,9 +297,10 @@ def _finish(
     held_out = [line["eval/loss"] for line in log if "eval/loss" in line]
     best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
     best_step = state.best_global_step if best and run.early_stopping_patience is not None and not interrupted else None
-    folder.link(out, "last", out / f"checkpoint-{state.global_step}")
-    folder.link(out, "best", best)
-    if not interrupted:
+    if processes.first():
+        folder.link(out, "last", out / f"checkpoint-{state.global_step}")
+        folder.link(out, "best", best)
+    if not interrupted and processes.first():
         with saving(out) as new:
             processor.save_pretrained(new.folder)
         with aside(out / folder.PICTURE) as file:
