@@ -156,12 +156,17 @@ class Batch:
 
     def inputs(self) -> tuple[Tensor, dict[str, Any]]:
         """(B, T) tokens, and what else the model is given."""
+        tokens, mask = self.padded()
+        return tokens, self._more(mask)
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """(B, T) tokens and their mask."""
         longest = max(self.lengths)
         tokens = torch.zeros(len(self.lengths), longest, dtype=torch.long)
         mask = torch.zeros_like(tokens)
         for b, n in enumerate(self.lengths):
             tokens[b, self._place(b)], mask[b, self._place(b)] = ids(1, n, seed=b)[0], 1
-        return tokens, self._more(mask)
+        return tokens, mask
 
     def row(self, b: int) -> tuple[Tensor, dict[str, Any]]:
         """The same for row b alone."""
@@ -256,7 +261,9 @@ def _prompt(node: Any, methods: Methods, found: set[str]) -> int:
         return methods[node][0].prompt().shape[0] if node in methods else 0
     if isinstance(node, Seq):
         return sum(_prompt(c, methods, found) for c in node.children)
-    there = [(_prompt(c, methods, found), w) for c, w in zip(node.children, node.weights, strict=True) if not is_zero(w)]
+    there = [
+        (_prompt(c, methods, found), w) for c, w in zip(node.children, node.weights, strict=True) if not is_zero(w)
+    ]
     there = [(n, w) for n, w in there if n]
     if len({n for n, _ in there}) > 1:
         found.add(UNEQUAL)
@@ -280,7 +287,7 @@ def _number(weight: Any, b: int) -> float:
         case Tensor():
             return float(weight[b])
         case Learned():
-            return float(weight())
+            return float(weight().detach())
         case _:
             return weight
 

@@ -29,7 +29,8 @@ class AttentionTerm:
         """(1,) or (B,): 0 where it takes no part."""
         count = len(like)
         values = [torch.zeros(()) if g is None else torch.as_tensor(g.value(count, like)) for g in self.gates]
-        values = [v.to(device=like.device, dtype=torch.float32).reshape(-1) for v in values]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        values = [v.to(device=like.device, dtype=dtype).reshape(-1) for v in values]
         if rows is None:
             return values[0]
         chosen = per_row(rows, count).to(like.device)
@@ -122,7 +123,8 @@ class AttentionCall:
                 "A joint prefix cannot have a gate below 0: its gate is a bias log g. Use a decoupled prefix."
             )
         lowest = torch.finfo(q.dtype).min
-        columns = [g.log().clamp(min=lowest)[:, None].expand(-1, m) for g, m in zip(gates, lengths, strict=True)]
+        logs = [torch.where(g > 0, g.where(g > 0, 1).log(), lowest) for g in gates]  # the slope of log 0 is no number
+        columns = [log[:, None].expand(-1, m) for log, m in zip(logs, lengths, strict=True)]
         count = max(len(c) for c in columns)
         bias = torch.cat([c.expand(count, -1) for c in columns], dim=1).to(q.dtype)[:, None, None]  # (B or 1, 1, 1, N)
         if mask is None:

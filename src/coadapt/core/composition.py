@@ -291,11 +291,10 @@ def terms(node: Node, has: Callable[[str], bool], gate: Gate | None = None) -> I
 
 
 def without(node: Node, name: str) -> Node:
-    """The composition with one adapter taken out."""
+    """The composition with one adapter taken out, and every gate that then has nothing behind it."""
     if isinstance(node, str):
         return Sum() if node == name else node
-    left = [(c, w) for c, w in zip(node.children, getattr(node, "weights", node.children), strict=True) if c != name]
-    children = [without(c, name) for c, _ in left]
-    if isinstance(node, Seq):
-        return Seq(*children)
-    return Sum(*children, weights=[w for _, w in left])
+    pairs = zip(node.children, getattr(node, "weights", node.children), strict=True)
+    left = [(child, w) for c, w in pairs if names(child := without(c, name))]
+    children = [c for c, _ in left]
+    return Seq(*children) if isinstance(node, Seq) else Sum(*children, weights=[w for _, w in left])
