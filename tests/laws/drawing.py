@@ -24,7 +24,7 @@ from coadapt import (
 )
 from coadapt.config import PeftConfig
 from coadapt.core.backbone import counts_alone
-from coadapt.core.composition import is_zero
+from coadapt.core.gates import is_zero
 from coadapt.core.method import AttentionMethod, InputMethod
 from coadapt.methods.dora import DoRA
 from laws.setting import EVERY, config_of, fits

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from coadapt import PeftModel, Seq, Sum
 from coadapt.core.base import base_of
-from coadapt.core.composition import learned, names
+from coadapt.core.composition import names, trained_gates
 from coadapt.core.frame import current
 from laws.drawing import Batch, batches, compositions, configurations, every, mixed, of_row, refusals, shuffled
 from laws.setting import MAKE, close, gradients, logits, recompute, same_gradients, stir
@@ -123,7 +123,7 @@ def test_adapters_trained_in_one_batch_get_the_gradients_that_they_get_alone(mod
     batch, rows = data.draw(mixed(model, every(model)))
     if refused(view, rows, lambda: together(view, batch, rows)):
         return
-    view.gates = torch.nn.ModuleList(gate for node in rows if node is not None for gate in learned(node))
+    view.gates = torch.nn.ModuleList(gate for node in rows if node is not None for gate in trained_gates(node))
     try:
         backward(sum((score(out) for out in together(view, batch, rows)), start=torch.zeros(())))
         mixture = gradients(view)

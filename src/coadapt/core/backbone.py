@@ -42,6 +42,16 @@ def backbones(base: Any) -> list[Backbone]:
     return tokens
 
 
+def stacks(base: Any) -> list[Backbone]:
+    """The encoder, then the decoder, whatever their input is made of; none where the model is not transformers'."""
+    try:
+        found = _stacks(base)
+    except (ValueError, NotImplementedError):
+        return []
+    paths = {id(m): n for n, m in base.named_modules()}
+    return [Backbone(paths[id(m)], m, role=role) for role, m in found]
+
+
 def without_tokens(base: Any) -> dict[str, str]:
     """The roles of stacks whose input is not made of tokens, and the class that makes it."""
     return {role: _input_of(m) for role, m in _stacks(base) if not _embeds_tokens(m)}
