@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ..config import did_you_mean
 from .gates import Gate, Learned, Routed, TrainedGate, Weight, checked_weight, is_zero
 from .router import Router
@@ -113,6 +115,14 @@ def routers(node: Node) -> list[tuple[Router, "Sum"]]:
     return [*own, *(r for c in node.children for r in routers(c))]
 
 
+def row_gates(node: Node) -> list[Tensor]:
+    """The gates of a composition that have one number for each row of a batch."""
+    if isinstance(node, str):
+        return []
+    own = [w for w in getattr(node, "weights", ()) if isinstance(w, Tensor)]
+    return [*own, *(g for c in node.children for g in row_gates(c))]
+
+
 def key(node: Node) -> tuple[Any, ...] | str:
     """A hashable stand-in for a composition: equal for equal ones. Tensors and learned gates count by identity."""
     if isinstance(node, str):
@@ -143,7 +153,8 @@ def check_known(node: Node, known: Iterable[str]) -> None:
 
 # ---- the text form: "task + 0.5*style", "lang >> task" ---------------------------------------------------------------
 
-_TOKEN = re.compile(r"\s*(>>|[()*,]|[+-](?=[\s\d.(])|[^\s()*+>,]+)")
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?(?=\s*\*)"
+_TOKEN = re.compile(rf"\s*(>>|{_NUMBER}|[()*,+]|-(?=[\s\d.(])|[^\s()*+>,]+)", re.IGNORECASE)
 _LEARNED = ("learned", "learned_per_layer")
 """Words that stand before "*" for a gate that is trained."""
 

@@ -257,6 +257,7 @@ class View(nn.Module, ABC):
             _check_rows(names, args, kwargs)
             nodes = [composition.Sum() if n is None or n == "__base__" else self.checked(n) for n in names]
             plan, rows = self._plans.rows(nodes, self._merged)
+        _check_gates(plan, args, kwargs)
         frame = entered(plan.frame(rows, _tasks(task_ids, plan, args, kwargs)), plan=plan)
         return frame if torch.compiler.is_compiling() else _Running(record, id(self), frame)
 
@@ -347,6 +348,15 @@ def _refuse_beams(base: Any, kwargs: Mapping[str, Any]) -> None:
 def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """How many rows a call has; None where nothing tells."""
     return next((len(v) for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()), None)
+
+
+def _check_gates(plan: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    rows = _batch(args, kwargs) if plan.gate_rows else None
+    if rows is not None and (wrong := [n for n in plan.gate_rows if n != rows]):
+        raise ValueError(
+            f"A gate per row was given for {wrong[0]} rows, but the batch has {rows} rows; it needs one number for "
+            "each row."
+        )
 
 
 def _check_rows(names: Sequence[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
