@@ -17,15 +17,16 @@ import models
 import steps
 from coadapt import (
     BottleneckConfig,
+    Learned,
     LoraConfig,
     PeftModel,
     PromptEncoderConfig,
     PromptTuningConfig,
     Seq,
     Sum,
+    TokenRouter,
     get_peft_model,
 )
-from coadapt.core.composition import Learned
 from coadapt.training import memory
 from coadapt.training.monitor import LOGGED_STEPS, Monitor, Stillness, figures_in, gate_values, teller, values_in
 from coadapt.training.spikes import Spike, begins, spike

@@ -260,6 +260,7 @@ class View(nn.Module, ABC):
             nodes = [self._of_row(i, node) for i, node in enumerate(names)]
             plan, rows = self._plans.rows(nodes, self._merged)
         distributed.check({**self._names, "gates": self.gates}, plan.nodes)
+        _check_gates(plan, args, kwargs)
         frame = entered(plan.frame(rows, _tasks(task_ids, plan, args, kwargs)), plan=plan)
         return frame if torch.compiler.is_compiling() else _Running(record, id(self), frame)
 
@@ -359,6 +360,15 @@ def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """How many rows a call has; None where nothing tells."""
     tensors = [v for v in (*args, *(kwargs.get(n) for n in _BATCHED), *kwargs.values()) if isinstance(v, Tensor)]
     return next((len(t) for t in tensors if t.dim()), None)
+
+
+def _check_gates(plan: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    rows = _batch(args, kwargs) if plan.gate_rows else None
+    if rows is not None and (wrong := [n for n in plan.gate_rows if n != rows]):
+        raise ValueError(
+            f"A gate per row was given for {wrong[0]} rows, but the batch has {rows} rows; it needs one number for "
+            "each row."
+        )
 
 
 def _check_rows(names: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
