@@ -52,7 +52,8 @@ def _stacks(base: Any) -> list[tuple[str, Any]]:
     if config is None or not hasattr(base, "get_input_embeddings"):
         raise ValueError(
             f"Virtual tokens, and what sits at the embedding of tokens, need a transformers model, in which that is "
-            f"found; this is a {type(base).__name__}. Use a method that sits at layers or modules (LoraConfig, BottleneckConfig)."
+            f"found; this is a {type(base).__name__}. Use a method that sits at layers or modules (LoraConfig, "
+            "BottleneckConfig)."
         )
     if getattr(config, "is_encoder_decoder", False):
         return [("encoder", base.get_encoder()), ("decoder", base.get_decoder())]

@@ -65,8 +65,8 @@ class Bottleneck(ModuleMethod):
     Parameter-Efficient Transfer Learning for NLP, Houlsby et al. 2019, arXiv:1902.00751; after the feed-forward part
     only: AdapterFusion, Pfeiffer et al. 2020, arXiv:2005.00247; parallel and scaled: Towards a Unified View of
     Parameter-Efficient Transfer Learning, He et al. 2021, arXiv:2110.04366; with an invertible adapter: MAD-X, Pfeiffer
-    et al. 2020, arXiv:2005.00052. Serial ones sit right at the projection
-    that ends the part, before the block's residual. U starts at zero. Parameters per site: 2 D m + D + m.
+    et al. 2020, arXiv:2005.00052. Serial ones sit right at the projection that ends the part, before the block's
+    residual. U starts at zero. Parameters per site: 2 D m + D + m.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Bottleneck(ModuleMethod):
         if config.inv_adapter is None:
             return []
         own = InvertibleConfig(
-            reduction_factor=config.inv_adapter_reduction_factor or 2.0,
+            reduction_factor=2.0 if (given := config.inv_adapter_reduction_factor) is None else given,
             non_linearity=config.non_linearity,
             modules_to_save=config.modules_to_save,
         )

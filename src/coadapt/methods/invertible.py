@@ -77,7 +77,7 @@ class Invertible(ModuleMethod):
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         own: Invertible = self.earlier[0] if self.earlier else self
-        like = own.F[0].weight
+        like = next(own.F.parameters())
         if self.inverts:
             return base(own.inverse(x.to(like)).to(x))
         y = base(x)
