@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
@@ -33,19 +34,21 @@ FOLDERS = {"en": "eng_Latn", "fr": "fra_Latn", "sw": "swh_Latn"}
 TOPICS = ("science/technology", "travel", "politics", "sports", "health", "entertainment", "geography")
 START, PAD, END, MASK = 0, 1, 2, 3
 SPECIAL = ["<s>", "<pad>", "</s>", "<mask>"]
+MAJORITY = "always the commonest topic"
+ADAPTERS = ("no adapter", *(f"adapter of {language}" for language in FOLDERS))
+SETTINGS = ("task adapter alone", "English adapter left in", "adapters swapped (MAD-X)", "task trained in the language")
+Data = Mapping[str, Mapping[str, "Texts"]]  # language -> "train" and "test"
+Scores = dict[tuple[str, str], float]  # (setting or adapter, language)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run costs."""
+    """What a run costs; of pretraining, of a language and of a task the epochs."""
 
-    rows: int | None = None
-    """Sentences of each file that are used; None: all."""
+    rows: int | None = None  # sentences of each file that are used; None: all
     vocabulary: int = 4000
     width: int = 256
-    layers: int = 1
     pretraining: int = 10
-    """Epochs; the same below."""
     language: int = 6
     task: int = 12
     seeds: int = 3
@@ -67,50 +70,40 @@ class Texts:
         ids = torch.tensor([self.ids[i] + [PAD] * (longest - len(self.ids[i])) for i in rows])
         return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
 
+    def masked(self, rows: Sequence[int], draw: torch.Generator) -> dict[str, Tensor]:
+        """A batch in which 15 % of the tokens (at least one) are masked, and are to be guessed."""
+        batch = self.batch(rows)
+        ids = batch["input_ids"]
+        chance = torch.rand(ids.shape, generator=draw) + (ids < len(SPECIAL))
+        chosen = (chance < 0.15) | (chance == chance.min())
+        return {**batch, "input_ids": ids.masked_fill(chosen, MASK), "labels": ids.masked_fill(~chosen, -100)}
 
-# ---- data ------------------------------------------------------------------------------------------------------------
+    def labelled(self, rows: Sequence[int], _: torch.Generator) -> dict[str, Tensor]:
+        """A batch with its topics."""
+        return {**self.batch(rows), "labels": self.topics[rows]}
 
 
-def read(folder: Path, part: str, rows: int | None) -> list[tuple[str, str]]:
-    """(topic, sentence) of one language's file."""
+def read(folder: Path, part: str, rows: int | None) -> list[dict[str, str]]:
+    """The lines of one language's file: category, text."""
     with (folder / f"{part}.tsv").open(encoding="utf-8", newline="") as file:
-        found = [(row["category"], row["text"]) for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
-    return found[:: len(found) // rows][:rows] if rows else found  # a part of every topic: files are sorted by it
+        found = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return found[:: len(found) // rows][:rows] if rows else found  # from all over: a file is sorted by topic
 
 
 def tokenizer_of(sentences: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     """Pieces of bytes (BPE), learnt from these sentences."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    made.train_from_iterator(sentences, trainer)
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", START), ("</s>", END)]
-    )
+    pieces = {"special_tokens": SPECIAL, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    made.train_from_iterator(sentences, trainers.BpeTrainer(vocab_size=size, show_progress=False, **pieces))
+    ends = [("<s>", START), ("</s>", END)]
+    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", mask_token="<mask>")
 
 
-def masked(texts: Texts, rows: Sequence[int], draw: torch.Generator) -> dict[str, Tensor]:
-    """A batch in which 15 % of the tokens are to be guessed (at least one), and are masked."""
-    batch = texts.batch(rows)
-    ids = batch["input_ids"]
-    chance = torch.rand(ids.shape, generator=draw) + (ids < len(SPECIAL))
-    chosen = (chance < 0.15) | (chance == chance.min())
-    return {**batch, "input_ids": ids.masked_fill(chosen, MASK), "labels": ids.masked_fill(~chosen, -100)}
-
-
-# ---- training and measuring ------------------------------------------------------------------------------------------
-
-
-def train(
-    model: Any, groups: Any, count: int, epochs: int, seed: int, make: Callable[[list[int], torch.Generator], Any]
-) -> None:
-    """AdamW, a linear schedule down to 0, batches of 16 rows drawn anew in each epoch."""
-    draw = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
+def train(model: Any, groups: Any, make: Callable[[list[int], torch.Generator], Any], count: int, epochs: int) -> None:
+    """AdamW with a rate that falls to 0; batches of 16 of `count` rows, drawn anew in each epoch."""
+    draw = torch.Generator().manual_seed(torch.initial_seed())
     order = [rows for _ in range(epochs) for rows in torch.randperm(count, generator=draw).split(16)]
     optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(order))
@@ -126,134 +119,103 @@ def train(
 
 @torch.no_grad()
 def guessing(model: PeftModel, texts: Texts, adapters: Any) -> float:
-    """The loss at masked tokens, in nats; the same tokens for whatever is active."""
+    """The loss at masked tokens, in nats; the same tokens whatever is active."""
     draw = torch.Generator().manual_seed(0)
-    parts = [list(range(i, min(i + 64, len(texts.ids)))) for i in range(0, len(texts.ids), 64)]
-    return statistics.fmean(float(model(**masked(texts, p, draw), adapters=adapters).loss) for p in parts)
+    batches = (texts.masked(rows.tolist(), draw) for rows in torch.arange(len(texts.ids)).split(64))
+    return statistics.fmean(float(model(**batch, adapters=adapters).loss) for batch in batches)
 
 
 @torch.no_grad()
 def accuracy(model: PeftModel, texts: Texts, adapters: str) -> float:
     """Per cent of the sentences whose topic is found."""
-    rows = torch.arange(len(texts.ids)).split(64)
-    found = torch.cat([model(**texts.batch(r.tolist()), adapters=adapters).logits.argmax(-1) for r in rows])
+    batches = (texts.batch(rows.tolist()) for rows in torch.arange(len(texts.ids)).split(64))
+    found = torch.cat([model(**batch, adapters=adapters).logits.argmax(-1) for batch in batches])
     return 100 * float((found == texts.topics).float().mean())
 
 
-# ---- the experiment --------------------------------------------------------------------------------------------------
-
-SETTINGS = {
-    "the task alone": "a task adapter trained on English, no language adapters",
-    "English left in": '"en >> task" on every language',
-    "swapped (MAD-X)": '"fr >> task" on French, "sw >> task" on Swahili; the task has seen English only',
-    "trained on it": "a task adapter trained on the language itself, on top of its language adapter",
-}
-Scores = dict[tuple[str, str], list[float]]
-"""(setting or adapter, language) -> one figure for each seed."""
-
-
-def pretrained(folder: Path, texts: Texts, sizes: Sizes) -> None:
+def pretrain(folder: Path, texts: Texts, sizes: Sizes) -> None:
     """Makes the base, trains all of it on masked tokens, and saves it."""
     torch.manual_seed(0)
     config = ModernBertConfig(
-        vocab_size=sizes.vocabulary, hidden_size=sizes.width, intermediate_size=2 * sizes.width,
-        num_hidden_layers=sizes.layers, num_attention_heads=4, max_position_embeddings=512, classifier_pooling="mean",
-        global_attn_every_n_layers=1, decoder_bias=False, sparse_prediction=True, num_labels=len(TOPICS),
-        pad_token_id=PAD, bos_token_id=START, cls_token_id=START, eos_token_id=END, sep_token_id=END,
+        vocab_size=sizes.vocabulary, hidden_size=sizes.width, intermediate_size=2 * sizes.width, num_hidden_layers=1,
+        num_attention_heads=4, max_position_embeddings=512, decoder_bias=False, sparse_prediction=True,
+        classifier_pooling="mean", num_labels=len(TOPICS), pad_token_id=PAD, bos_token_id=START, cls_token_id=START,
+        eos_token_id=END, sep_token_id=END,
     )  # fmt: skip
     base = ModernBertForMaskedLM(config)
-    groups = [{"params": list(base.parameters()), "lr": 2e-3}]
-    train(base, groups, len(texts.ids), sizes.pretraining, 0, lambda rows, draw: masked(texts, rows, draw))
+    train(base, [{"params": list(base.parameters()), "lr": 2e-3}], texts.masked, len(texts.ids), sizes.pretraining)
     base.save_pretrained(folder)
 
 
-def languages(base: Path, out: Path, texts: Mapping[str, Mapping[str, Texts]], sizes: Sizes, seed: int) -> Scores:
+def languages(base: Path, out: Path, data: Data, sizes: Sizes, seed: int) -> Scores:
     """Trains and saves an adapter for each language; how well each of them guesses words of each language."""
     model = PeftModel(ModernBertForMaskedLM.from_pretrained(base))
-    for language, parts in texts.items():
-        config = BottleneckConfig(reduction_factor=2, inv_adapter="nice", init_seed=seed)
-        model.add_adapter(language, config)
+    for language, parts in data.items():
+        torch.manual_seed(seed)
+        model.add_adapter(language, BottleneckConfig(reduction_factor=2, inv_adapter="nice"))
         model.set_adapter(language)
         model.trainable(language)
         own = parts["train"]
-        make = lambda rows, draw, own=own: masked(own, rows, draw)  # noqa: E731
-        train(model, model.param_groups({language: 3e-3}), len(own.ids), sizes.language, seed, make)
+        train(model, model.param_groups({language: 3e-3}), own.masked, len(own.ids), sizes.language)
         model.save_pretrained(out, selected_adapters=[language])
-    rows = {"no adapter": [], **{f"the adapter of {language}": language for language in texts}}
-    return {(row, of): [guessing(model, texts[of]["test"], a)] for row, a in rows.items() for of in texts}
+    named: dict[str, Any] = dict(zip(ADAPTERS, ([], *data), strict=True))
+    return {(row, of): guessing(model, data[of]["test"], active) for row, active in named.items() for of in data}
 
 
-def tasks(base: Path, out: Path, texts: Mapping[str, Mapping[str, Texts]], sizes: Sizes, seed: int) -> Scores:
+def tasks(base: Path, out: Path, data: Data, sizes: Sizes, seed: int) -> Scores:
     """Trains task adapters on top of the saved language adapters; accuracy by setting and language."""
     model = PeftModel(ModernBertForSequenceClassification.from_pretrained(base))
-    for language in texts:
+    for language in data:
         model.load_adapter(out / language, language)
-
-    def learn(name: str, composition: str, language: str) -> None:
-        own_head = ["classifier", "head"]  # what stands between the pooled states and the topics, too
-        model.add_adapter(name, BottleneckConfig(reduction_factor=4, modules_to_save=own_head, init_seed=seed))
+    # Each task adapter: what is active while it trains, and whose sentences it sees.
+    learnt = {"alone": ("alone", "en"), **{f"task-{of}": (f"{of} >> task-{of}", of) for of in data}}
+    for name, (composition, language) in learnt.items():
+        torch.manual_seed(seed)
+        model.add_adapter(name, BottleneckConfig(reduction_factor=4, modules_to_save=["head", "classifier"]))
         model.set_adapter(composition)
         model.trainable(name)
-        own = texts[language]["train"]
-        make = lambda rows, _: {**own.batch(rows), "labels": own.topics[rows]}  # noqa: E731
-        train(model, model.param_groups({name: 3e-3}), len(own.ids), sizes.task, seed, make)
-
-    learn("task", "en >> task", "en")
-    learn("alone", "alone", "en")
-    for other in ("fr", "sw"):
-        learn(f"task-{other}", f"{other} >> task-{other}", other)
+        own = data[language]["train"]
+        train(model, model.param_groups({name: 3e-3}), own.labelled, len(own.ids), sizes.task)
     scores: Scores = {}
-    for language, parts in texts.items():
-        own = "en >> task" if language == "en" else f"{language} >> task-{language}"
-        compositions = ("alone", "en >> task", f"{language} >> task", own)
+    for language, parts in data.items():
+        compositions = ("alone", "en >> task-en", f"{language} >> task-en", f"{language} >> task-{language}")
         for setting, composition in zip(SETTINGS, compositions, strict=True):
-            scores[setting, language] = [accuracy(model, parts["test"], composition)]
+            scores[setting, language] = accuracy(model, parts["test"], composition)
     return scores
 
 
-# ---- what came out ---------------------------------------------------------------------------------------------------
-
-
-def table(scores: Scores, corner: str, digits: int) -> str:
+def table(scores: Mapping[tuple[str, str], list[float]], corner: str, rows: Sequence[str], digits: int) -> str:
     """Mean ± standard deviation over the seeds, as a table of Markdown."""
-    rows = list(dict.fromkeys(row for row, _ in scores))
-    head = f"| {corner} | {' | '.join(FOLDERS)} |\n|---|{'---|' * len(FOLDERS)}"
-    lines = [f"| {row} | {' | '.join(_shown(scores[row, of], digits) for of in FOLDERS)} |" for row in rows]
-    return "\n".join([head, *lines])
+
+    def shown(values: Sequence[float]) -> str:
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
+        return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+    lines = [f"| {row} | {' | '.join(shown(scores[row, of]) for of in FOLDERS)} |" for row in rows]
+    return "\n".join([f"| {corner} | {' | '.join(FOLDERS)} |", f"|---|{'---|' * len(FOLDERS)}", *lines])
 
 
-def _shown(values: Sequence[float], digits: int) -> str:
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
-
-
-def draw(scores: Scores, majority: float, file: Path) -> None:
+def draw(scores: Mapping[tuple[str, str], list[float]], file: Path) -> None:
     """Accuracy by language and setting, a dot for each seed."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7.2, 3.8), dpi=160, layout="constrained")
     axes = figure.subplots()
-    colors = ("#8a8a8a", "#2b6cb0", "#d9730d", "#0d9488")
-    for number, (setting, color) in enumerate(zip(SETTINGS, colors, strict=True)):
-        at = [i + 0.2 * (number - 1.5) for i in range(len(FOLDERS))]
+    for number, (setting, color) in enumerate(zip(SETTINGS, ("#8a8a8a", "#2b6cb0", "#d9730d", "#0d9488"), strict=True)):
         every = [scores[setting, language] for language in FOLDERS]
+        at = [i + 0.2 * (number - 1.5) for i in range(len(every))]
         axes.bar(at, [statistics.fmean(values) for values in every], 0.18, color=color, label=setting)
         for x, values in zip(at, every, strict=True):
-            axes.plot([x] * len(values), values, "o", color="#222222", markersize=2.5, alpha=0.7)
-    axes.axhline(majority, color="#222222", linewidth=1, linestyle=":")
-    axes.annotate(
-        "always the commonest topic", (2.42, majority), (0, 3), textcoords="offset points", ha="right", size=8
-    )
+            axes.plot([x] * len(values), values, "o", color="#222222", markersize=2.5)
+    axes.axhline(scores[MAJORITY, "en"][0], color="#222222", linewidth=1, linestyle=":", label=MAJORITY)
     axes.set_xticks(range(len(FOLDERS)), ["English", "French", "Swahili"])
     axes.set_ylabel("topics found, %")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylim(0, 1.25 * max(v for values in scores.values() for v in values))
+    axes.set_ylim(top=1.4 * axes.get_ylim()[1])
     axes.legend(frameon=False, ncols=2, fontsize=8, loc="upper right")
     figure.savefig(file)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with eng_Latn, fra_Latn and swh_Latn")
     parser.add_argument("--out", type=Path, default=Path("madx-out"), help="for adapters, the table and the picture")
     parser.add_argument("--quick", action="store_true", help="a few sentences and steps: shows that it runs, no more")
@@ -263,37 +225,29 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-    pairs = {
-        language: {part: read(chosen.data / folder, part, sizes.rows) for part in ("train", "test")}
-        for language, folder in FOLDERS.items()
-    }
-    sentences = [text for parts in pairs.values() for _, text in parts["train"]]
-    tokenizer = tokenizer_of(sentences, sizes.vocabulary)
+    def encoded(*languages: str, part: str = "train") -> Texts:
+        rows = [row for of in languages for row in read(chosen.data / FOLDERS[of], part, sizes.rows)]
+        topics = torch.tensor([TOPICS.index(row["category"]) for row in rows])
+        return Texts(tokenizer([row["text"] for row in rows])["input_ids"], topics)
 
-    def encoded(rows: Sequence[tuple[str, str]]) -> Texts:
-        return Texts(tokenizer([t for _, t in rows])["input_ids"], torch.tensor([TOPICS.index(c) for c, _ in rows]))
-
-    texts = {language: {part: encoded(rows) for part, rows in parts.items()} for language, parts in pairs.items()}
-    common = int(texts["en"]["train"].topics.mode().values)
-    majority = 100 * float((texts["en"]["test"].topics == common).float().mean())
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    guesses: Scores = {}
-    found: Scores = {("always the commonest topic", language): [majority] for language in texts}
-    with tempfile.TemporaryDirectory() as base:
-        every = Texts([ids for parts in texts.values() for ids in parts["train"].ids], torch.empty(0))
-        pretrained(Path(base), every, sizes)
+    every = [row["text"] for folder in FOLDERS.values() for row in read(chosen.data / folder, "train", sizes.rows)]
+    tokenizer = tokenizer_of(every, sizes.vocabulary)
+    data = {of: {part: encoded(of, part=part) for part in ("train", "test")} for of in FOLDERS}
+    share = data["en"]["test"].topics == data["en"]["train"].topics.mode().values  # the same in every language
+    scores = {(MAJORITY, of): [100 * float(share.float().mean())] for of in data}
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        pretrain(base, encoded(*FOLDERS), sizes)
         for seed in range(1, sizes.seeds + 1):
-            for all_seeds, of_one in (
-                (guesses, languages(Path(base), chosen.out, texts, sizes, seed)),
-                (found, tasks(Path(base), chosen.out, texts, sizes, seed)),
-            ):
-                for key, values in of_one.items():
-                    all_seeds.setdefault(key, []).extend(values)
+            found = languages(base, chosen.out, data, sizes, seed) | tasks(base, chosen.out, data, sizes, seed)
+            for key, value in found.items():
+                scores.setdefault(key, []).append(value)
             print(f"seed {seed} of {sizes.seeds} is done", flush=True)
-    report = f"{table(found, 'topics found, %', 1)}\n\n{table(guesses, 'loss at masked tokens, nats', 3)}\n"
+    report = table(scores, "topics found, %", [MAJORITY, *SETTINGS], 1) + "\n\n"
+    report += table(scores, "loss at masked tokens, nats", ADAPTERS, 2) + "\n"
     print(report)
     (chosen.out / "table.md").write_text(report, encoding="utf-8")
-    draw(found, majority, chosen.out / "accuracy.png")
+    draw(scores, chosen.out / "accuracy.png")
 
 
 if __name__ == "__main__":
