@@ -3,8 +3,6 @@
 Pfeiffer et al. 2020, arXiv:2005.00052. A small encoder is pretrained here on the unlabelled sentences of SIB-200, then
 frozen. Each language gets an adapter, trained on masked words of that language; a task adapter is trained on English
 labels on top of the English one ("en >> task"), and evaluated with the others in its place ("fr >> task").
-
-    python examples/madx/madx.py --data DIR     # DIR holds eng_Latn/train.tsv ..., as dadelani/sib-200 has them
 """
 
 import argparse
@@ -97,7 +95,7 @@ def tokenizer_of(sentences: Iterable[str], size: int) -> PreTrainedTokenizerFast
     pieces = {"special_tokens": SPECIAL, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
     made.train_from_iterator(sentences, trainers.BpeTrainer(vocab_size=size, show_progress=False, **pieces))
     ends = [("<s>", START), ("</s>", END)]
-    made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    made.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=ends)
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", mask_token="<mask>")
 
 
@@ -197,8 +195,7 @@ def table(scores: Mapping[tuple[str, str], list[float]], corner: str, rows: Sequ
 
 def draw(scores: Mapping[tuple[str, str], list[float]], file: Path) -> None:
     """Accuracy by language and setting, a dot for each seed."""
-    figure = Figure(figsize=(7.2, 3.8), dpi=160, layout="constrained")
-    axes = figure.subplots()
+    axes = (figure := Figure(figsize=(7.2, 3.8), dpi=160, layout="constrained")).subplots()
     for number, (setting, color) in enumerate(zip(SETTINGS, ("#8a8a8a", "#2b6cb0", "#d9730d", "#0d9488"), strict=True)):
         every = [scores[setting, language] for language in FOLDERS]
         at = [i + 0.2 * (number - 1.5) for i in range(len(every))]
@@ -207,9 +204,7 @@ def draw(scores: Mapping[tuple[str, str], list[float]], file: Path) -> None:
             axes.plot([x] * len(values), values, "o", color="#222222", markersize=2.5)
     axes.axhline(scores[MAJORITY, "en"][0], color="#222222", linewidth=1, linestyle=":", label=MAJORITY)
     axes.set_xticks(range(len(FOLDERS)), ["English", "French", "Swahili"])
-    axes.set_ylabel("topics found, %")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylim(top=1.4 * axes.get_ylim()[1])
+    axes.set(ylabel="topics found, %", ylim=(0, 1.4 * axes.get_ylim()[1]))
     axes.legend(frameon=False, ncols=2, fontsize=8, loc="upper right")
     figure.savefig(file)
 
