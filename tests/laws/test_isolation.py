@@ -36,6 +36,8 @@ def row_losses(view: torch.nn.Module, tokens: torch.Tensor, **options: object) -
 @pairs(0)
 def test_each_gets_what_it_gets_alone(case: str, model: str) -> None:
     view = view_on(model, case, beside(case, model), case, case)
+    if (case, model) == ("prefix-decoupled", "t5"):  # one gate's gradient is a sum that cancels to 0.006
+        view.double()
     names, tokens = ["a", "b", "a", "c", None, "a + b"], ids(6)
     row_losses(view, tokens, adapter_names=names).backward()
     together = gradients(view)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-from .composition import Node, learned, terms
+from .composition import Node, terms, trained_gates
 
 RECIPE = (
     "Wrap it as DistributedDataParallel(model, find_unused_parameters=True); of transformers' Trainer that is "
@@ -49,7 +49,7 @@ def check(members: Mapping[str, nn.Module], nodes: Sequence[Node]) -> None:
         return
     names = {name for node in nodes for name, _ in terms(node, lambda _: True)}
     used = {name: trained(members[name]) for name in names}
-    used["gates"] = [p for node in nodes for gate in learned(node) for p in trained(gate)]
+    used["gates"] = [p for node in nodes for gate in trained_gates(node) for p in trained(gate)]
     known = {id(p) for p in _averaged(wrapper)}
     if late := sorted(name for name, own in used.items() if not all(id(p) in known for p in own)):
         raise RuntimeError(

@@ -128,7 +128,8 @@ def train(run: RunConfig, console: Console) -> Outcome:
     if writes:
         _begin(run, out, start)
     log = out / folder.METRICS
-    stillness = Stillness(view, teller(console, log))
+    trainer.monitor.tell = teller(console, log)
+    stillness = Stillness(view, trainer.monitor.tell)
     with Interrupt() as interrupt:
         shown = screen(console, stillness, interrupt)
         if run.early_stopping_patience is not None:
