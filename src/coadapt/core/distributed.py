@@ -1,15 +1,13 @@
 """A view inside of `DistributedDataParallel`: which of its settings a call needs, and what the wrapper has to see."""
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
-
-from .composition import Node, terms, trained_gates
 
 RECIPE = (
     "Wrap it as DistributedDataParallel(model, find_unused_parameters=True); of transformers' Trainer that is "
@@ -34,12 +32,13 @@ def _averaged(wrapper: DistributedDataParallel) -> list[Tensor]:
     return _AVERAGED[wrapper]
 
 
-def check(members: Mapping[str, nn.Module], nodes: Sequence[Node]) -> None:
+def check(members: Mapping[str, nn.Module], names: Iterable[str], gates: Iterable[nn.Module]) -> None:
     """Refuses a call whose gradients would hang, or differ between the processes.
 
     Args:
         members: what a view owns, by name: its adapters, and "gates".
-        nodes: the compositions of the call's rows.
+        names: the adapters that take part in this call.
+        gates: the trained gates that do.
 
     Raises:
         RuntimeError: the wrapper does not know a parameter that will get a gradient, or waits for one that will not.
@@ -47,9 +46,8 @@ def check(members: Mapping[str, nn.Module], nodes: Sequence[Node]) -> None:
     wrapper = _wrapper()
     if wrapper is None:
         return
-    names = {name for node in nodes for name, _ in terms(node, lambda _: True)}
     used = {name: trained(members[name]) for name in names}
-    used["gates"] = [p for node in nodes for gate in trained_gates(node) for p in trained(gate)]
+    used["gates"] = [p for gate in gates for p in trained(gate)]
     known = {id(p) for p in _averaged(wrapper)}
     if late := sorted(name for name, own in used.items() if not all(id(p) in known for p in own)):
         raise RuntimeError(
