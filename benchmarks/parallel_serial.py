@@ -188,7 +188,8 @@ def main() -> None:
     text = "\n".join(
         [
             f"# Several LoRAs in parallel and in series, {date.today()}\n",
-            f"`python benchmarks/parallel_serial.py --repetitions {given.repetitions}` with coadapt {coadapt.__version__}, torch {torch.__version__}, "
+            f"`python benchmarks/parallel_serial.py --repetitions {given.repetitions}` with coadapt "
+            f"{coadapt.__version__}, torch {torch.__version__}, "
             f"transformers {transformers.__version__}, on {machine()}. A Llama with {sizes}, fp32; LoRAs of rank 8 on "
             f"all linear layers. Forward and backward, without the optimiser. Medians of {given.repetitions} "
             "repetitions in which the ways take turns. ms: time of the processor; times: that of one LoRA alone; MiB "
