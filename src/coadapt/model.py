@@ -98,6 +98,7 @@ class PeftModel(View):
         """Takes an adapter away; a composition that uses it goes on without it.
 
         Raises:
+            ValueError: a router that is active chooses it. Nothing was changed.
             RuntimeError: adapters are merged into the base.
         """
         self.get_adapter(adapter_name)

@@ -187,6 +187,27 @@ def test_names_never_leave_the_folder(name: Any, tmp_path: Path) -> None:
         PeftModel.from_pretrained(llama(), tmp_path / "inside")
 
 
+@pytest.mark.parametrize(
+    "said, part",
+    [
+        ({"composition": "tusk"}, r"composition of 'tusk'.*among its adapters task, style.*Did you mean 'task'"),
+        ({"composition": {"seq": ["task", "tusk", "style"]}}, "composition of 'tusk'"),
+        ({"adapters": ["task", "style", "task"]}, "lists 'task' more than once"),
+    ],
+)
+def test_a_composition_that_contradicts_its_list(said: dict[str, Any], part: str, tmp_path: Path) -> None:
+    """Nothing of it is attached then, to a view that is there as well."""
+    view = get_peft_model(llama(), LoraConfig(r=2), "task")
+    view.add_adapter("style", LoraConfig(r=2))
+    view.save_pretrained(tmp_path)
+    change(tmp_path, **said)
+    other = get_peft_model(llama(), LoraConfig(r=2), "there")
+    for model in (other, llama()):
+        with pytest.raises(ValueError, match=part):
+            PeftModel.from_pretrained(model, tmp_path)
+    assert list(other.peft_config) == other.active_adapters == ["there"]
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     view = several()
     view.set_adapter(Sum("task", "style", weights=[Learned(0.5), 1.0]))

@@ -124,3 +124,13 @@ def test_a_double_base_has_double_adapters() -> None:
     single = view_on("gpt2", "lora", "prefix", "bottleneck", "prompt")
     single.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in view.state_dict().items()})
     close(logits(view).float(), logits(single), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_gates_of_joint_prefixes_in_any_dtype(dtype: torch.dtype) -> None:
+    """A prefix that some rows do not use has the lowest score of the dtype there."""
+    view = attach(MAKE["llama"]().to(dtype), "llama", "prefix")
+    mixed = logits(view, ids(2), adapter_names=["a", None])
+    within = {torch.float64: 1e-6, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
+    close(mixed[0], logits(view, ids(2)[:1])[0], within)
+    close(mixed[1], logits(view.base, ids(2)[1:])[0], within)

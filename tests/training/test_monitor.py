@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,16 @@ import models
 import steps
 from coadapt import (
     BottleneckConfig,
+    Learned,
     LoraConfig,
     PeftModel,
     PromptEncoderConfig,
     PromptTuningConfig,
     Seq,
     Sum,
+    TokenRouter,
     get_peft_model,
 )
-from coadapt.core.composition import Learned
 from coadapt.training import memory
 from coadapt.training.monitor import LOGGED_STEPS, Monitor, Stillness, figures_in, gate_values, teller, values_in
 from coadapt.training.spikes import Spike, begins, spike
@@ -313,21 +313,19 @@ def test_gates_are_named_by_what_they_stand_before() -> None:
     assert gate_values(model) == {}
 
 
-class Router(torch.nn.Module):
-    """What gates a router tells of, numbered by the children of its Sum."""
-
-    def shares(self) -> dict[int, float]:
-        return {0: 0.75, 1: 0.25}
-
-
-def test_a_gate_that_has_shares_is_asked_for_them() -> None:
-    model, router = named("a", "b"), Router()
-    node = Sum("a", Seq("b", "a"))
-    node.weights = (SimpleNamespace(router=router, child=0), SimpleNamespace(router=router, child=1))  # type: ignore
-    model._node, model.gates = node, torch.nn.ModuleList([router])
-    assert gate_values(model) == {"a": 0.75, "b >> a": 0.25}
-    model._node = Sum("a", "b")  # one that stands elsewhere names its children itself
-    assert gate_values(model) == {"0": 0.75, "1": 0.25}
+def test_routers_tell_the_mean_of_what_they_chose_since_they_were_last_asked() -> None:
+    model = get_peft_model(models.llama(), LoraConfig(r=2), adapter_name="a")
+    model.add_adapter("b", LoraConfig(r=2))
+    model.add_adapter("c", LoraConfig(r=2))
+    model.set_adapter(Sum("a", Seq("b", "c"), weights=TokenRouter(activation="sigmoid")))
+    with torch.no_grad():
+        for site in model.gates[0].sites.values():
+            site.network.weight.zero_()
+            site.network.bias.copy_(torch.tensor([0.75, 0.25]).logit())
+    assert gate_values(model) == {}
+    model.train()(models.ids())
+    assert gate_values(model) == pytest.approx({"a": 0.75, "b >> c": 0.25})
+    assert gate_values(model) == {}
 
 
 def test_learned_gates_are_followed_over_time_and_by_trackers(trained: Train, out: Path) -> None:

@@ -28,7 +28,7 @@ class AttentionTerm:
     def weight(self, rows: Tensor | None, at: Reading) -> Tensor:
         """(1,), (B,) or (B, T): 0 where it takes no part."""
         value = self.gates.value(rows, at) if rows is not None or self.gates.each[0] is not None else 0.0
-        found = torch.as_tensor(value, device=at.y.device, dtype=torch.promote_types(at.y.dtype, torch.float32))
+        found = torch.as_tensor(value, device=at.y.device).to(torch.promote_types(at.y.dtype, torch.float32))
         return found.reshape(1) if found.dim() == 0 else found
 
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from ..config import did_you_mean
 from .gates import Gate, Learned, Routed, TrainedGate, Weight, checked_weight, is_zero
 from .router import Router
@@ -115,6 +117,14 @@ def routers(node: Node) -> list[tuple[Router, "Sum"]]:
     return [*own, *(r for c in node.children for r in routers(c))]
 
 
+def row_gates(node: Node) -> list[Tensor]:
+    """The gates of a composition that have one number for each row of a batch."""
+    if isinstance(node, str):
+        return []
+    own = [w for w in getattr(node, "weights", ()) if isinstance(w, Tensor)]
+    return [*own, *(g for c in node.children for g in row_gates(c))]
+
+
 def key(node: Node) -> tuple[Any, ...] | str:
     """A hashable stand-in for a composition: equal for equal ones. Tensors and learned gates count by identity."""
     if isinstance(node, str):
@@ -145,7 +155,8 @@ def check_known(node: Node, known: Iterable[str]) -> None:
 
 # ---- the text form: "task + 0.5*style", "lang >> task" ---------------------------------------------------------------
 
-_TOKEN = re.compile(r"\s*(>>|[()*,]|[+-](?=[\s\d.(])|[^\s()*+>,]+)")
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?(?=\s*\*)"
+_TOKEN = re.compile(rf"\s*(>>|{_NUMBER}|[()*,+]|-(?=[\s\d.(])|[^\s()*+>,]+)", re.IGNORECASE)
 _LEARNED = ("learned", "learned_per_layer")
 """Words that stand before "*" for a gate that is trained."""
 
@@ -313,13 +324,18 @@ def terms(node: Node, has: Callable[[str], bool], gate: Gate | None = None) -> I
 
 
 def without(node: Node, name: str) -> Node:
-    """The composition with one adapter taken out. Raises ValueError where a router chooses it."""
+    """The composition with one adapter taken out, and every gate that then has nothing behind it.
+
+    Raises:
+        ValueError: a router chooses it.
+    """
     if isinstance(node, str):
         return Sum() if node == name else node
     if _is_routed(node) and name in names(node):
         raise ValueError(f"{name!r} is one of those that {node!r} chooses from. set_adapter(...) without it first.")
-    left = [(c, w) for c, w in zip(node.children, getattr(node, "weights", node.children), strict=True) if c != name]
-    children = [without(c, name) for c, _ in left]
-    if isinstance(node, Seq):
-        return Seq(*children)
-    return Sum(*children, weights=node.router or [w for _, w in left])
+    if _is_routed(node):
+        return node
+    pairs = zip(node.children, getattr(node, "weights", node.children), strict=True)
+    left = [(child, w) for c, w in pairs if names(child := without(c, name))]
+    children = [child for child, _ in left]
+    return Seq(*children) if isinstance(node, Seq) else Sum(*children, weights=[w for _, w in left])

@@ -184,6 +184,10 @@ def checked_weight(gate: Any) -> Weight:
     if isinstance(gate, Tensor):
         if gate.dim() > 1:
             raise ValueError(f"A gate per row is a vector with one number a row; got the shape {tuple(gate.shape)}.")
+        if gate.dim() == 0 and gate.requires_grad:
+            raise ValueError("A gate that is one number and trained is a Learned(); a tensor would not be trained.")
+        if gate.is_complex() or not bool(gate.isfinite().all()):
+            raise ValueError(f"A gate per row needs finite numbers; got {gate.tolist()}.")
         return gate if gate.dim() else checked_weight(float(gate))
     if isinstance(gate, bool) or not isinstance(gate, int | float) or not math.isfinite(gate):
         raise ValueError(f"A gate is a finite number, a Learned() or a tensor with one number per row; got {gate!r}.")

@@ -71,7 +71,14 @@ class InputCall:
         self.embedded = f"{place.path}'s embedded input"
         self.trailing = place.role == "encoder" and "position_ids" not in self.names
         """Whether rows with fewer virtual tokens are filled up behind their input: positions cannot be told."""
-        self.keeps = any(m.keeps_virtual_tokens for m in methods.values())
+        keeping = [name for name, m in methods.items() if m.keeps_virtual_tokens]
+        if keeping and len(keeping) < len(methods):
+            others = ", ".join(repr(n) for n in methods if n not in keeping)
+            raise ValueError(
+                f"{keeping[0]!r} returns the states of its virtual tokens (output_virtual_tokens=True) and {others} "
+                "does not; in one call all of them do, or none."
+            )
+        self.keeps = bool(keeping)
 
     # ---- the virtual tokens ------------------------------------------------------------------------------------------
 
@@ -147,6 +154,11 @@ class InputCall:
         past = _cached(call.get("past_key_values"))
         at = None if past else Reading(input_site(self.place.path), embeds, embeds)
         virtual, shift = self.virtual(frame, embeds, at), self.shift(frame, embeds)
+        if virtual is not None and self.keeps and not virtual.full:
+            raise ValueError(
+                "The rows of a batch need prompts of one length where the states of virtual tokens are returned "
+                "(output_virtual_tokens=True): the output has one length for all."
+            )
         if virtual is not None and not past and (starts := _restarts(call)) is not None:
             keep = _pack(call, virtual, starts)
             call["position_ids"] = call["position_ids"] + (0 if shift is None else shift)

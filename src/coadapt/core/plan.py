@@ -11,7 +11,7 @@ from .adapter import Adapter, Part
 from .around import Methods, NodeCall, NotingCall, SpanCall
 from .attention import AttentionCall, AttentionTerm
 from .backbone import Backbone, backbones, stacks
-from .composition import Node, key, names, terms
+from .composition import Node, check_known, key, names, row_gates, terms
 from .frame import Frame, SiteCall
 from .gates import Gate, Gates
 from .input import EmbeddingCall, InputCall
@@ -42,6 +42,10 @@ class Plan:
         skip: frozenset[nn.Module] = frozenset(),
     ) -> None:
         self.nodes = tuple(nodes)
+        for node in nodes:
+            check_known(node, adapters)  # what a `using` on another thread names may be gone
+        self.gate_rows = sorted({len(gate) for node in nodes for gate in row_gates(node)})
+        """For how many rows there are gates."""
         self.by_task, self.keeps_sums = routing.by_task(nodes), routing.keeps_sums(nodes)
         self.used = list(dict.fromkeys(n for node in nodes for n in names(node)))
         self.calls: dict[nn.Module, SiteCall] = {}

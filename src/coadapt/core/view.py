@@ -260,6 +260,7 @@ class View(nn.Module, ABC):
             nodes = [self._of_row(i, node) for i, node in enumerate(names)]
             plan, rows = self._plans.rows(nodes, self._merged)
         self._check_wrapper(plan.nodes)
+        _check_gates(plan, args, kwargs)
         frame = entered(plan.frame(rows, _tasks(task_ids, plan, args, kwargs)), plan=plan)
         return frame if torch.compiler.is_compiling() else _Running(record, id(self), frame)
 
@@ -362,12 +363,17 @@ def _refuse_beams(base: Any, kwargs: Mapping[str, Any]) -> None:
 
 def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """How many rows a call has; None where nothing tells."""
-    values = (*args, *(kwargs.get(name) for name in _BATCHED), *kwargs.values())
-    return next((len(v) for v in values if isinstance(v, Tensor) and v.dim()), None)
+    tensors = [v for v in (*args, *(kwargs.get(n) for n in _BATCHED), *kwargs.values()) if isinstance(v, Tensor)]
+    return next((len(t) for t in tensors if t.dim()), None)
 
 
-_BATCHED = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values", "decoder_input_ids")
-"""Arguments that surely have one row for each of the batch (position ids may have one for all)."""
+def _check_gates(plan: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    rows = _batch(args, kwargs) if plan.gate_rows else None
+    if rows is not None and (wrong := [n for n in plan.gate_rows if n != rows]):
+        raise ValueError(
+            f"A gate per row was given for {wrong[0]} rows, but the batch has {rows} rows; it needs one number for "
+            "each row."
+        )
 
 
 def _check_rows(names: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -382,6 +388,10 @@ def _check_rows(names: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
             f"adapter_names has {len(names)} entries, but the batch has {rows} rows; it needs one for each row. "
             "Beams and returned sequences follow their row, without entries of their own."
         )
+
+
+_BATCHED = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values", "decoder_input_ids")
+"""Arguments that surely have one row for each of the batch (position ids may have one for all)."""
 
 
 def _literal(name: Any, known: Mapping[str, Any]) -> Node:

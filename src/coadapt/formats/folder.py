@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig, check_name
+from ..config import PeftConfig, check_name, did_you_mean
 from ..core.adapter import Adapter, build, replace_options
 from ..core.base import base_of
-from ..core.composition import Node, trained_gates
+from ..core.composition import Node, names, trained_gates
 from ..core.gates import Learned
 from ..core.method import Reparametrization
 from ..core.routing import prepare
@@ -175,6 +175,8 @@ def _load_composition(reader: _Reader, where: Path, name: str | None, is_trainab
     if lost := [k for k in ("adapters", "composition") if k not in said]:
         raise ValueError(f"{file} is incomplete: it does not say {' and '.join(lost)}.")
     listed = [check_name(n) for n in said["adapters"]]
+    if twice := sorted({n for n in listed if listed.count(n) > 1}):
+        raise ValueError(f"{file} lists {', '.join(map(repr, twice))} more than once; an adapter has one folder.")
     alone = listed == ["default"]  # a folder of one adapter, which goes by any name
     if name is not None and name not in listed and not alone:
         raise ValueError(
@@ -191,6 +193,11 @@ def _load_composition(reader: _Reader, where: Path, name: str | None, is_trainab
     for adapter in adapters:
         adapter.learning_rate = said.get("learning_rates", {}).get("default" if alone else adapter.name)
     node = name if name is not None else node_from_json(said["composition"])
+    if strange := [n for n in names(node) if n not in (name, *listed)]:
+        raise ValueError(
+            f"{file} has a composition of {', '.join(map(repr, strange))}, which is not among its adapters "
+            f"{', '.join(listed)}.{did_you_mean(strange[0], listed)}"
+        )
     prepare(node, {a.name: a for a in adapters}, reader.base)
     _fill_gates(where, node, is_trainable)
     return Loaded(adapters, node)

@@ -6,7 +6,7 @@ docs/monitors.md has every figure with its name, formula and source.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from rich.console import Console
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from coadapt.core import composition
 from coadapt.core.adapter import Adapter
-from coadapt.core.composition import Learned, Node, Sum
+from coadapt.core.composition import Node, Sum
+from coadapt.core.gates import Learned, Routed
 from coadapt.core.method import Method
 from coadapt.model import PeftModel
 from coadapt.training.ranks import FEW, SITES, rank_of
@@ -175,21 +177,6 @@ def _kind(method: nn.Module, name: str) -> str:
 # ---- gates -----------------------------------------------------------------------------------------------------------
 
 
-@runtime_checkable
-class Sharing(Protocol):
-    """A gate that tells itself what it gave each child: its number in the `Sum` (or its name) -> mean gate."""
-
-    def shares(self) -> Mapping[Any, float]: ...
-
-
-@runtime_checkable
-class Routed(Protocol):
-    """What stands in a `Sum` for the gate that a router gives one child."""
-
-    router: nn.Module
-    child: int
-
-
 def gate_values(view: PeftModel) -> dict[str, float]:
     """What each trained gate stands before, as text -> the gate now; of routers the mean since this was last asked.
 
@@ -199,21 +186,12 @@ def gate_values(view: PeftModel) -> dict[str, float]:
     for gate, child, label in _gates(view.composition):
         standing.setdefault((id(gate), child), []).append(label)
     found: dict[str, float] = {}
-    for gate in view.gates:
-        for child, value in _shares(gate).items():
+    for gate in composition.trained_gates(view.composition):
+        for child, value in gate.shares().items():
             for label in standing.get((id(gate), child), [str(child)]):
                 again = sum(name.split(" #")[0] == label for name in found)
                 found[f"{label} #{again + 1}" if again else label] = value
     return found
-
-
-def _shares(gate: nn.Module) -> Mapping[Any, float]:
-    """Child -> gate. The one place that knows what kinds of gates there are."""
-    if isinstance(gate, Sharing):
-        return gate.shares()
-    if isinstance(gate, Learned):
-        return {0: float(gate().detach())}
-    raise TypeError(f"A gate is a Learned() or has shares(); got a {type(gate).__name__}.")
 
 
 def _gates(node: Node) -> Iterator[tuple[Any, Any, str]]:
