@@ -65,7 +65,9 @@ def _routed(router: Router, children: Sequence[str]) -> str:
 
 
 def _bracketed(node: Node) -> str:
-    return node if isinstance(node, str) or _is_routed(node) else f"({node!r})"
+    if isinstance(node, str):
+        return node
+    return repr(node) if _is_routed(node) else f"({node!r})"
 
 
 def _shown(weight: Weight) -> str:
