@@ -16,6 +16,7 @@ from torch import Tensor
 import killing
 from coadapt import PeftModel
 from coadapt.demo import BASE
+from coadapt.formats.files import COMPOSITION
 from coadapt.training.folder import damage
 from coadapt.training.record import read_log
 from models import llama
@@ -181,7 +182,8 @@ def kill_while_training(
         process.join()
         said.append(log.read_text() if log.is_file() else "")
         assert process.exitcode in (0, -9), said[-1]
-        if process.exitcode == 0:
+        # A run that stopped early and has written what it came to is over: to resume it is refused.
+        if process.exitcode == 0 or (how == EARLY and (out / COMPOSITION).is_file()):
             return said, broken
         broken += [f"{path.name}: {damage(path)}" for path in out.glob("checkpoint-*") if damage(path)]
 
