@@ -313,9 +313,13 @@ def writing_view_of(model: str) -> PeftModel:
 def test_cached_generation_equals_uncached(model: str, data: st.DataObject) -> None:
     view = writing_view_of(model)
     batch, rows = data.draw(mixed(model, every(model)))
-    how = HOW[data.draw(st.sampled_from(["greedy", "beams"]))]
+    how = HOW[data.draw(st.sampled_from(["greedy", "beams"]))] | tasks(rows, range(len(rows)))
     tokens, mask = Batch(model, batch.lengths, "left").padded()
     if cannot_be(view, rows) or refusals(view, rows):
+        return
+    if "num_beams" in how and any(r.pools for node in rows if node is not None for r, _ in routers(node)):
+        with pytest.raises(ValueError, match="num_beams=3 with a cache"):
+            written(view, tokens, mask, adapter_names=rows, **how)
         return
     cached = written(view, tokens, mask, adapter_names=rows, **how)
     assert torch.equal(cached, written(view, tokens, mask, adapter_names=rows, use_cache=False, **how))

@@ -92,8 +92,8 @@ class _Fused(_Summed):
 def _number(gate: Gate, site: str) -> float | Tensor:
     if gate.routed:
         raise ValueError(
-            "A composition with a router cannot be merged, nor can DoRA stand on it: its gates depend on what goes in, so "
-            "there is no one weight to read."
+            "A composition with a router cannot be merged, nor can DoRA stand on it: its gates depend on what goes "
+            "in, so there is no one weight to read."
         )
     if any(isinstance(f, Tensor) for f in gate.factors):
         raise ValueError(
