@@ -30,12 +30,13 @@ from coadapt import BottleneckConfig, PeftModel
 
 FOLDERS = {"en": "eng_Latn", "fr": "fra_Latn", "sw": "swh_Latn"}
 TOPICS = ("science/technology", "travel", "politics", "sports", "health", "entertainment", "geography")
-START, PAD, END, MASK = 0, 1, 2, 3
+PARTS = ("train", "test")
+START, PAD, END, MASK = range(4)
 SPECIAL = ["<s>", "<pad>", "</s>", "<mask>"]
 MAJORITY = "always the commonest topic"
 ADAPTERS = ("no adapter", *(f"adapter of {language}" for language in FOLDERS))
 SETTINGS = ("task adapter alone", "English adapter left in", "adapters swapped (MAD-X)", "task trained in the language")
-Data = Mapping[str, Mapping[str, "Texts"]]  # language -> "train" and "test"
+Data = Mapping[tuple[str, str], "Texts"]  # (language, part)
 Scores = dict[tuple[str, str], float]  # (setting or adapter, language)
 
 
@@ -46,9 +47,9 @@ class Sizes:
     rows: int | None = None  # sentences of each file that are used; None: all
     vocabulary: int = 4000
     width: int = 256
-    pretraining: int = 10
-    language: int = 6
-    task: int = 12
+    pretraining: int = 4
+    language: int = 4
+    task: int = 8
     seeds: int = 3
 
 
@@ -99,15 +100,19 @@ def tokenizer_of(sentences: Iterable[str], size: int) -> PreTrainedTokenizerFast
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", mask_token="<mask>")
 
 
-def train(model: Any, groups: Any, make: Callable[[list[int], torch.Generator], Any], count: int, epochs: int) -> None:
-    """AdamW with a rate that falls to 0; batches of 16 of `count` rows, drawn anew in each epoch."""
+def train(model: Any, groups: Any, texts: Texts, make: Callable[..., dict[str, Tensor]], epochs: int) -> None:
+    """AdamW with a rate that falls to 0; batches of 16, drawn anew in each epoch, of sentences of about one length."""
     draw = torch.Generator().manual_seed(torch.initial_seed())
-    order = [rows for _ in range(epochs) for rows in torch.randperm(count, generator=draw).split(16)]
+    order: list[list[int]] = []
+    for _ in range(epochs):
+        for some in torch.randperm(len(texts.ids), generator=draw).split(128):
+            alike = sorted(some.tolist(), key=lambda row: len(texts.ids[row]))
+            order += [alike[i : i + 16] for i in range(0, len(alike), 16)]
     optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(order))
     model.train()
     for rows in order:
-        model(**make(rows.tolist(), draw)).loss.backward()
+        model(**make(rows, draw)).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -131,54 +136,51 @@ def accuracy(model: PeftModel, texts: Texts, adapters: str) -> float:
     return 100 * float((found == texts.topics).float().mean())
 
 
-def pretrain(folder: Path, texts: Texts, sizes: Sizes) -> None:
+def pretrain(folder: str, texts: Texts, sizes: Sizes) -> None:
     """Makes the base, trains all of it on masked tokens, and saves it."""
     torch.manual_seed(0)
     config = ModernBertConfig(
         vocab_size=sizes.vocabulary, hidden_size=sizes.width, intermediate_size=2 * sizes.width, num_hidden_layers=1,
-        num_attention_heads=4, max_position_embeddings=512, decoder_bias=False, sparse_prediction=True,
-        classifier_pooling="mean", num_labels=len(TOPICS), pad_token_id=PAD, bos_token_id=START, cls_token_id=START,
-        eos_token_id=END, sep_token_id=END,
+        num_attention_heads=4, decoder_bias=False, sparse_prediction=True, classifier_pooling="mean", num_labels=7,
+        pad_token_id=PAD, bos_token_id=START, cls_token_id=START, eos_token_id=END, sep_token_id=END,
     )  # fmt: skip
     base = ModernBertForMaskedLM(config)
-    train(base, [{"params": list(base.parameters()), "lr": 2e-3}], texts.masked, len(texts.ids), sizes.pretraining)
+    train(base, [{"params": list(base.parameters()), "lr": 2e-3}], texts, texts.masked, sizes.pretraining)
     base.save_pretrained(folder)
 
 
-def languages(base: Path, out: Path, data: Data, sizes: Sizes, seed: int) -> Scores:
+def languages(base: str, out: Path, data: Data, sizes: Sizes, seed: int) -> Scores:
     """Trains and saves an adapter for each language; how well each of them guesses words of each language."""
     model = PeftModel(ModernBertForMaskedLM.from_pretrained(base))
-    for language, parts in data.items():
+    for language in FOLDERS:
         torch.manual_seed(seed)
         model.add_adapter(language, BottleneckConfig(reduction_factor=2, inv_adapter="nice"))
         model.set_adapter(language)
         model.trainable(language)
-        own = parts["train"]
-        train(model, model.param_groups({language: 3e-3}), own.masked, len(own.ids), sizes.language)
+        own = data[language, "train"]
+        train(model, model.param_groups({language: 3e-3}), own, own.masked, sizes.language)
         model.save_pretrained(out, selected_adapters=[language])
-    named: dict[str, Any] = dict(zip(ADAPTERS, ([], *data), strict=True))
-    return {(row, of): guessing(model, data[of]["test"], active) for row, active in named.items() for of in data}
+    named: dict[str, Any] = dict(zip(ADAPTERS, ([], *FOLDERS), strict=True))
+    return {(row, of): guessing(model, data[of, "test"], active) for row, active in named.items() for of in FOLDERS}
 
 
-def tasks(base: Path, out: Path, data: Data, sizes: Sizes, seed: int) -> Scores:
-    """Trains task adapters on top of the saved language adapters; accuracy by setting and language."""
+def tasks(base: str, out: Path, data: Data, sizes: Sizes, seed: int) -> Scores:
+    """Trains task adapters, all but one on top of a saved language adapter; accuracy by setting and language."""
     model = PeftModel(ModernBertForSequenceClassification.from_pretrained(base))
-    for language in data:
+    for language in FOLDERS:
         model.load_adapter(out / language, language)
-    # Each task adapter: what is active while it trains, and whose sentences it sees.
-    learnt = {"alone": ("alone", "en"), **{f"task-{of}": (f"{of} >> task-{of}", of) for of in data}}
-    for name, (composition, language) in learnt.items():
+    learnt = {"alone": ("alone", "en"), **{f"task-{of}": (f"{of} >> task-{of}", of) for of in FOLDERS}}
+    for name, (composition, language) in learnt.items():  # what is active, and whose sentences are seen
         torch.manual_seed(seed)
         model.add_adapter(name, BottleneckConfig(reduction_factor=4, modules_to_save=["head", "classifier"]))
         model.set_adapter(composition)
         model.trainable(name)
-        own = data[language]["train"]
-        train(model, model.param_groups({name: 3e-3}), own.labelled, len(own.ids), sizes.task)
+        own = data[language, "train"]
+        train(model, model.param_groups({name: 3e-3}), own, own.labelled, sizes.task)
     scores: Scores = {}
-    for language, parts in data.items():
-        compositions = ("alone", "en >> task-en", f"{language} >> task-en", f"{language} >> task-{language}")
-        for setting, composition in zip(SETTINGS, compositions, strict=True):
-            scores[setting, language] = accuracy(model, parts["test"], composition)
+    for of in FOLDERS:
+        used = ("alone", "en >> task-en", f"{of} >> task-en", f"{of} >> task-{of}")
+        scores |= {(s, of): accuracy(model, data[of, "test"], active) for s, active in zip(SETTINGS, used, strict=True)}
     return scores
 
 
@@ -198,12 +200,11 @@ def draw(scores: Mapping[tuple[str, str], list[float]], file: Path) -> None:
     axes = (figure := Figure(figsize=(7.2, 3.8), dpi=160, layout="constrained")).subplots()
     for number, (setting, color) in enumerate(zip(SETTINGS, ("#8a8a8a", "#2b6cb0", "#d9730d", "#0d9488"), strict=True)):
         every = [scores[setting, language] for language in FOLDERS]
-        at = [i + 0.2 * (number - 1.5) for i in range(len(every))]
+        at = [i + 0.2 * (number - 1.5) for i in range(3)]
         axes.bar(at, [statistics.fmean(values) for values in every], 0.18, color=color, label=setting)
-        for x, values in zip(at, every, strict=True):
-            axes.plot([x] * len(values), values, "o", color="#222222", markersize=2.5)
+        axes.plot(at, every, "o", color="#222222", markersize=2.5)
     axes.axhline(scores[MAJORITY, "en"][0], color="#222222", linewidth=1, linestyle=":", label=MAJORITY)
-    axes.set_xticks(range(len(FOLDERS)), ["English", "French", "Swahili"])
+    axes.set_xticks(range(3), ["English", "French", "Swahili"])
     axes.set(ylabel="topics found, %", ylim=(0, 1.4 * axes.get_ylim()[1]))
     axes.legend(frameon=False, ncols=2, fontsize=8, loc="upper right")
     figure.savefig(file)
@@ -213,35 +214,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with eng_Latn, fra_Latn and swh_Latn")
     parser.add_argument("--out", type=Path, default=Path("madx-out"), help="for adapters, the table and the picture")
-    parser.add_argument("--quick", action="store_true", help="a few sentences and steps: shows that it runs, no more")
+    parser.add_argument("--quick", dest="sizes", action="store_const", const=QUICK, default=Sizes(), help="a few steps")
     chosen = parser.parse_args()
-    sizes = QUICK if chosen.quick else Sizes()
+    sizes: Sizes = chosen.sizes
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-    def encoded(*languages: str, part: str = "train") -> Texts:
-        rows = [row for of in languages for row in read(chosen.data / FOLDERS[of], part, sizes.rows)]
-        topics = torch.tensor([TOPICS.index(row["category"]) for row in rows])
-        return Texts(tokenizer([row["text"] for row in rows])["input_ids"], topics)
+    def encoded(rows: Sequence[Mapping[str, str]]) -> Texts:
+        ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=64)["input_ids"]
+        return Texts(ids, torch.tensor([TOPICS.index(row["category"]) for row in rows]))
 
-    every = [row["text"] for folder in FOLDERS.values() for row in read(chosen.data / folder, "train", sizes.rows)]
-    tokenizer = tokenizer_of(every, sizes.vocabulary)
-    data = {of: {part: encoded(of, part=part) for part in ("train", "test")} for of in FOLDERS}
-    share = data["en"]["test"].topics == data["en"]["train"].topics.mode().values  # the same in every language
-    scores = {(MAJORITY, of): [100 * float(share.float().mean())] for of in data}
-    with tempfile.TemporaryDirectory() as folder:
-        base = Path(folder)
-        pretrain(base, encoded(*FOLDERS), sizes)
+    rows = {(of, part): read(chosen.data / FOLDERS[of], part, sizes.rows) for of in FOLDERS for part in PARTS}
+    every = [row for of in FOLDERS for row in rows[of, "train"]]
+    tokenizer = tokenizer_of((row["text"] for row in every), sizes.vocabulary)
+    data = {file: encoded(found) for file, found in rows.items()}
+    share = data["en", "test"].topics == data["en", "train"].topics.mode().values  # the same in every language
+    scores = {(MAJORITY, of): [100 * float(share.float().mean())] for of in FOLDERS}
+    with tempfile.TemporaryDirectory() as base:
+        pretrain(base, encoded(every), sizes)
         for seed in range(1, sizes.seeds + 1):
-            found = languages(base, chosen.out, data, sizes, seed) | tasks(base, chosen.out, data, sizes, seed)
-            for key, value in found.items():
+            guesses = languages(base, chosen.out, data, sizes, seed)
+            for key, value in (guesses | tasks(base, chosen.out, data, sizes, seed)).items():
                 scores.setdefault(key, []).append(value)
             print(f"seed {seed} of {sizes.seeds} is done", flush=True)
-    report = table(scores, "topics found, %", [MAJORITY, *SETTINGS], 1) + "\n\n"
-    report += table(scores, "loss at masked tokens, nats", ADAPTERS, 2) + "\n"
+    report = table(scores, "topics found, %", [MAJORITY, *SETTINGS], 1)
+    report += "\n\n" + table(scores, "loss at masked tokens, nats", ADAPTERS, 2)
     print(report)
-    (chosen.out / "table.md").write_text(report, encoding="utf-8")
+    (chosen.out / "table.md").write_text(report + "\n", encoding="utf-8")
     draw(scores, chosen.out / "accuracy.png")
 
 
