@@ -56,7 +56,7 @@ def _settings() -> Iterable[Setting]:
     section = ""
     for name, field in RunConfig.model_fields.items():
         section = RunConfig.SECTIONS.get(name, section)
-        if name == "adapters":
+        if name in ("adapters", "datasets"):
             continue
         default = "" if field.is_required() or field.default is None else f"  [{_shown(field.default)}]"
         switch = field.annotation is bool
