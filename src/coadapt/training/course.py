@@ -1,12 +1,6 @@
-"""Which adapter trains at which step: its start and its stop, and its early stopping at its best held-out loss.
+"""Freezes and unfreezes the adapters of a run as its timetable says, and stops each at its best held-out loss."""
 
-An adapter trains from its `start_step` to its `stop_step`, without the latter. Before, it stands as it started; after,
-as it ended; either way it is frozen, and takes part in what uses it. The rows of a data set are drawn from where the
-last of its adapters starts to where the last has stopped. So `A >> B` with A until step 100 and B from step 100 on
-trains B on top of a frozen A, and A needs a data set of its own before.
-"""
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,114 +11,12 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from coadapt.core import composition
 from coadapt.core.adapter import start_from
-from coadapt.core.composition import Node, as_node
 from coadapt.model import PeftModel
-from coadapt.training.settings import RunConfig
+from coadapt.training.timetable import Timetable
 
 BEST = "best_adapters.safetensors"
 """File of a checkpoint: the best weights of the adapters that stop by themselves and have not yet."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Span:
-    """From a step to another, without the last; None: to the end of the run."""
-
-    start: int = 0
-    stop: int | None = None
-
-    def __contains__(self, step: int) -> bool:
-        return self.start <= step and (self.stop is None or step < self.stop)
-
-    def __str__(self) -> str:
-        return f"from step {self.start} to {'the end' if self.stop is None else f'step {self.stop}'}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timetable:
-    """Who uses what, and when; known before anything is loaded."""
-
-    compositions: Mapping[str, Node]
-    """Data set -> what its rows use."""
-    adapters: Mapping[str, Span]
-    datasets: Mapping[str, Span]
-    """Data set -> when its rows are drawn."""
-
-    def uses(self, dataset: str) -> list[str]:
-        """The adapters of a data set."""
-        return composition.names(self.compositions[dataset])
-
-    def of(self, adapter: str) -> list[str]:
-        """The data sets of an adapter."""
-        return [name for name in self.compositions if adapter in self.uses(name)]
-
-    @property
-    def staged(self) -> bool:
-        """Whether something starts late or stops early."""
-        return any(span != Span() for span in self.adapters.values())
-
-
-def timetable(run: RunConfig) -> Timetable:
-    """When everything trains.
-
-    Raises:
-        ValueError: a data set uses an adapter that there is not, none uses one, or one would train where no rows of its
-            own are drawn.
-    """
-    nodes = {
-        name: as_node(list(run.adapters) if one.composition is None else one.composition)
-        for name, one in run.sources.items()
-    }
-    spans = {name: Span(start=a.start_step or 0, stop=a.stop_step) for name, a in run.adapters.items()}
-    for name, node in nodes.items():
-        try:
-            composition.check_known(node, spans)
-        except ValueError as error:
-            raise ValueError(f"{f'datasets.{name}.' if run.datasets else ''}composition: {error}") from error
-    drawn = {name: _drawn([spans[adapter] for adapter in composition.names(node)]) for name, node in nodes.items()}
-    made = Timetable(compositions=nodes, adapters=spans, datasets=drawn)
-    for adapter, span in spans.items():
-        _check_rows(run, made, adapter, span)
-    _check_idle(list(drawn.values()))
-    return made
-
-
-def _drawn(spans: Sequence[Span]) -> Span:
-    stops = [span.stop for span in spans]
-    last = None if None in stops else max(stop for stop in stops if stop is not None)
-    return Span(start=max(span.start for span in spans), stop=last)
-
-
-def _check_rows(run: RunConfig, made: Timetable, adapter: str, span: Span) -> None:
-    mine = made.of(adapter)
-    if not mine and run.datasets:
-        raise ValueError(
-            f"No data set uses the adapter {adapter!r}, so it would not be trained: name it in the composition of one, "
-            f"or leave it out. They use: {', '.join(f'{d}: {node!r}' for d, node in made.compositions.items())}."
-        )
-    if not mine:
-        raise ValueError(
-            f"composition={run.composition!r} leaves out {adapter}, which would not be trained. Name or remove it."
-        )
-    if not any(span.start in made.datasets[name] for name in mine):
-        others = {a: made.adapters[a] for name in mine for a in made.uses(name) if a != adapter}
-        said = ", ".join(f"{a} trains {s}" for a, s in others.items())
-        raise ValueError(
-            f"{adapter} is to train {span}, and to be frozen where its rows are drawn ("
-            + ", ".join(f"{name}: {made.datasets[name]}" for name in mine)
-            + f"; {said}). Rows are drawn once all adapters of their composition have started: change start_step, or "
-            f"give {adapter} a data set of its own before."
-        )
-
-
-def _check_idle(drawn: Sequence[Span]) -> None:
-    """Some data set is drawn at every step from the first to the last."""
-    reached: int | None = 0
-    for span in sorted(drawn, key=lambda span: span.start):
-        if reached is not None and span.start > reached:
-            raise ValueError(f"Nothing would train from step {reached} to step {span.start}: change start_step or stop_step.")
-        reached = None if reached is None or span.stop is None else max(reached, span.stop)
 
 
 @dataclass
@@ -190,7 +82,7 @@ class Course(TrainerCallback, ExportableState):
         ]
 
     def enter(self, step: int) -> list[str]:
-        """Before a step: freezes what does not train in it, and lets what starts take over where it is to start from."""
+        """Before a step: freezes what does not train in it, and gives what starts the weights that it starts from."""
         for name, source in self.init_from.items():
             # At the first step it has been done already, when it was attached.
             if step and step == self.plan.adapters[name].start:
@@ -221,7 +113,7 @@ class Course(TrainerCallback, ExportableState):
     ) -> None:
         # The step that was made last, which is not the one at which the run or a stage begins.
         for name in [n for n in self.training(state.global_step - 1) if n in self.patience]:
-            of = [metrics[key] for d in self.plan.of(name) if (key := held_out_key(d, self.plan)) in metrics]
+            of = [metrics[key] for d in self.plan.of(name) if (key := self.plan.held_out(d)) in metrics]
             self._judge(name, state.global_step, sum(of) / len(of))
         if self._ended(state.global_step):
             self.has_ended = True
@@ -229,7 +121,7 @@ class Course(TrainerCallback, ExportableState):
             control.should_save |= args.save_strategy != "no"
 
     def _judge(self, name: str, step: int, loss: float) -> None:
-        """As transformers' early stopping does: a better loss is kept, one that is better by enough starts the count."""
+        """As transformers' early stopping: a better loss is kept, one that is better by enough starts the count."""
         progress, patience = self.progress[name], self.patience[name]
         enough = progress.best is None or progress.best - loss > patience.threshold
         if progress.best is None or loss < progress.best:
@@ -256,6 +148,15 @@ class Course(TrainerCallback, ExportableState):
         if self.changes:
             self.view.unfreeze()
         self._now = None
+
+    def told(self) -> dict[str, str]:
+        """Of each adapter that stops by itself, which of its weights are kept, in words."""
+        found: dict[str, str] = {}
+        for name, p in self.progress.items():
+            if p.best is not None:
+                ended = "trained to its end" if p.stopped is None else f"stopped early, at step {p.stopped}"
+                found[name] = f"{ended}; saved as it was at step {p.best_step}, its best (held-out loss {p.best:.4f})"
+        return found
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -289,8 +190,3 @@ class Course(TrainerCallback, ExportableState):
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.finish()
-
-
-def held_out_key(dataset: str, plan: Timetable) -> str:
-    """The name under which an evaluation has a data set's loss."""
-    return "eval_loss" if len(plan.compositions) == 1 else f"eval_{dataset}/loss"

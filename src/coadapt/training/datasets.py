@@ -40,7 +40,9 @@ class DatasetSettings(BaseModel):
     @classmethod
     def _fill(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
-            raise ValueError(f"a data set is described by settings such as {{data: FILE, composition: task}}; {values!r}")
+            raise ValueError(
+                f"a data set is described by settings such as {{data: FILE, composition: task}}; {values!r}"
+            )
         values = renamed(values)
         refuse_unknown(values, cls.model_fields, "a data set")
         if not values.get("composition"):
@@ -73,7 +75,9 @@ def check_datasets(run: Any) -> None:
         if run.data is None:
             raise ValueError(f"data is missing: {type(run).model_fields['data'].description}")
         if run.mixing_temperature is not None:
-            raise ValueError(f"mixing_temperature={run.mixing_temperature:g} has no effect on one data set: leave it out")
+            raise ValueError(
+                f"mixing_temperature={run.mixing_temperature:g} has no effect on one data set: leave it out"
+            )
         return
     beside = [name for name in OWN if getattr(run, name) is not None]
     if beside:
@@ -126,22 +130,28 @@ def check_adapters(run: Any) -> None:
     starts_from(run)
 
 
+def init_from(run: Any) -> dict[str, str]:
+    """Adapter -> the one that it starts from."""
+    found = {name: adapter.options.get("init_from") for name, adapter in run.adapters.items()}
+    return {name: source for name, source in found.items() if source is not None}
+
+
 def starts_from(run: Any) -> list[str]:
     """The adapters, each after the one that it starts from; as they stand where none does.
 
     Raises:
         ValueError: `init_from` names no adapter of the run, or adapters start from each other.
     """
-    sources = {name: adapter.options.get("init_from") for name, adapter in run.adapters.items()}
+    sources = init_from(run)
     for name, source in sources.items():
-        if source is not None and source not in sources:
+        if source not in run.adapters:
             raise ValueError(
-                f"adapters.{name}: init_from={source!r} is no adapter of this run.{did_you_mean(str(source), sources)} "
-                f"There are: {', '.join(sources)}."
+                f"adapters.{name}: init_from={source!r} is no adapter of this run.{did_you_mean(source, run.adapters)} "
+                f"There are: {', '.join(run.adapters)}."
             )
     order: list[str] = []
-    while left := [name for name in sources if name not in order]:
-        ready = next((name for name in left if sources[name] is None or sources[name] in order), None)
+    while left := [name for name in run.adapters if name not in order]:
+        ready = next((name for name in left if sources.get(name) in (None, *order)), None)
         if ready is None:
             raise ValueError(f"init_from goes in a circle: {', '.join(f'{n} from {sources[n]}' for n in left)}")
         order.append(ready)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from coadapt.data.tokens import IGNORED
 from coadapt.training.course import Course
 from coadapt.training.losses import Window, row_losses, trained, window
-from coadapt.training.mixing import Batches, Mixture, Stream, shares
+from coadapt.training.mixing import Batches, Mixture, Stream, shares, streams
 from coadapt.training.settings import Task
 from coadapt.training.trainer import AdapterTrainer
 
@@ -21,7 +21,7 @@ DATASET = "dataset"
 
 
 class JointTrainer(AdapterTrainer):
-    """The rows of a batch go through one forward, each with its own composition; with one data set, all with the view's.
+    """The rows of a batch go through one forward, each with its composition; of one data set, all with the view's.
 
     Everything else (accumulation, checkpoints, resuming, callbacks) is transformers' own.
 
@@ -58,19 +58,17 @@ class JointTrainer(AdapterTrainer):
 
     def streams(self, batch: int) -> list[Stream]:
         """The rows of each data set in batches of so many rows in all."""
-        args, spans = self.args, self.course.plan.datasets.values()
-        sizes = shares(batch, self.weights)
-        return [
-            Stream(
-                rows=len(rows),
-                batch=size,
-                accumulation=args.gradient_accumulation_steps,
-                seed=args.seed,
-                start=span.start,
-                stop=span.stop,
-            )
-            for rows, size, span in zip(self.mixture.sets.values(), sizes, spans, strict=True)
-        ]
+        rows, spans = [len(rows) for rows in self.mixture.sets.values()], list(self.course.plan.datasets.values())
+        accumulation = self.args.gradient_accumulation_steps
+        return streams(rows, shares(batch, self.weights), accumulation, self.args.seed, spans)
+
+    def told(self) -> dict[str, str]:
+        """Of each of several data sets, what it has in a batch."""
+        made = self.streams(self._train_batch_size) if self.several else []
+        return {
+            name: f"{stream.batch} of the {self._train_batch_size} rows of a batch, a pass in {stream.steps} steps"
+            for name, stream in zip(self.mixture.sets, made, strict=False)
+        }
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(

@@ -1,7 +1,7 @@
 """The loss of rows that train different adapters: for each adapter, the mean over its own trained tokens.
 
-Data sets that train an adapter in common are a group. With S_d the sum of the losses of a data set's trained tokens, and
-N_d their number, both over all batches that a step is made of,
+Data sets that train an adapter in common are a group. With S_d the sum of the losses of a data set's trained tokens,
+and N_d their number, both over all batches that a step is made of,
 
     L = sum_g  (sum_(d in g) S_d) / (sum_(d in g) N_d)
 
@@ -22,7 +22,7 @@ from coadapt.training.settings import Task
 
 
 def trained(labels: Tensor, task: Task) -> Tensor:
-    """(B,) trained tokens of each row; (B,) ones where a row has one class. A language model predicts the next token."""
+    """(B,) trained tokens of each row, the first never among those of a language model; 1 where a row has a class."""
     if labels.dim() < 2:
         return torch.ones(len(labels), device=labels.device)
     return (labels[:, 1:] if task == "causal-lm" else labels).ne(IGNORED).sum(1).float()

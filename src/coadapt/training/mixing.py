@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -85,6 +85,25 @@ class Stream:
         first = within * self.accumulation
         numbers = range(first, min(first + self.accumulation, self.batches))
         return [order[n * self.batch : (n + 1) * self.batch] for n in numbers]
+
+
+class Steps(Protocol):
+    """From a step to another, without the last; None: to the end."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int | None: ...
+
+
+def streams(
+    rows: Sequence[int], sizes: Sequence[int], accumulation: int, seed: int, spans: Sequence[Steps]
+) -> list[Stream]:
+    """Of data sets with so many rows, so many of them in each batch, drawn in these steps."""
+    return [
+        Stream(rows=n, batch=size, accumulation=accumulation, seed=seed, start=span.start, stop=span.stop)
+        for n, size, span in zip(rows, sizes, spans, strict=True)
+    ]
 
 
 class Mixture(Dataset[tuple[int, Any]]):

@@ -244,7 +244,10 @@ class RunConfig(BaseModel):
                 f"early_stopping_patience={self.early_stopping_patience} counts evaluations, and eval_strategy=no "
                 "makes none: set eval_steps, or eval_strategy to epoch"
             )
-        elif not self.stops_by_adapter and (self.save_strategy, self.save_steps) != (self.eval_strategy, self.eval_steps):
+        elif not self.stops_by_adapter and (self.save_strategy, self.save_steps) != (
+            self.eval_strategy,
+            self.eval_steps,
+        ):
             raise ValueError(
                 f"early_stopping_patience={self.early_stopping_patience} keeps the best evaluation, so each one needs "
                 f"its checkpoint; save_strategy={self.save_strategy}, save_steps={self.save_steps} do not go with "
