@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from coadapt.training.monitor import figures_in
 from coadapt.training.palette import GREY, HELD_OUT, INK, TRAIN, adapter_colors
+from coadapt.training.record import held_out_losses
 
 Points = list[tuple[int, float]]
 End = tuple[float, float, str, str]
@@ -88,7 +89,11 @@ def _loss(axes: Any, log: Sequence[Mapping[str, Any]], title: str) -> list[End]:
         steps, losses = zip(*held_out, strict=True)
         axes.plot(steps, losses, color=HELD_OUT, linewidth=1, linestyle=":", marker="o", markersize=5)
         ends.append((steps[-1], losses[-1], f"held out {losses[-1]:.3g}", HELD_OUT))
-    losses = [loss for _, loss in (*train, *held_out)]
+    apart = _apart(log)
+    for name, points in apart.items():
+        axes.plot(*zip(*points, strict=True), color=HELD_OUT, linewidth=0.8, alpha=0.6, marker="o", markersize=2.5)
+        ends.append((*points[-1], f"{_shortened(name)} {points[-1][1]:.3g}", HELD_OUT))
+    losses = [loss for _, loss in (*train, *held_out, *(point for points in apart.values() for point in points))]
     # Where a linear axis would show a cliff and a floor.
     if losses and min(losses) > 0 and max(losses) > 20 * min(losses):
         _logarithmic(axes, losses)
@@ -96,6 +101,15 @@ def _loss(axes: Any, log: Sequence[Mapping[str, Any]], title: str) -> list[End]:
     axes.set_ylabel("loss", color=GREY)
     _plain(axes)
     return ends
+
+
+def _apart(log: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
+    """Of several data sets, each one's held-out loss."""
+    found: dict[str, Points] = {}
+    for line in log:
+        for name, loss in held_out_losses(line).items():
+            found.setdefault(name, []).append((line["step"], loss))
+    return found
 
 
 def _norms(axes: Any, found: Mapping[str, Points], colors: Mapping[str, str], title: str) -> list[End]:
