@@ -17,13 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import models
 from byte_tokenizer import save_base
 from coadapt import PeftModel
+from coadapt.cli.group import run as run_command
 from coadapt.data.collate import Collator
 from coadapt.data.columns import Told
 from coadapt.data.prepare import plan, prepare
 from coadapt.data.source import read
 from coadapt.training.assemble import adapter_config, own_seed
 from coadapt.training.folder import damage
-from coadapt.training.record import read_log
+from coadapt.training.picture import _apart, draw
+from coadapt.training.record import held_out_losses, read_log
 from coadapt.training.run import Outcome, train
 from coadapt.training.settings import AdapterSettings, RunConfig
 
@@ -279,6 +281,27 @@ def test_a_run_ends_when_all_have_stopped(base: str, files: dict[str, str], tmp_
     assert all(off(weights(tmp_path / "out", name), saved[name]) == 0 for name in saved)
 
 
+def test_a_stage_waits_for_its_step_where_the_one_before_stopped_early(
+    base: str, files: dict[str, str], tmp_path: Path
+) -> None:
+    how = staged(files)
+    how["adapters"]["left"]["early_stopping_patience"] = 1
+    how |= {"early_stopping_threshold": 10, "eval_strategy": "steps", "eval_steps": 1}
+    done = go(base, tmp_path / "out", **how)
+    assert list(column(tmp_path / "out", "train/loss")) == [1, 2, *range(7, 15)]  # the second evaluation is no better
+    assert done.step == 14
+
+
+@pytest.mark.full
+def test_adapters_of_one_data_set_stop_at_steps_of_their_own(base: str, files: dict[str, str], tmp_path: Path) -> None:
+    adapters = {"left": {**KINDS["lora"], "stop_step": 3}, "right": {**KINDS["prompt"], "early_stopping_patience": 1}}
+    how = {**COMMON, **OFTEN, "logging_steps": 1, "early_stopping_threshold": 10}
+    done = go(base, tmp_path / "out", data=files["add"], adapters=adapters, **{**how, "num_train_epochs": 4})
+    assert done.step == 4
+    trained = {name: list(column(tmp_path / "out", f"train/update_norm/{name}")) for name in adapters}
+    assert trained == {"left": [1, 2, 3], "right": [1, 2, 3, 4]}
+
+
 # ---- resuming, settings ----------------------------------------------------------------------------------------------
 
 
@@ -304,8 +327,9 @@ def test_a_run_that_was_cut_off_comes_to_the_same_numbers(base: str, files: dict
 
 def figures(out: Path) -> list[dict[str, Any]]:
     """The log without what depends on the machine."""
+    speed = ("memory", "per_second", "runtime")
     lines = read_log(out / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if "memory" not in k and "per_second" not in k} for line in lines]
+    return [{k: v for k, v in line.items() if not any(word in k for word in speed)} for line in lines]
 
 
 def test_the_settings_that_are_written_build_the_same_run(base: str, files: dict[str, str], tmp_path: Path) -> None:
@@ -320,3 +344,42 @@ def test_the_settings_that_are_written_build_the_same_run(base: str, files: dict
     go(base, tmp_path / "again", **{**told, "model": base, "output_dir": str(tmp_path / "again")})
     for name in ("left", "right"):
         assert off(weights(tmp_path / "again", name), weights(tmp_path / "out", name)) == 0
+
+
+# ---- what is shown and proved ----------------------------------------------------------------------------------------
+
+
+def test_each_data_set_is_proved_and_shown(base: str, files: dict[str, str], tmp_path: Path) -> None:
+    text = io.StringIO()
+    how: dict[str, Any] = {
+        "adapters": {"left": KINDS["lora"], "right": KINDS["prompt"]},
+        "max_steps": 2,
+        "verify": True,
+    }
+    how |= {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 1}
+    done = go(base, tmp_path / "out", Console(file=text, width=160), datasets=sets(files), **how)
+    told = text.getvalue()
+    assert "one step was tried: every adapter changes the output, gets a gradient and moves" in told
+    losses = {name: list(column(tmp_path / "out", f"eval/{name}/loss").values()) for name in ("add", "say")}
+    assert f"add {losses['add'][-1]:.4f}, say {losses['say'][-1]:.4f}" in told
+    assert done.held_out_loss == pytest.approx((losses["add"][-1] + losses["say"][-1]) / 2)
+    assert "5 of the 8 rows of a batch, a pass in 5 steps" in told
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| held-out loss of say | {losses['say'][0]:.4f} → {losses['say'][-1]:.4f} |" in card
+    facts = json.loads((tmp_path / "out" / "provenance.json").read_text())["data"]["datasets"]
+    assert facts["say"]["name"] == files["say"]
+    assert run_command(["verify", "--adapter", str(tmp_path / "out"), "--adapters", "right"]) == 0
+    assert run_command(["verify", "--adapter", str(tmp_path / "out")]) == 0
+    gone = {**sets(files, right="right + 0*left"), "add": {**sets(files)["add"], "composition": "right"}}
+    with pytest.raises(ValueError, match=r"training would be in vain.*\nFAIL +left +changes the output"):
+        go(base, tmp_path / "gone", datasets=gone, **how)
+    assert not list((tmp_path / "gone").iterdir())
+
+
+def test_the_picture_has_a_line_for_each_data_set(tmp_path: Path) -> None:
+    log = [{"step": s, "train/loss": 3.0 - s, "eval/loss": 2.5, "eval/a_b/loss": 2.0, "eval/c/loss": 3} for s in (1, 2)]
+    assert _apart(log) == {"a_b": [(1, 2.0), (2, 2.0)], "c": [(1, 3), (2, 3)]}
+    assert held_out_losses({"eval_loss": 1.0, "eval_a_b/loss": 2.0, "eval_c/accuracy": 0.5}) == {"a_b": 2.0}
+    draw(log, tmp_path / "with.png", "title")
+    draw([{k: v for k, v in line.items() if k.count("/") < 2} for line in log], tmp_path / "without.png", "title")
+    assert (tmp_path / "with.png").read_bytes() != (tmp_path / "without.png").read_bytes()

@@ -159,6 +159,8 @@ class JointTrainer(AdapterTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the mean loss of each data set since the last line."""
+        if "loss" in logs and self.several and not any(self._steps):
+            del logs["loss"]  # where nothing was trained: all have stopped early, and others are still to start
         if "loss" in logs:
             found = zip(self.mixture.sets, self._sums.tolist(), self._steps, strict=True)
             logs |= {f"loss/{name}": total / steps for name, total, steps in found if steps}

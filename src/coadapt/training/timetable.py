@@ -68,17 +68,22 @@ def timetable(run: RunConfig) -> Timetable:
         for name, one in run.sources.items()
     }
     spans = {name: Span(start=a.start_step or 0, stop=a.stop_step) for name, a in run.adapters.items()}
-    for name, node in nodes.items():
-        try:
-            composition.check_known(node, spans)
-        except ValueError as error:
-            raise ValueError(f"{f'datasets.{name}.' if run.datasets else ''}composition: {error}") from error
+    _check_known(run, nodes, spans)
     drawn = {name: _drawn([spans[adapter] for adapter in composition.names(node)]) for name, node in nodes.items()}
     made = Timetable(compositions=nodes, adapters=spans, datasets=drawn)
     for adapter, span in spans.items():
         _check_rows(run, made, adapter, span)
     _check_idle(list(drawn.values()))
     return made
+
+
+def _check_known(run: RunConfig, nodes: Mapping[str, Node], spans: Mapping[str, Span]) -> None:
+    named = {f"datasets.{name}." if run.datasets else "": node for name, node in nodes.items()}
+    for where, node in {**named, "": as_node(run.composition)}.items():
+        try:
+            composition.check_known(node, spans)
+        except ValueError as error:
+            raise ValueError(f"{where}composition: {error}") from error
 
 
 def _drawn(spans: Sequence[Span]) -> Span:
@@ -102,10 +107,10 @@ def _check_rows(run: RunConfig, made: Timetable, adapter: str, span: Span) -> No
         others = {a: made.adapters[a] for name in mine for a in made.uses(name) if a != adapter}
         said = ", ".join(f"{a} trains {s}" for a, s in others.items())
         raise ValueError(
-            f"{adapter} is to train {span}, and to be frozen where its rows are drawn ("
+            f"{adapter!r} is to train {span}, and to be frozen where its rows are drawn ("
             + ", ".join(f"{name}: {made.datasets[name]}" for name in mine)
             + f"; {said}). Rows are drawn once all adapters of their composition have started: change start_step, or "
-            f"give {adapter} a data set of its own before."
+            f"give {adapter!r} a data set of its own before."
         )
 
 
