@@ -39,7 +39,8 @@ class JointTrainer(AdapterTrainer):
         super().__init__(**options)
         if self.several and self.args.world_size > 1:
             raise ValueError("datasets: several data sets train in one process only. Train them one after another.")
-        self.weights, self.course, self.task = tuple(weights), course, task
+        self.weights, self.course = tuple(weights), course
+        self.task: Task = task
         self.add_callback(course)
         self._trains: list[str] = []
         self._window: Window | None = None
@@ -150,9 +151,10 @@ class JointTrainer(AdapterTrainer):
         return [g for g in groups if g["name"] in self._trains or g["name"] == "gates"]
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for group in optimizer.param_groups if self._window is not None else ():
-            if (factor := self._window.factors.get(group["name"])) is not None:
-                torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], factor)
+        factors = {} if self._window is None else self._window.factors
+        for group in [g for g in optimizer.param_groups if g["name"] in factors]:
+            for parameter in [p for p in group["params"] if p.grad is not None]:
+                parameter.grad.mul_(factors[group["name"]])
         super()._before_step(optimizer, args, kwargs)
 
     # ---- the log and the held-out rows -------------------------------------------------------------------------------

@@ -118,9 +118,10 @@ def gather(run: RunConfig, table: Timetable) -> Material:
     Raises:
         ValueError: one cannot be read, has no known format, or does not go with the others or with the model.
     """
+    rows = {name: _read(settings) for name, settings in run.sources.items()}
     config = load_config(run.model, run.revision)
-    seen = {name: _seen(run, config, settings) for name, settings in run.sources.items()}
-    _check_alike(config, {name: (task, found) for name, (task, found) in seen.items()})
+    seen = {name: _seen(run, config, settings, *rows[name]) for name, settings in run.sources.items()}
+    _check_alike(config, seen)
     task = next(iter(seen.values()))[0]
     check_sight(run.model, config, task)
     processor = load_processor(run.model, task, run.revision)
@@ -137,7 +138,15 @@ def gather(run: RunConfig, table: Timetable) -> Material:
     return material
 
 
-def _seen(run: RunConfig, config: PreTrainedConfig, settings: DatasetSettings) -> tuple[Task, Plan]:
+def _read(settings: DatasetSettings) -> tuple[Source, Source | None]:
+    """The rows of a data set, and those to evaluate on, where they are said."""
+    rows = read(settings.data, settings.dataset_config)
+    return rows, read(settings.eval_data, settings.dataset_config) if settings.eval_data else None
+
+
+def _seen(
+    run: RunConfig, config: PreTrainedConfig, settings: DatasetSettings, source: Source, held_out: Source | None
+) -> tuple[Task, Plan]:
     """The task and the format of one data set."""
     told = Told(
         text=settings.text_column,
@@ -146,8 +155,6 @@ def _seen(run: RunConfig, config: PreTrainedConfig, settings: DatasetSettings) -
         label=settings.label_column,
         image=settings.image_column,
     )
-    source = read(settings.data, settings.dataset_config)
-    held_out: Source | None = read(settings.eval_data, settings.dataset_config) if settings.eval_data else None
     task = run.task or task_of_model(config)
     if run.task is None and task == "sequence-classification" and has_tags(source):
         task = "token-classification"  # an encoder can be either
