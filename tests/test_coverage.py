@@ -9,9 +9,10 @@ from rich.console import Console
 
 import models
 from coadapt import BottleneckConfig, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from coadapt.core import coverage, target
+from coadapt.core import coverage
 from coadapt.core.layer import kind_of
 from coadapt.core.mixture import mixtures
+from coadapt.core.roles import blocks
 from coadapt.training.inspect import coverage_tables, layers_table
 from laws.setting import CASES, MAKE, fits
 
@@ -88,14 +89,14 @@ def test_a_mixture_is_one_feed_forward_part_beside_nothing_else() -> None:
     base = models.mixtral()
     assert [m.path for m in mixtures(base)] == ["model.layers.0.mlp", "model.layers.1.mlp"]
     assert {m.width for m in mixtures(base)} == {32}
-    for block in target.blocks(base):
+    for block in blocks(base):
         assert block.feed_forward is not None
         assert (
             block.feed_forward[0] == block.feed_forward[1] == (f"{block.path}.mlp", base.get_submodule(block.path).mlp)
         )
     layer: Any = base.model.layers[1]
     layer.beside = torch.nn.Linear(32, 32)
-    assert target.blocks(base)[1].feed_forward is None
+    assert blocks(base)[1].feed_forward is None
     with pytest.raises(ValueError, match=r"'model\.layers\.1' .*name target_modules"):
         PeftModel(base, CASES["bottleneck"])
 
@@ -123,7 +124,7 @@ def test_experts_in_a_list_are_a_mixture_too() -> None:
     (mixture,) = mixtures(base)
     assert (mixture.path, mixture.experts) == ("layers.0.moe", "layers.0.moe.experts")
     assert (mixture.router, mixture.raw, mixture.width) == ("layers.0.moe.gate", (), 8)
-    (found,) = target.blocks(base)
+    (found,) = blocks(base)
     assert found.feed_forward == (("layers.0.moe", block.moe),) * 2
     roles = {role.name: role.paths for role in coverage.roles(base)}
     assert roles["router"] == ("layers.0.moe.gate",)

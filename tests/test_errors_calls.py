@@ -21,7 +21,34 @@ from steps import traces
 
 
 @pytest.mark.parametrize(
-    "name", ["", "a/b", "..", ".hidden", "a b", "a+b", "a>>b", "0.5", "-x", "a\\b", "a*b", "c:d", "x" * 200, "a\n", 3]
+    "name",
+    [
+        "",
+        "learned",
+        "nothing",
+        "gates",
+        "__base__",
+        "a[1]",
+        "a,b",
+        "a=b",
+        "1e5",
+        "a(b",
+        ">>",
+        "a/b",
+        "..",
+        ".hidden",
+        "a b",
+        "a+b",
+        "a>>b",
+        "0.5",
+        "-x",
+        "a\\b",
+        "a*b",
+        "c:d",
+        "x" * 200,
+        "a\n",
+        3,
+    ],
 )
 def test_names_that_are_no_file_names(name: Any) -> None:
     view = get_peft_model(llama(), CASES["lora"], adapter_name="there")
@@ -111,6 +138,80 @@ def test_texts_that_are_no_composition(text: str, part: str) -> None:
 def test_gates(weights: list[Any]) -> None:
     with pytest.raises(ValueError, match=r"weights|gate"):
         Sum("task", "style", weights=weights)
+
+
+@pytest.mark.parametrize(
+    "gate, part",
+    [
+        (torch.tensor([1.0, float("nan")]), "finite numbers; got"),
+        (torch.tensor(float("inf")), "finite numbers; got inf"),
+        (torch.tensor([1j, 1.0]), "finite numbers"),
+        (torch.tensor(1.0, requires_grad=True), r"a Learned\(\)"),
+    ],
+)
+def test_gates_that_are_no_numbers(gate: torch.Tensor, part: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        Sum("task", weights=[gate])
+
+
+@pytest.mark.parametrize("given", [0, 1, 2, 8])
+@pytest.mark.parametrize("which", ["lora", "prefix", "bottleneck"])
+def test_gates_for_another_number_of_rows(which: str, given: int) -> None:
+    """Also a half or a double of them, which generation repeats for its beams and a call does not."""
+    view = get_peft_model(llama(), CASES["lora"], adapter_name="task")
+    view.add_adapter("other", CASES[which])
+    gate = Sum("other", weights=[torch.ones(given)])
+    calls: list[Callable[[], Any]] = [
+        lambda: logits(view, ids(4), adapters=gate),
+        lambda: logits(view, ids(4), adapter_names=[gate, None, "task", "task"]),
+        lambda: view.generate(ids(4), adapters=gate, max_new_tokens=2),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"given for {given} rows, but the batch has 4 rows"):
+            call()
+    assert error_free(view)
+
+
+def test_virtual_tokens_returned_by_some() -> None:
+    """The output has one length: what one adapter returns and another does not cannot be in one call."""
+    view = get_peft_model(llama(), CASES["lora"], adapter_name="task")
+    view.add_adapter("kept", PromptTuningConfig(num_virtual_tokens=2, output_virtual_tokens=True))
+    view.add_adapter("cut", PromptTuningConfig(num_virtual_tokens=2))
+    assert logits(view, adapters="kept >> task").shape[1] == 9
+    for call in (
+        lambda: logits(view, adapters="kept >> cut"),
+        lambda: logits(view, adapter_names=["kept", "cut", None]),
+    ):
+        with pytest.raises(ValueError, match=r"'kept' returns.*'cut' does not"):
+            call()
+    with pytest.raises(ValueError, match="prompts of one length"):
+        logits(view, adapter_names=["kept", "task", None])
+    assert error_free(view)
+
+
+def test_what_is_in_use_is_deleted() -> None:
+    view = get_peft_model(llama(), CASES["lora"], adapter_name="task")
+    view.add_adapter("style", CASES["lora"])
+    with view.using("style >> task"):
+        view.delete_adapter("style")
+        with pytest.raises(ValueError, match="no adapter 'style'"):
+            logits(view)
+    assert error_free(view)
+
+
+def test_numbers_in_texts() -> None:
+    view = get_peft_model(llama(), LoraConfig(r=4, init_lora_weights=False), adapter_name="task")
+    view.add_adapter("style", LoraConfig(r=4, init_lora_weights=False))
+    for text in (
+        "1e+2*task+style",
+        "1E2*task + style",
+        "100.*task+1e0*style",
+        "style + 1e+02 * task",
+        "+".join(["task"] * 100 + ["style"]),
+    ):
+        assert torch.allclose(
+            logits(view, adapters=text), logits(view, adapters=Sum("task", "style", weights=[100, 1])), rtol=1e-3
+        ), text
 
 
 def test_gates_in_a_call() -> None:

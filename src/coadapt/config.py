@@ -273,13 +273,25 @@ class InputConfig(VirtualTokensConfig):
     """Also return the virtual tokens' states; otherwise the output is as long as the input."""
 
 
+_TAKEN_WORDS = {
+    "__base__": "a row without any adapter",
+    "nothing": "a composition without any adapter",
+    "gates": "the trained gates of a composition",
+    "learned": "a gate that is trained, in a text",
+    "learned_per_layer": "gates that are trained, in a text",
+}
+"""What compositions and options call other things than adapters."""
+
+
 def check_name(name: object) -> str:
     """`name` if it can name an adapter and its folder.
 
     Raises:
         ValueError: it is empty, has a path separator or a character that the text form of compositions uses.
     """
-    bad = sorted({c for c in str(name) if c in '/\\:*?"<>|+()' or c.isspace() or not c.isprintable()})
+    bad = sorted({c for c in str(name) if c in '/\\:*?"<>|+()[],=' or c.isspace() or not c.isprintable()})
+    if isinstance(name, str) and name in _TAKEN_WORDS:
+        raise ValueError(f"{name!r} cannot name an adapter: it stands for {_TAKEN_WORDS[name]}. Pick another name.")
     if not isinstance(name, str) or not name or bad or name[0] in ".-" or len(name) > 128 or _is_number(name):
         why = f"; {', '.join(map(repr, bad))} cannot be in it" if bad else ""
         raise ValueError(

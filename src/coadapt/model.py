@@ -98,13 +98,15 @@ class PeftModel(View):
         """Takes an adapter away; a composition that uses it goes on without it.
 
         Raises:
+            ValueError: a router that is active chooses it. Nothing was changed.
             RuntimeError: adapters are merged into the base.
         """
         self.get_adapter(adapter_name)
         if self._merged is not None:
             raise RuntimeError("Adapters are merged into the base; unmerge_adapter() before one is deleted.")
+        left = composition.without(self._node, adapter_name)
         self._take_away(adapter_name)
-        self.set_adapter(composition.without(self._node, adapter_name))
+        self.set_adapter(left)
 
     def unload(self) -> nn.Module:
         """Takes all adapters away and gives the base back, to the bit as it was (what is merged is taken out first)."""
@@ -115,15 +117,16 @@ class PeftModel(View):
     def set_adapter(self, adapter_name: Any) -> None:
         """Makes a composition active: a name, a list (their sum), a text ("task + 0.5*style", "a >> b"), Seq or Sum.
 
-        What trains stays as it is: see `freeze`, `unfreeze`, `trainable`.
+        "learned*a + b" and "token_router(a, b)" make new gates, unless the same text is active already. What trains
+        stays as it is: see `freeze`, `unfreeze`, `trainable`.
         """
-        node = self.checked(adapter_name)
+        node = self.checked(adapter_name, new=True)
         if self._merged is not None and composition.key(node) != composition.key(self._merged.node):
             raise RuntimeError(
                 f"{self._merged.node!r} is merged into the base; unmerge_adapter() before another is made active."
             )
         self._node = node
-        self.gates = nn.ModuleList(composition.learned(node))
+        self.gates = nn.ModuleList(composition.trained_gates(node)).train(self.training)
 
     # ---- combining ---------------------------------------------------------------------------------------------------
 

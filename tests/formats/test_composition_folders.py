@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coadapt import Learned, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, Seq, Sum, get_peft_model
-from coadapt.core.composition import Node, key, learned
+from coadapt.core.composition import Node, key, trained_gates
 from coadapt.formats.compositions import node_from_json, node_to_json
 from models import gpt2, llama, logits, stir
 
@@ -55,8 +55,8 @@ def test_learned_gates_come_back_and_one_that_is_used_twice_stays_one() -> None:
     node = Sum(Seq("a", Sum("b", weights=[one])), "c", "d", weights=[0.25, other, one])
     said = json.loads(json.dumps(node_to_json(node)))
     again = node_from_json(said)
-    assert [round(float(g().detach()), 6) for g in learned(again)] == [
-        round(float(g().detach()), 6) for g in learned(node)
+    assert [round(float(g().detach()), 6) for g in trained_gates(again)] == [
+        round(float(g().detach()), 6) for g in trained_gates(node)
     ]
     assert again.weights[2] is again.children[0].children[1].weights[0]
     assert again.weights[1] is not again.weights[2]
@@ -67,7 +67,7 @@ def test_a_learned_gate_that_ran_away_can_still_be_read(value: float) -> None:
     gate = Learned()
     with torch.no_grad():
         gate.log_gate.fill_(math.log(value) if value > 0 else -math.inf)
-    assert len(learned(node_from_json(json.loads(json.dumps(node_to_json(Sum("a", weights=[gate]))))))) == 1
+    assert len(trained_gates(node_from_json(json.loads(json.dumps(node_to_json(Sum("a", weights=[gate]))))))) == 1
 
 
 @pytest.mark.parametrize("said", [3, None, {"sum": ["a"]}, {"sum": ["a"], "weights": ["x"]}, {"seq": "a"}, ["a"]])
@@ -185,6 +185,27 @@ def test_names_never_leave_the_folder(name: Any, tmp_path: Path) -> None:
     change(tmp_path / "inside", adapters=[name], composition=name)
     with pytest.raises(ValueError, match="cannot name an adapter"):
         PeftModel.from_pretrained(llama(), tmp_path / "inside")
+
+
+@pytest.mark.parametrize(
+    "said, part",
+    [
+        ({"composition": "tusk"}, r"composition of 'tusk'.*among its adapters task, style.*Did you mean 'task'"),
+        ({"composition": {"seq": ["task", "tusk", "style"]}}, "composition of 'tusk'"),
+        ({"adapters": ["task", "style", "task"]}, "lists 'task' more than once"),
+    ],
+)
+def test_a_composition_that_contradicts_its_list(said: dict[str, Any], part: str, tmp_path: Path) -> None:
+    """Nothing of it is attached then, to a view that is there as well."""
+    view = get_peft_model(llama(), LoraConfig(r=2), "task")
+    view.add_adapter("style", LoraConfig(r=2))
+    view.save_pretrained(tmp_path)
+    change(tmp_path, **said)
+    other = get_peft_model(llama(), LoraConfig(r=2), "there")
+    for model in (other, llama()):
+        with pytest.raises(ValueError, match=part):
+            PeftModel.from_pretrained(model, tmp_path)
+    assert list(other.peft_config) == other.active_adapters == ["there"]
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

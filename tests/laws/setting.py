@@ -149,6 +149,6 @@ def recompute(model: Any, reentrant: bool) -> None:
 
 
 __all__ = [
-    "EVERY", "MAKE", "WITHOUT_BIAS", "attach", "close", "config_of", "far", "few", "fits", "gradients", "ids", "logits",
-    "loss", "pairs", "recompute", "rest", "same_gradients", "stir", "view_on",
+    "EVERY", "MAKE", "VIRTUAL", "WITHOUT_BIAS", "attach", "close", "config_of", "far", "few", "fits", "gradients",
+    "ids", "logits", "loss", "pairs", "recompute", "rest", "same_gradients", "stir", "view_on",
 ]  # fmt: skip

@@ -49,6 +49,46 @@ def test_gradients_are_those_without(case: str, model: str, when: str, reentrant
     )
 
 
+HALF = pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+
+
+@REENTRANT
+@HALF
+@pytest.mark.parametrize(
+    ("case", "model"), [("lora", "llama"), ("bottleneck", "t5"), ("prefix", "gpt2"), ("prompt", "bart")]
+)
+def test_half_precision_recomputes_to_the_same(case: str, model: str, autocast: bool, reentrant: bool) -> None:
+    """A base in bf16 with adapters in fp32, and autocast: as far as bf16 carries, since sums go in another order."""
+    other = next(c for c in ("lora", "bottleneck") if c != case and fits(c, model))
+    found: list[dict[str, Tensor | None]] = []
+    for when in ("after", "never"):
+        view = made(model, when, reentrant, case, other).float()
+        if not autocast:
+            view.base.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            one, two = loss(view, adapters="a"), loss(view, ids(seed=1), adapters="b")
+            three = loss(view, ids(seed=2), adapter_names=["a", None, "b >> a"])
+        (one + two + three).backward()
+        found.append(gradients(view))
+        assert all(g is not None and g.dtype == torch.float32 for g in found[-1].values())
+    for name in "ab":
+        with_it, without = (
+            torch.cat([g.flatten() for n, g in of.items() if g is not None and n.startswith(f"adapters.{name}.")])
+            for of in found
+        )
+        assert float((with_it - without).norm() / without.norm()) < 0.03, name
+
+
+@pytest.mark.full
+@REENTRANT
+@HALF
+@pairs(2, models=[model for model in CAN if model != "mixtral"])
+def test_half_precision_recomputes_to_the_same_elsewhere(
+    case: str, model: str, autocast: bool, reentrant: bool
+) -> None:
+    test_half_precision_recomputes_to_the_same(case, model, autocast, reentrant)
+
+
 @REENTRANT
 def test_recomputation_happens(reentrant: bool) -> None:
     """The test above would pass on a model that does not checkpoint."""

@@ -117,3 +117,30 @@ def test_gates_that_cannot_be() -> None:
     view = view_on("llama", "lora")
     with pytest.raises(ValueError, match="2 rows"):
         logits(view, adapters=Sum("a", weights=[torch.ones(2)]))
+
+
+def test_deleting_an_adapter_takes_its_gates_along() -> None:
+    """However deep it stood: a gate with nothing behind it would go on training, for nothing."""
+    view = view_on("llama", "lora", "lora", "lora")
+    kept = Learned(0.5)
+    inner = Sum(Seq("a", Sum("a", weights=[Learned(2.0)])), "b", weights=[Learned(3.0), kept])
+    view.set_adapter(Seq(Sum(inner, weights=[0.5]), "a"))
+    alone = logits(view, adapters=Sum("b", weights=[0.25]))
+    view.delete_adapter("a")
+    assert list(view.gates) == [kept]
+    close(logits(view), alone)
+    view.delete_adapter("b")
+    assert repr(view.composition) == "nothing"
+    assert not list(view.gates)
+
+
+def test_an_adapter_that_a_router_chooses_is_not_deleted() -> None:
+    view = view_on("llama", "lora", "lora", "lora")
+    view.set_adapter("token_router(a, b)")
+    before = logits(view)
+    with pytest.raises(ValueError, match="chooses from"):
+        view.delete_adapter("a")
+    assert list(view.peft_config) == ["a", "b", "c"]
+    assert torch.equal(logits(view), before)
+    view.delete_adapter("c")
+    assert torch.equal(logits(view), before)

@@ -89,17 +89,23 @@ NAMES: dict[str, Any] = {
 ROWS = ["p", "x", None, "long >> lora", "lora", "p + x", "p >> long"]
 
 
-@pytest.mark.parametrize("use_cache", [True, pytest.param(False, marks=pytest.mark.full)])
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("model", [*WRITERS[:4], *rest(*WRITERS[4:])])
-def test_each_row_with_adapters_of_its_own(model: str, how: str, use_cache: bool) -> None:
-    """Rows and adapters of unequal lengths in one batch."""
+def several(model: str) -> PeftModel:
+    """Adapters of every kind and of unequal lengths."""
     view = PeftModel(writer(model))
     for i, (name, config) in enumerate({**NAMES, "serial": config_of("bottleneck", model)}.items()):
         torch.manual_seed(i)
         if name != "x" or model != "bloom":
             view.add_adapter(name, config)
             stir(view.get_adapter(name), seed=i, by=0.3)
+    return view
+
+
+@pytest.mark.parametrize("use_cache", [True, pytest.param(False, marks=pytest.mark.full)])
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("model", [*WRITERS[:4], *rest(*WRITERS[4:])])
+def test_each_row_with_adapters_of_its_own(model: str, how: str, use_cache: bool) -> None:
+    """Rows and adapters of unequal lengths in one batch."""
+    view = several(model)
     names = [n for n in [*ROWS, "serial"] if n is None or "x" not in n or model != "bloom"]
     rows, padded, mask = ragged(*[4 + (0 if model in ABSOLUTE else i % 3) for i in range(len(names))])
     options = {**HOW[how], "use_cache": use_cache}
@@ -117,17 +123,54 @@ def test_each_row_with_adapters_of_its_own(model: str, how: str, use_cache: bool
         ), name
 
 
-def test_sampled_rows_follow_the_scores_of_their_own_adapter() -> None:
-    view = attach(writer("llama"), "llama", "lora", "prompt", by=0.3)
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("model", [*WRITERS[:4], "bart", *rest("opt", *WRITERS[6:])])
+def test_sampled_rows_follow_the_scores_of_their_own_adapter(model: str, beams: int, use_cache: bool) -> None:
+    """Each returned sequence was drawn from what its row's own composition gives for it, alone and unpadded."""
+    view, two = several(model), model in TWO_STACKS
+    names = ["p", "lora", None, "x + 0.5*lora", "long >> serial"]
+    names = [n for n in names if n is None or "x" not in n or model != "bloom"]
+    rows, padded, mask = ragged(*[4 + (0 if model in ABSOLUTE else i % 3) for i in range(len(names))])
     torch.manual_seed(0)
-    tokens, names = ids(2), ["a", "b"]
     out: Any = view.generate(
-        tokens, attention_mask=torch.ones_like(tokens), adapter_names=names, do_sample=True, max_new_tokens=3,
-        min_new_tokens=3, num_return_sequences=2, top_k=0, output_logits=True, return_dict_in_generate=True,
+        padded, attention_mask=mask, adapter_names=names, do_sample=True, num_beams=beams, num_return_sequences=2,
+        max_new_tokens=3, min_new_tokens=3, top_k=0, output_logits=True, return_dict_in_generate=True,
+        use_cache=use_cache,
     )  # fmt: skip
+    assert len(out.sequences) == 2 * len(names)
     for i, sequence in enumerate(out.sequences):
-        expected = logits(view, sequence[None, :-1], adapters=names[i // 2])[0, -3:]
-        torch.testing.assert_close(torch.stack([step[i] for step in out.logits]), expected, rtol=1e-5, atol=1e-5)
+        row, node = rows[i // 2], names[i // 2] or []
+        if two:
+            expected = logits(view, row[None], decoder_input_ids=sequence[None, :-1], adapters=node)[0, -3:]
+        else:
+            expected = logits(view, torch.cat([row, sequence[padded.shape[1] :]])[None, :-1], adapters=node)[0, -3:]
+        if beams == 1:
+            found = torch.stack([step[i] for step in out.logits])
+        else:  # a sequence has gone from beam to beam
+            way = out.beam_indices[i, :3]
+            found = torch.stack([step[beam] for step, beam in zip(out.logits, way.tolist(), strict=True)])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
+
+
+@pytest.mark.parametrize("how", ["greedy", "beams"])
+@pytest.mark.parametrize("model", TWO_STACKS)
+def test_each_row_behind_an_encoder_that_is_padded_on_the_right(model: str, how: str) -> None:
+    """What encoders are padded on, as a rule; BART's positions are right there in rows of any length."""
+    view = several(model)
+    for name, sites in (("e", ["encoder"]), ("d", ["decoder"])):
+        view.add_adapter(name, PromptTuningConfig(num_virtual_tokens=5, prompt_sites=sites))
+        stir(view.get_adapter(name), seed=9, by=0.5)
+    names = ["p", "x", None, "long >> lora", "serial", "e + x", *(["d >> lora", "e >> d"] if model == "t5" else [])]
+    rows = [ids(1, 3 + i % 4, seed=i)[0] for i in range(len(names))]
+    padded = torch.stack([torch.nn.functional.pad(r, (0, 6 - len(r))) for r in rows])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(r), (0, 6 - len(r))) for r in rows])
+    for use_cache in (True, False):
+        together = written(view, padded, mask, adapter_names=names, use_cache=use_cache, **HOW[how])
+        repeats = len(together) // len(names)
+        for i, (name, row) in enumerate(zip(names, rows, strict=True)):
+            expected = written(view, row[None], adapters=name or [], **HOW[how])
+            assert torch.equal(together[i * repeats : (i + 1) * repeats], expected), name
 
 
 @pytest.mark.parametrize("cases", [("lora", "prefix"), ("prompt", "bottleneck"), ("prompt", "prefix")])

@@ -1,11 +1,12 @@
 """accelerate's hooks come and go, before the adapters or after them, and neither disturbs the other."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import dispatch_model
+from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import (
     ModelHook,
     add_hook_to_module,
@@ -13,8 +14,10 @@ from accelerate.hooks import (
     remove_hook_from_module,
     remove_hook_from_submodules,
 )
+from safetensors.torch import load_file
 from torch import nn
 
+from coadapt import LoraConfig, PeftModel
 from laws.setting import MAKE, attach, close, fits, gradients, logits, loss, pairs, rest, same_gradients
 from models import FAMILIES
 
@@ -114,6 +117,57 @@ def test_offloaded_weights(case: str, model: str, attach_first: bool) -> None:
     view.unload()
     assert torch.equal(logits(base), plain)
     remove_hook_from_submodules(base)
+
+
+def away(base: nn.Module, folder: Path | None) -> None:
+    """Has accelerate keep the weights on the CPU, or in files; after a first call no two parameters are one object."""
+    if folder is None:
+        cpu_offload(base, torch.device("cpu"))
+    else:
+        disk_offload(base, str(folder), torch.device("cpu"))
+    logits(base)
+    assert all(p.is_meta for p in base.parameters())
+
+
+def sites(view: Any) -> list[str]:
+    return [part.place.path for part in view.get_adapter("a").parts]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("model", ["t5", "gpt2", *rest("llama", "bart", "whisper", "bert")])
+def test_ties_are_seen_where_weights_are_away(model: str, on_disk: bool, tmp_path: Path) -> None:
+    """Trained tokens sit at every layer with that weight, once each; files are those of a base that is in memory."""
+    tied = {"tie_word_embeddings": True} if model == "llama" else {}
+    expected, base = attach(MAKE[model](**tied), model, "tokens"), MAKE[model](**tied)
+    away(base, tmp_path / "weights" if on_disk else None)
+    view = attach(base, model, "tokens")
+    assert sites(view) == sites(expected)
+    assert len(sites(view)) == {"t5": 3, "bart": 3, "bert": 1}.get(model, 2)
+    assert len(list(view.adapters.parameters())) == 1
+    close(logits(view), logits(expected))
+    view.save_pretrained(tmp_path / "one", save_embedding_layers=True)
+    expected.save_pretrained(tmp_path / "two", save_embedding_layers=True)
+    one, two = (load_file(tmp_path / name / "a/adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    again = PeftModel.from_pretrained(MAKE[model](**tied), tmp_path / "one")  # which would warn of another base
+    close(logits(again), logits(expected))
+    if model == "t5":
+        with pytest.raises(ValueError, match="it only holds the weight of encoder"):
+            PeftModel(base, LoraConfig(target_modules=["shared"]))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("model", ["t5", "gpt2"])
+def test_a_head_that_was_untied_is_none_of_the_ties(model: str, on_disk: bool, tmp_path: Path) -> None:
+    """Whatever the configuration goes on saying: the values that wait differ."""
+    base = MAKE[model]()
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight * 2, requires_grad=False)
+    assert base.config.tie_word_embeddings
+    before = sites(attach(base, model, "tokens"))
+    assert "lm_head" not in before
+    away(base, tmp_path if on_disk else None)
+    assert sites(attach(base, model, "tokens")) == before
 
 
 @pytest.mark.parametrize("attach_first", [True, False])

@@ -59,7 +59,9 @@ def test_the_last_state_stays_and_has_everything(drawn: tuple[int, str]) -> None
     [style] = [line.split() for line in last if "style" in line]
     [still] = [line for line in last if "an-adap" in line]
     assert "stands still" in still if columns > 60 else "!" in still
-    assert len(style) - 3 == (4 if columns > 60 else 2)
+    # Where no name has to be cut for it, the effective rank stands beside the rate and the norms.
+    assert len(style) - 3 == {120: 5, 80: 4, 44: 2}[columns]
+    assert ("rank" in whole) == (columns == 120)
     assert "…" not in "".join(style)
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
 
@@ -114,6 +116,36 @@ def test_a_line_without_norms_keeps_those_of_the_last_one_that_had_them(told: An
     log(panel, state, **{"loss": 1.0, "learning_rate/a": 0.125})
     [line] = [line.split()[1:5] for line in text().splitlines() if " a " in line]
     assert line == ["a", "0.125", "3.0e-5", "7"]
+
+
+def test_rank_and_gate_where_an_adapter_has_them_and_there_is_room(told: Any) -> None:
+    panel, state, text = told
+    log(panel, state, **{"loss": 1.0, "learning_rate/a": 0.5, "learning_rate/b": 0.5, "effective_rank/a": 3.25})
+    assert "rank" in text()
+    assert "gate" not in text()
+    log(
+        panel, state, **{"loss": 1.0, "learning_rate/a": 0.5, "learning_rate/b": 0.5, "gate/b": 0.75, "gate/a + b": 9.0}
+    )
+    [titles] = [line.split() for line in text().splitlines() if "gradient" in line]
+    assert titles[1:-1] == ["adapter", "rate", "gradient", "update", "relative", "rank"]  # 80 columns are full
+    panel.console.width = 100
+    drawn = panel._adapters(92)
+    assert [column.header for column in drawn.columns][-3:-1] == ["rank", "gate"]
+    assert [list(column.cells)[-2:] for column in drawn.columns][-3:-1] == [["3.25", ""], ["", "0.75"]]
+
+
+def test_spikes_are_counted_beside_the_loss(told: Any) -> None:
+    panel, state, text = told
+    log(panel, state, loss=1.0, loss_spikes=0)
+    assert "spike" not in text()
+    log(panel, state, loss=9.0, loss_spikes=1)
+    assert re.search(r"loss +9\.0000 +▁█ +1 spike ", text())
+    for _ in range(60):
+        log(panel, state, loss=9.0, loss_spikes=2)
+    assert re.search("loss +9\\.0000 +▁+ +2 spikes +│", text())
+    narrow = Console(file=io.StringIO(), width=44)
+    narrow.print(panel._facts(40))  # the curve makes room
+    assert re.search("▁  2 spikes$", narrow.file.getvalue().splitlines()[0].rstrip())  # type: ignore[attr-defined]
 
 
 def test_a_person_who_asks_it_to_stop_is_answered(told: Any) -> None:

@@ -1,5 +1,6 @@
 """`coadapt train`: the settings of `RunConfig` as flags, from a YAML file, and as `name=value`."""
 
+import os
 import types
 import typing
 import warnings
@@ -142,13 +143,18 @@ def _read(name: str, value: Any) -> Any:
 
 def _invoke(config: Path | None, overrides: tuple[str, ...], **flags: Any) -> int:
     run = read_settings(config, flags, overrides)
+    if "WORLD_SIZE" in os.environ:  # PyTorch advises against a setting that any composition but one needs
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from coadapt.cli.output import console, quiet
+    from coadapt.training import processes
     from coadapt.training.load import asking
     from coadapt.training.run import train
 
     quiet()
     out = console()
     done = train(run, out)
+    if not processes.first():
+        return 1 if done.interrupted else 0
     again = f"coadapt train --config {done.folder}/run.yaml --resume"
     if done.interrupted:
         click.echo(f"\nStopped at step {done.step}; nothing is lost. Go on with:\n  {again}")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, ModuleCopy
-from ..core.composition import Gate, Node, Seq, names, terms
+from ..core.composition import Node, Seq, names, terms
+from ..core.gates import Gate
 from ..core.layer import kind_of
 from .deltas import wide
 from .report import Row

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..core.adapter import Adapter, ModuleCopy
 from ..core.around import around
-from ..core.composition import Learned, Node, Seq, Sum, is_zero, names, terms
+from ..core.composition import Node, Seq, Sum, names, terms
+from ..core.gates import Learned, Routed, is_zero
 from ..core.layer import Around, Layer
 from ..core.lowrank import LowRankMethod
 from ..core.parameter import ParameterLayer
-from ..core.target import Place
+from ..core.roles import Place
 from ..methods.bitfit import BitFit
 
 
@@ -32,6 +33,9 @@ def fixed(node: Node) -> Node:
 
 
 def _number(weight: Any) -> float:
+    if isinstance(weight, Routed) or (isinstance(weight, Learned) and weight.per_layer):
+        what = "a router, whose gates depend on what goes in," if isinstance(weight, Routed) else "a gate per layer"
+        raise ValueError(f"A composition with {what} cannot become one adapter. Keep it as a composition.")
     if isinstance(weight, Learned):
         return float(weight().detach())
     if isinstance(weight, Tensor):

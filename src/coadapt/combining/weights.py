@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..core import target
+from ..core import roles, target
 from ..core.adapter import Adapter, ModuleCopy, build
 from ..core.composition import Node
 from ..methods.bitfit import BitFit, BitFitConfig
@@ -85,7 +85,7 @@ def _check_one(base: nn.Module, found: Sequence[Site], matrices: Sequence[Site],
             f"A LoRA cannot hold the change of a norm's weight ({norms[0]!r}), and norms alone are not all that these "
             "adapters change. Combine those at norms by themselves."
         )
-    if matrices and (new := sorted(set(biases) - set(target.with_bias(base)))):
+    if matrices and (new := sorted(set(biases) - set(roles.with_bias(base)))):
         raise ValueError(
             f"A LoRA trains only biases that are there; these adapters give one to {new[0]!r}, which has none. Combine "
             "those at biases (BitFit) by themselves."

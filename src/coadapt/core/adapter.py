@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig, TargetedConfig
-from . import target
+from . import roles, target
 from .backbone import backbones
 from .layer import Layer
 from .method import InputMethod, Method, ModuleMethod, WeightMethod, method_for
 from .parameter import ParameterLayer
-from .target import Place
+from .roles import Place
 
 
 class ModuleCopy(ModuleMethod):
@@ -134,8 +134,9 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False) ->
 def _share(adapter: Adapter, base: nn.Module) -> None:
     """Tells methods at tied weights of one another."""
     seen: dict[tuple[int, type[Method]], Method] = {}
+    weights = roles.weights(base, [part.place.module for part in adapter.parts])
     for part in adapter.parts:
-        weight = target.weight_of(base, part.place.module)
+        weight = weights[part.place.module]
         if weight is not None:
             earlier = seen.setdefault((id(weight), type(part.method)), part.method)
             if earlier is not part.method:
@@ -151,7 +152,7 @@ def train_head(config: PeftConfig, base: nn.Module) -> PeftConfig:
     """Has the head trained along, unless the configuration says itself what is, or adapts the head."""
     if config.modules_to_save is not None:
         return config
-    heads = [name for name in target.HEADS if hasattr(base, name)]
+    heads = [name for name in roles.HEADS if hasattr(base, name)]
     targeted = isinstance(config, TargetedConfig) and isinstance(config.target_modules, Sequence)
     heads = [h for h in heads if not targeted or h not in (config.target_modules or ())]  # type: ignore[attr-defined]
     return replace_options(config, modules_to_save=heads) if heads else config

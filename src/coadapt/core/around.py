@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .composition import Gate, Node, Seq, Weight, is_zero, per_row
+from .composition import Node, Seq, Sum
 from .frame import Frame
+from .gates import Gate, Reading, Weight, gated, is_zero, leading, per_row, span_site
 from .layer import Adapted, Around, Known, Layer
 from .site import first_input
 
@@ -30,6 +31,8 @@ def around(node: Node, layer: Layer, methods: Methods) -> Layer:
         return layer
     if len(children) == 1 and isinstance(children[0][1], float) and children[0][1] == 1.0:
         return around(children[0][0], layer, methods)
+    if node.router is not None and hasattr(node.router, "fused"):
+        return _Fused(layer, node, methods)
     return _Summed(layer, children, methods)
 
 
@@ -48,10 +51,11 @@ class _Summed(Around):
     def __call__(self, x: Tensor) -> Tensor:
         y = self.inner(x)
         known = Known(self.inner, x, y)
+        at = Reading(self.site, x, y)
         out = y
         for child, gate in self.terms:
             change = around(child, known, self.methods)(x) - y
-            out = out + _gated(gate.value(len(x), y), change)
+            out = out + gated(gate.value(at), change)
         return out
 
     @property
@@ -61,24 +65,36 @@ class _Summed(Around):
         if all(b is inner for b, _ in changed):
             return inner
         start = torch.zeros_like(next(b for b, _ in changed if b is not None)) if inner is None else inner
-        return start + sum(_number(g) * (start * 0 if b is None else b - start) for b, g in changed)
+        return start + sum(_number(g, self.site) * (start * 0 if b is None else b - start) for b, g in changed)
 
     def weight(self) -> Tensor:
         inner = self.inner.weight()
-        return inner + sum(_number(g) * (around(c, self.inner, self.methods).weight() - inner) for c, g in self.terms)
+        return inner + sum(
+            _number(g, self.site) * (around(c, self.inner, self.methods).weight() - inner) for c, g in self.terms
+        )
 
 
-def _gated(gate: float | Tensor, change: Tensor) -> Tensor:
-    if isinstance(gate, Tensor):
-        gate = gate.to(change.dtype)
-        return gate.view(-1, *[1] * (change.dim() - 1)) * change if gate.dim() else gate * change
-    return gate * change
+class _Fused(_Summed):
+    """f + V sum_i g_i (e_i(f) - f), with gates that attend to the changes."""
+
+    def __init__(self, inner: Layer, node: Sum, methods: Methods) -> None:
+        super().__init__(inner, list(zip(node.children, node.weights, strict=True)), methods)
+        self.router: Any = node.router
+        self.children = [(i, c) for i, c in enumerate(node.children) if _has(c, methods)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        known = Known(self.inner, x, y)
+        changes = {i: around(child, known, self.methods)(x) - y for i, child in self.children}
+        return y + self.router.fused(Reading(self.site, x, y), changes)
 
 
-def _number(gate: Gate) -> float | Tensor:
+def _number(gate: Gate, site: str) -> float | Tensor:
+    if gate.routed:
+        raise ValueError("A composition with a router cannot be merged: its gates depend on what goes in.")
     if any(isinstance(f, Tensor) for f in gate.factors):
         raise ValueError("A composition with a gate per row cannot be merged: its rows would need different weights.")
-    return gate.value(1, torch.empty(0)) if gate.factors else gate.number
+    return gate.number if not gate.factors else gate.value(Reading(site, torch.empty(0), torch.empty(0)))
 
 
 class NodeCall:
@@ -111,8 +127,7 @@ class NodeCall:
         for c, node in enumerate(self.nodes):
             adapted = around(node, known, self.methods)
             if adapted is not known:
-                here = (chosen == c).view(-1, *[1] * (y.dim() - 1))
-                out = torch.where(here, adapted(x), out)
+                out = torch.where(leading(chosen == c, y.dim()), adapted(x), out)
         return out
 
 
@@ -129,7 +144,9 @@ class SpanCall(NodeCall):
         def below(_: Any) -> Tensor:
             return forward(*args, **kwargs) if self.inner is None else self.inner(frame, forward, args, kwargs)
 
-        return self.run(frame, x, Layer(self.layer.module, self.layer.path, below))
+        layer = Layer(self.layer.module, self.layer.path, below)
+        layer.site = span_site(self.layer.path)
+        return self.run(frame, x, layer)
 
 
 class NotingCall:

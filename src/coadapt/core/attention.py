@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .composition import Gate, per_row
 from .frame import current
+from .gates import Gates, Reading, attention_site, gated
 from .method import AttentionMethod
 from .site import shadow
 
@@ -20,32 +20,25 @@ _CAN_JOIN = ("eager", "sdpa")
 
 @dataclass(frozen=True)
 class AttentionTerm:
-    """One prefix at an attention call, with its gate in each of the plan's compositions (None: takes no part)."""
+    """One prefix at an attention call, with its gates."""
 
     method: AttentionMethod
-    gates: tuple[Gate | None, ...]
+    gates: Gates
 
-    def weight(self, rows: Tensor | None, like: Tensor) -> Tensor:
-        """(1,) or (B,): 0 where it takes no part."""
-        count = len(like)
-        values = [torch.zeros(()) if g is None else torch.as_tensor(g.value(count, like)) for g in self.gates]
-        values = [v.to(device=like.device, dtype=torch.float32).reshape(-1) for v in values]
-        if rows is None:
-            return values[0]
-        chosen = per_row(rows, count).to(like.device)
-        return torch.stack([v.expand(count) for v in values], dim=1).gather(1, chosen[:, None])[:, 0]
-
-    @property
-    def is_one(self) -> bool:
-        """Whether it takes part with the gate 1 in every row, so that no bias is needed."""
-        return all(g is not None and g.number == 1.0 and len(g.factors) == 0 for g in self.gates)
+    def weight(self, rows: Tensor | None, at: Reading) -> Tensor:
+        """(1,), (B,) or (B, T): 0 where it takes no part."""
+        value = self.gates.value(rows, at) if rows is not None or self.gates.each[0] is not None else 0.0
+        found = torch.as_tensor(value, device=at.y.device).to(torch.promote_types(at.y.dtype, torch.float32))
+        return found.reshape(1) if found.dim() == 0 else found
 
 
 class AttentionCall:
     """What a plan has at an attention module: every prefix that some row uses."""
 
-    def __init__(self, module: Any, terms: Sequence[AttentionTerm]) -> None:
-        self.terms = tuple(terms)
+    def __init__(self, module: Any, path: str, terms: Sequence[AttentionTerm]) -> None:
+        self.terms, self.site = tuple(terms), attention_site(path)
+        self.reads = any(t.gates.routed for t in terms)
+        """Whether the module's input is noted in the frame, for routers."""
         own = module.__dict__["config"]
         self.kind: str = own._attn_implementation or "eager"
         self.config = shadow(own, NAME)
@@ -67,22 +60,23 @@ class AttentionCall:
         """
         frame = current()
         assert frame is not None
+        at = Reading(self.site, frame.inputs.pop(self.site) if self.reads else q, q)
         joint = [t for t in self.terms if t.method.joint]
         apart = [t for t in self.terms if not t.method.joint]
-        out, weights = self.joined(joint, frame.rows, attend, module, q, k, v, mask, kw)
+        out, weights = self.joined(joint, at, frame.rows, attend, module, q, k, v, mask, kw)
         free = (
             {**kw, "is_causal": False, "position_bias": None} if "position_bias" in kw else {**kw, "is_causal": False}
         )
         for term in apart:
             keys, values = (p.to(q).expand(len(q), -1, -1, -1) for p in term.method.prefix())
             seen = attend(module, q, keys, values, None, **free)[0]
-            gate = term.weight(frame.rows, q).view(-1, 1, 1, 1)
             strength = term.method.strength()
-            out = out + (gate if strength is None else gate * strength).to(out.dtype) * seen
+            gate = term.weight(frame.rows, at)
+            out = out + gated(gate if strength is None else gate * strength, seen)
         return out, weights
 
     def joined(
-        self, terms: Sequence[AttentionTerm], rows: Tensor | None, attend: Callable[..., Any],
+        self, terms: Sequence[AttentionTerm], at: Reading, rows: Tensor | None, attend: Callable[..., Any],
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, kw: dict[str, Any],
     ) -> Any:  # fmt: skip
         if not terms:
@@ -95,7 +89,7 @@ class AttentionCall:
         pairs = [t.method.prefix() for t in terms]
         keys, values = (torch.cat([pair[i].to(q) for pair in pairs], dim=1).expand(len(q), -1, -1, -1) for i in (0, 1))
         lengths = [pair[0].shape[1] for pair in pairs]
-        mask = self._widened(terms, lengths, rows, q, k, mask)
+        mask = self._widened(terms, lengths, rows, at, q, k, mask)
         if kw.get("position_bias") is not None:
             kw = {**kw, "position_bias": _biased(kw["position_bias"], terms, lengths)}
         kw = {**kw, "is_causal": False}
@@ -106,33 +100,39 @@ class AttentionCall:
         terms: Sequence[AttentionTerm],
         lengths: Sequence[int],
         rows: Tensor | None,
+        at: Reading,
         q: Tensor,
         k: Tensor,
         mask: Any,
     ) -> Any:
         """The mask with columns for the prefixes in front; log g on their scores, so that a gate of 0 removes them."""
         n = sum(lengths)
-        if all(t.is_one for t in terms):
+        if all(t.gates.is_one for t in terms):
             if mask is None:
                 return None
             return F.pad(mask, (n, 0), value=True) if mask.dtype == torch.bool else F.pad(mask, (n, 0))
-        gates = [t.weight(rows, q) for t in terms]
+        gates = [t.weight(rows, at) for t in terms]
         if any(bool((g < 0).any()) for g in gates if not torch.compiler.is_compiling()):
             raise ValueError(
                 "A joint prefix cannot have a gate below 0: its gate is a bias log g. Use a decoupled prefix."
             )
-        lowest = torch.finfo(q.dtype).min
-        columns = [g.log().clamp(min=lowest)[:, None].expand(-1, m) for g, m in zip(gates, lengths, strict=True)]
-        count = max(len(c) for c in columns)
-        bias = torch.cat([c.expand(count, -1) for c in columns], dim=1).to(q.dtype)[:, None, None]  # (B or 1, 1, 1, N)
+        columns = [_log(g, q.dtype)[..., None].expand(-1, -1, m) for g, m in zip(gates, lengths, strict=True)]
         if mask is None:
             mask = q.new_zeros(1, 1, 1, k.shape[2])
         mask = _as_added(mask, q)
-        heads, height = mask.shape[1], max(mask.shape[2], 1)
-        count = max(count, len(mask))
-        left = bias.expand(count, heads, height, n)
-        out = torch.cat([left, mask.expand(count, heads, height, -1)], dim=3)
+        count = max(len(mask), *(len(c) for c in columns))
+        height = max(mask.shape[2], 1, *(c.shape[1] for c in columns))
+        bias = torch.cat([c.expand(count, height, -1) for c in columns], dim=2).to(q.dtype)[:, None]  # (B, 1, T, N)
+        heads = mask.shape[1]
+        out = torch.cat([bias.expand(-1, heads, -1, -1), mask.expand(count, heads, height, -1)], dim=3)
         return out.expand(len(q), -1, q.shape[2], -1) if self.kind == "sdpa" else out
+
+
+def _log(gate: Tensor, dtype: torch.dtype) -> Tensor:
+    """log g of (B,) or (B, T) as (B, 1 or T); the lowest number, without a gradient, where g is 0."""
+    gate = gate[:, None] if gate.dim() == 1 else gate
+    lowest = torch.finfo(dtype).min
+    return torch.where(gate > 0, gate, 1.0).log().clamp(min=lowest).masked_fill(gate <= 0, lowest)
 
 
 def _biased(bias: Tensor, terms: Sequence[AttentionTerm], lengths: Sequence[int]) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .target import Place
+from .roles import Place
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,16 @@ def backbones(base: Any) -> list[Backbone]:
             "layers or modules (LoraConfig, BottleneckConfig)."
         )
     return tokens
+
+
+def stacks(base: Any) -> list[Backbone]:
+    """The encoder, then the decoder, whatever their input is made of; none where the model is not transformers'."""
+    try:
+        found = _stacks(base)
+    except (ValueError, NotImplementedError):
+        return []
+    paths = {id(m): n for n, m in base.named_modules()}
+    return [Backbone(paths[id(m)], m, role=role) for role, m in found]
 
 
 def without_tokens(base: Any) -> dict[str, str]:

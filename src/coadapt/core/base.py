@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from . import site
-from .target import HEADS, word_embeddings
+from .roles import HEADS, weights, word_embeddings
+from .store import value
 
 _BASES: "weakref.WeakKeyDictionary[nn.Module, Base]" = weakref.WeakKeyDictionary()
 
@@ -110,11 +111,19 @@ FIRST = 16
 def fingerprint(model: nn.Module) -> str:
     """`"<structure>-<values>"`, 16 hexadecimal digits each. The same in fp32 and bf16; unknown values are left out."""
     structure, values = hashlib.sha256(), hashlib.sha256()
-    vocabulary = {id(m.weight) for m in word_embeddings(model)}
-    for name, parameter in sorted(model.named_parameters()):
+    modules = dict(model.named_modules())
+    weight = weights(model, modules.values())
+    vocabulary = {id(weight[m]) for m in word_embeddings(model)}
+    named: dict[int, str] = {}
+    for path, module in modules.items():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            named.setdefault(id(weight[module] if name.rpartition(".")[2] == "weight" else parameter), name)
+    for which, name in sorted(named.items(), key=lambda item: item[1]):
         if name.partition(".")[0] in HEADS:  # new at each load; what was trained of it is in the adapter
             continue
-        words = id(parameter) in vocabulary  # whose size may change, and with it the last rows
+        owner, _, last = name.rpartition(".")
+        parameter = value(modules[owner], last)
+        words = which in vocabulary  # whose size may change, and with it the last rows
         structure.update(f"{name}:{tuple(parameter.shape[1:] if words else parameter.shape)};".encode())
         if parameter.is_floating_point() and not parameter.is_meta and parameter.numel():
             values.update(_sample(parameter[:FIRST] if words else parameter))

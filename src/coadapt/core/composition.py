@@ -3,38 +3,17 @@
 A composition turns the call below into the call above. A name is the smallest one, a list of names their sum.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config import did_you_mean
+from .gates import Gate, Learned, Routed, TrainedGate, Weight, checked_weight, is_zero
+from .router import Router
+from .routers import router_named
 
-
-class Learned(nn.Module):
-    """A gate that is trained: one positive number, stored as its logarithm.
-
-    Args:
-        start: its value at the start, greater than 0.
-    """
-
-    def __init__(self, start: float = 1.0) -> None:
-        super().__init__()
-        if not start > 0:
-            raise ValueError(f"A learned gate starts above 0 (it is stored as its logarithm); got {start}.")
-        self.log_gate = nn.Parameter(torch.tensor(math.log(start)))
-
-    def forward(self) -> Tensor:
-        """The gate, a scalar tensor."""
-        return self.log_gate.exp()
-
-
-Weight = float | Learned | Tensor
-"""A gate: a number, a learned scalar, or one number per row of the batch, (B,)."""
 Node = Any
 """A composition: str | Seq | Sum."""
 
@@ -56,37 +35,39 @@ class Sum:
 
     Args:
         children: names or compositions.
-        weights: one gate per child; all 1 if left out. A number, a `Learned()`, or a tensor with one number per row.
+        weights: one gate per child (a number, a `Learned()`, or a tensor with one number per row), or a router, which
+            chooses them all; all 1 if left out.
     """
 
-    def __init__(self, *children: Node, weights: Sequence[Weight] | None = None) -> None:
+    def __init__(self, *children: Node, weights: Sequence[Weight] | Router | None = None) -> None:
         self.children: tuple[Node, ...] = tuple(as_node(c) for c in children)
+        self.router = weights if isinstance(weights, Router) else None
+        if isinstance(weights, Router):
+            weights.check_children(len(self.children))
+            weights = [Routed(weights, i) for i in range(len(self.children))]
         gates = [1.0] * len(self.children) if weights is None else list(weights)
         if len(gates) != len(self.children):
             raise ValueError(
                 f"Sum has {len(self.children)} children and {len(gates)} weights; it needs one weight each."
             )
-        self.weights: tuple[Weight, ...] = tuple(_weight(g) for g in gates)
+        self.weights: tuple[Weight, ...] = tuple(checked_weight(g) for g in gates)
 
     def __repr__(self) -> str:
+        if self.router is not None:
+            return _routed(self.router, [repr(c) if not isinstance(c, str) else c for c in self.children])
         pairs = zip(self.children, self.weights, strict=True)
-        return " + ".join(f"{_shown(w)}{_bracketed(c)}" for c, w in pairs) or "nothing"
+        return " + ".join(f"{_shown(w)}{_bracketed(c)}" for c, w in pairs).replace("+ -", "- ") or "nothing"
 
 
-def _weight(gate: Any) -> Weight:
-    if isinstance(gate, Learned):
-        return gate
-    if isinstance(gate, Tensor):
-        if gate.dim() > 1:
-            raise ValueError(f"A gate per row is a vector with one number a row; got the shape {tuple(gate.shape)}.")
-        return gate if gate.dim() else float(gate)
-    if isinstance(gate, bool) or not isinstance(gate, int | float) or not math.isfinite(gate):
-        raise ValueError(f"A gate is a finite number, a Learned() or a tensor with one number per row; got {gate!r}.")
-    return float(gate)
+def _routed(router: Router, children: Sequence[str]) -> str:
+    options = [f"{name}={value}" for name, value in router.said().items()]
+    return f"{router.name}({', '.join([*children, *options])})"
 
 
 def _bracketed(node: Node) -> str:
-    return node if isinstance(node, str) else f"({node!r})"
+    if isinstance(node, str):
+        return node
+    return repr(node) if _is_routed(node) else f"({node!r})"
 
 
 def _shown(weight: Weight) -> str:
@@ -94,14 +75,9 @@ def _shown(weight: Weight) -> str:
         case float():
             return "" if weight == 1 else f"{weight:g}*"
         case Learned():
-            return f"learned[{float(weight().detach()):.3g}]*"
+            return f"{_LEARNED[weight.per_layer]}[{weight.shares()[0]:.3g}]*"
         case _:
             return "per_row*"
-
-
-def is_zero(weight: Weight) -> bool:
-    """Whether a gate is the number 0: what stands behind it takes no part and gets no gradient."""
-    return isinstance(weight, float) and weight == 0.0
 
 
 def as_node(composition: Any) -> Node:
@@ -124,20 +100,47 @@ def names(node: Node) -> list[str]:
     return [node] if isinstance(node, str) else list(dict.fromkeys(n for c in node.children for n in names(c)))
 
 
-def learned(node: Node) -> list[Learned]:
-    """The trained gates of a composition, in order."""
+def trained_gates(node: Node) -> list[TrainedGate]:
+    """The gates of a composition that have parameters, routers among them, in order."""
     if isinstance(node, str):
         return []
-    own = [w for w in getattr(node, "weights", ()) if isinstance(w, Learned)]
-    return list(dict.fromkeys([*own, *(g for c in node.children for g in learned(c))]))
+    own = [w.router if isinstance(w, Routed) else w for w in getattr(node, "weights", ())]
+    found = [g for g in own if isinstance(g, TrainedGate)]
+    return list(dict.fromkeys([*found, *(g for c in node.children for g in trained_gates(c))]))
+
+
+def routers(node: Node) -> list[tuple[Router, "Sum"]]:
+    """The routers of a composition, each with the Sum whose gates it chooses."""
+    if isinstance(node, str):
+        return []
+    own = [(node.router, node)] if isinstance(node, Sum) and node.router is not None else []
+    return [*own, *(r for c in node.children for r in routers(c))]
+
+
+def row_gates(node: Node) -> list[Tensor]:
+    """The gates of a composition that have one number for each row of a batch."""
+    if isinstance(node, str):
+        return []
+    own = [w for w in getattr(node, "weights", ()) if isinstance(w, Tensor)]
+    return [*own, *(g for c in node.children for g in row_gates(c))]
 
 
 def key(node: Node) -> tuple[Any, ...] | str:
     """A hashable stand-in for a composition: equal for equal ones. Tensors and learned gates count by identity."""
     if isinstance(node, str):
         return node
-    weights = tuple(w if isinstance(w, float) else id(w) for w in getattr(node, "weights", ()))
+    weights = tuple(_identity(w) for w in getattr(node, "weights", ()))
     return (type(node).__name__, tuple(key(c) for c in node.children), weights)
+
+
+def _identity(weight: Weight) -> Any:
+    match weight:
+        case float():
+            return weight
+        case Routed():
+            return (id(weight.router), weight.child)
+        case _:
+            return id(weight)
 
 
 def check_known(node: Node, known: Iterable[str]) -> None:
@@ -152,11 +155,16 @@ def check_known(node: Node, known: Iterable[str]) -> None:
 
 # ---- the text form: "task + 0.5*style", "lang >> task" ---------------------------------------------------------------
 
-_TOKEN = re.compile(r"\s*(>>|[()*]|[+-](?=[\s\d.(])|[^\s()*+>]+)")
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?(?=\s*\*)"
+_TOKEN = re.compile(rf"\s*(>>|{_NUMBER}|[()*,+]|-(?=[\s\d.(])|[^\s()*+>,]+)", re.IGNORECASE)
+_LEARNED = ("learned", "learned_per_layer")
+"""Words that stand before "*" for a gate that is trained."""
 
 
 def parse(text: str) -> Node:
-    """`"a + 0.5*b"`, `"a >> b"`, brackets; `>>` binds weaker than `+`.
+    """`"a + 0.5*b"`, `"a >> b"`, brackets; `>>` binds weaker than `+`. Trained gates and routers are new ones.
+
+    `"learned*a + learned_per_layer*b"` has trained gates, `"token_router(a, b >> c, top_k=1)"` a router.
 
     Raises:
         ValueError: the text is no composition.
@@ -203,78 +211,103 @@ class _Reader:
         while found := self.take("+", "-"):
             terms.append(self.term(-1.0 if found == "-" else 1.0))
         children, weights = zip(*terms, strict=True)
-        return children[0] if len(terms) == 1 and weights[0] == 1 else Sum(*children, weights=weights)
+        return children[0] if len(terms) == 1 and weights[0] == 1.0 else Sum(*children, weights=weights)
 
-    def term(self, sign: float) -> tuple[Node, float]:
-        weight = 1.0
+    def term(self, sign: float) -> tuple[Node, Weight]:
+        weight: Weight = sign
         if len(self.words) > 1 and self.words[1] == "*":
-            try:
-                weight = float(self.words.pop(0))
-            except ValueError:
-                raise ValueError(
-                    f"{self.text!r} is no composition: a weight before '*' must be a number. {_HOW}"
-                ) from None
+            weight = self.weight(sign)
             self.take("*")
+        if len(self.words) > 1 and self.words[1] == "(" and self.words[0] not in _SIGNS:
+            return self.routed(self.words.pop(0)), weight
         if self.take("("):
             node = self.sequence()
             if not self.take(")"):
                 raise self.wrong()
-            return node, sign * weight
-        if not self.words or self.words[0] in (">>", "*", "+", "-", ")"):
+            return node, weight
+        if not self.words or self.words[0] in _SIGNS:
             raise self.wrong()
-        return self.words.pop(0), sign * weight
+        return self.words.pop(0), weight
+
+    def weight(self, sign: float) -> Weight:
+        word = self.words.pop(0)
+        if word in _LEARNED:
+            if sign < 0:
+                raise ValueError(f"{self.text!r} is no composition: a learned gate is above 0. {_HOW}")
+            return Learned(per_layer=word == _LEARNED[1])
+        try:
+            return sign * float(word)
+        except ValueError:
+            raise ValueError(
+                f"{self.text!r} is no composition: {word!r} before '*' is no number."
+                f"{did_you_mean(word, _LEARNED)} {_HOW}"
+            ) from None
+
+    def routed(self, name: str) -> Node:
+        """`name(a, b, option=value)`"""
+        self.take("(")
+        children: list[Node] = []
+        options: dict[str, Any] = {}
+        while not self.take(")"):
+            if (children or options) and not self.take(","):
+                raise self.wrong()
+            if self.words and "=" in self.words[0]:
+                option, _, value = self.words.pop(0).partition("=")
+                options[option] = plain(value)
+            else:
+                children.append(self.sequence())
+        return Sum(*children, weights=router_named(name, options))
+
+
+_SIGNS = (">>", "*", "+", "-", "(", ")", ",")
+
+
+def plain(text: str) -> Any:
+    """An option's value as it is written: a number, true, false, none, or a word."""
+    known: dict[str, Any] = {"true": True, "false": False, "none": None}
+    if text.lower() in known:
+        return known[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def as_text(node: Node) -> str:
-    """The text form. Raises ValueError for gates that have none (learned ones, one per row)."""
+    """The text form. Raises ValueError for gates per row, which have none."""
     if isinstance(node, str):
         return node
-    inner = [as_text(c) if isinstance(c, str) else f"({as_text(c)})" for c in node.children]
+    if isinstance(node, Sum) and node.router is not None:
+        return _routed(node.router, [as_text(c) for c in node.children])
+    inner = [as_text(c) if isinstance(c, str) or _is_routed(c) else f"({as_text(c)})" for c in node.children]
     if isinstance(node, Seq):
         return " >> ".join(inner)
-    if not all(isinstance(w, float) for w in node.weights):
-        raise ValueError(f"{node!r} has gates that are no numbers; it has no text form.")
-    return " + ".join(f"{w!r}*{c}" if w != 1 else c for c, w in zip(inner, node.weights, strict=True))
+    written = [f"{_written(w, node)}{c}" for c, w in zip(inner, node.weights, strict=True)]
+    return " + ".join(written).replace("+ -", "- ")
 
 
-# ---- gates as they are used at a site --------------------------------------------------------------------------------
+def same_text(one: Node, other: Node) -> bool:
+    """Whether two compositions read the same, whatever their trained gates have learned."""
+    try:
+        return as_text(one) == as_text(other)
+    except ValueError:
+        return False
 
 
-@dataclass(frozen=True)
-class Gate:
-    """A product of gates: what stands before one method when a composition is written out as one sum."""
-
-    number: float = 1.0
-    factors: tuple[Learned | Tensor, ...] = field(default=())
-
-    def times(self, weight: Weight) -> "Gate":
-        if isinstance(weight, float):
-            return replace(self, number=self.number * weight)
-        return replace(self, factors=(*self.factors, weight))
-
-    def value(self, rows: int, like: Tensor) -> float | Tensor:
-        """The gate for a call of `rows` rows: a number, a scalar, or (rows,), on like's device.
-
-        Evaluated at the site, and not before, so that a recomputation under checkpointing has a graph of its own.
-        """
-        out: float | Tensor = self.number
-        for factor in self.factors:
-            out = out * (factor() if isinstance(factor, Learned) else per_row(factor, rows)).to(like.device)
-        return out
+def _is_routed(node: Node) -> bool:
+    return isinstance(node, Sum) and node.router is not None
 
 
-def per_row(values: Tensor, rows: int) -> Tensor:
-    """(B, ...) for a call of `rows` rows: generation repeats each row for its beams, other calls flatten its tokens."""
-    count = len(values)
-    if rows == count:
-        return values
-    if rows == 1:  # the same for all rows so far (position ids): from here on they differ
-        return values
-    if rows % count:
-        raise ValueError(
-            f"{count} rows were given an adapter each, but this call has {rows} rows; it needs as many, or a multiple."
-        )
-    return values.repeat_interleave(rows // count, dim=0)
+def _written(weight: Weight, node: Node) -> str:
+    match weight:
+        case float():
+            return "" if weight == 1 else f"{weight!r}*"
+        case Learned():
+            return f"{_LEARNED[weight.per_layer]}*"
+        case _:
+            raise ValueError(f"{node!r} has gates per row; it has no text form.")
 
 
 def terms(node: Node, has: Callable[[str], bool], gate: Gate | None = None) -> Iterator[tuple[str, Gate]]:
@@ -291,11 +324,18 @@ def terms(node: Node, has: Callable[[str], bool], gate: Gate | None = None) -> I
 
 
 def without(node: Node, name: str) -> Node:
-    """The composition with one adapter taken out."""
+    """The composition with one adapter taken out, and every gate that then has nothing behind it.
+
+    Raises:
+        ValueError: a router chooses it.
+    """
     if isinstance(node, str):
         return Sum() if node == name else node
-    left = [(c, w) for c, w in zip(node.children, getattr(node, "weights", node.children), strict=True) if c != name]
-    children = [without(c, name) for c, _ in left]
-    if isinstance(node, Seq):
-        return Seq(*children)
-    return Sum(*children, weights=[w for _, w in left])
+    if _is_routed(node) and name in names(node):
+        raise ValueError(f"{name!r} is one of those that {node!r} chooses from. set_adapter(...) without it first.")
+    if _is_routed(node):
+        return node
+    pairs = zip(node.children, getattr(node, "weights", node.children), strict=True)
+    left = [(child, w) for c, w in pairs if names(child := without(c, name))]
+    children = [child for child, _ in left]
+    return Seq(*children) if isinstance(node, Seq) else Sum(*children, weights=[w for _, w in left])

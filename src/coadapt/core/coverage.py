@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from . import backbone, target
+from . import backbone
 from .layer import kind_of
 from .method import METHODS
 from .mixture import mixtures
+from .roles import PROJECTIONS, attentions, blocks, bypass, heads, linears, query_and_value
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,19 @@ _ORDER = (
 def _roles_of_linears(base: nn.Module) -> dict[str, str]:
     """The path of every linear layer, and of what belongs to a mixture of experts -> role."""
     named: dict[str, str] = {}
-    heads = set(target.heads(base))
-    blocks = target.blocks(base)
-    ends = {p for block in blocks for p, _ in block.attention}
+    top = set(heads(base))
+    repeated = blocks(base)
+    ends = {p for block in repeated for p, _ in block.attention}
     inside = {p.rpartition(".")[0] for p in ends}
-    inside |= {p.rpartition(".")[0] for p in target.query_and_value(base)}
+    inside |= {p.rpartition(".")[0] for p in query_and_value(base)}
     mixed = mixtures(base)
-    first = {b.feed_forward[0][0] for b in blocks if b.feed_forward}
-    last = {b.feed_forward[1][0] for b in blocks if b.feed_forward}
-    projections = {end: role for role, ends in target.PROJECTIONS.items() for end in ends}
-    for path, _ in target.linears(base):
+    first = {b.feed_forward[0][0] for b in repeated if b.feed_forward}
+    last = {b.feed_forward[1][0] for b in repeated if b.feed_forward}
+    projections = {end: role for role, ends in PROJECTIONS.items() for end in ends}
+    for path, _ in linears(base):
         owner, _, end = path.rpartition(".")
-        block = any(path.startswith(f"{b.path}.") for b in blocks)
-        if path in heads:
+        block = any(path.startswith(f"{b.path}.") for b in repeated)
+        if path in top:
             named[path] = "head"
         elif path in ends:
             named[path] = "attention output"
@@ -104,13 +105,13 @@ def _note(base: nn.Module, name: str, paths: Iterable[str]) -> str:
         return f"no layers, but parameters: {', '.join(raw[0])}"
     if name in ("norm", "router") and kind_of(first) is None:
         return f"{type(first).__name__}, which no method adapts"
-    if why := target.bypass(base, next(iter(paths))):
+    if why := bypass(base, next(iter(paths))):
         return why
     return ""
 
 
 def _prefix_sites(base: nn.Module) -> list[Role]:
-    found = target.attentions(base)
+    found = attentions(base)
     out: list[Role] = []
     for role in dict.fromkeys(a.role for a in found):
         here = [a for a in found if a.role == role]

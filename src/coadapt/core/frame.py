@@ -10,6 +10,8 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from .distributed import refuse_reentrant
+
 
 class SiteCall(Protocol):
     """What stands around one module's forward in one plan."""
@@ -23,11 +25,21 @@ class Frame:
     """One call of a view: what stands at each site, and which composition each row of the batch uses."""
 
     def __init__(
-        self, calls: Mapping[nn.Module, SiteCall], attention: Mapping[nn.Module, Any], rows: Tensor | None
+        self,
+        calls: Mapping[nn.Module, SiteCall],
+        attention: Mapping[nn.Module, Any],
+        rows: Tensor | None,
+        tasks: Tensor | None = None,
     ) -> None:
         self.calls, self.attention = calls, attention
         self.rows = rows
         """(B,) indices into the plan's compositions, or None where there is one for all."""
+        self.tasks = tasks
+        """(B,) the task of each row, for routers by task."""
+        self.seen: dict[str, Any] = {}
+        """What pooling needs to know of each stack's tokens, by its path: see pooling.py."""
+        self.sums: dict[tuple[int, str], Any] = {}
+        """Running sums of pooled features, while a cache grows."""
         self.inputs: dict[str, Any] = {}
         """Inputs of modules that a site further on reads, by path; each is taken out when it is read."""
 
@@ -49,12 +61,13 @@ def current() -> Frame | None:
 class entered:
     """Context: `frame` is the current one. Nests; an exception leaves nothing behind."""
 
-    def __init__(self, frame: Frame | None, carried: bool = False) -> None:
-        self.frame, self.carried = frame, carried
+    def __init__(self, frame: Frame | None, carried: bool = False, plan: Any = None) -> None:
+        self.frame, self.carried, self.plan = frame, carried, plan
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Any:
         self.before = (_active.frame, _active.carried)
         _active.frame, _active.carried = self.frame, self.carried
+        return self.plan
 
     def __exit__(self, *_: object) -> None:
         _active.frame, _active.carried = self.before
@@ -110,6 +123,7 @@ class Carried:
 
         told = {**getattr(self.checkpoint, "keywords", {}), **kwargs}
         if frame is not None and told.get("use_reentrant") and torch.is_grad_enabled():
+            refuse_reentrant()
             args = _with_gradient(args)
         return self.checkpoint(again, *args, **kwargs)
 

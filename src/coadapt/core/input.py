@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backbone import Backbone, counts_alone, counts_by_mask
-from .composition import Gate, Node, Seq, is_zero, per_row
+from .composition import Node, Seq
 from .frame import Frame, SiteCall
+from .gates import Gate, Reading, gated, input_site, is_zero, per_row
 from .method import InputMethod
+from .pooling import placed
 
 
 @dataclass(frozen=True)
@@ -69,40 +71,49 @@ class InputCall:
         self.embedded = f"{place.path}'s embedded input"
         self.trailing = place.role == "encoder" and "position_ids" not in self.names
         """Whether rows with fewer virtual tokens are filled up behind their input: positions cannot be told."""
-        self.keeps = any(m.keeps_virtual_tokens for m in methods.values())
+        keeping = [name for name, m in methods.items() if m.keeps_virtual_tokens]
+        if keeping and len(keeping) < len(methods):
+            others = ", ".join(repr(n) for n in methods if n not in keeping)
+            raise ValueError(
+                f"{keeping[0]!r} returns the states of its virtual tokens (output_virtual_tokens=True) and {others} "
+                "does not; in one call all of them do, or none."
+            )
+        self.keeps = bool(keeping)
 
     # ---- the virtual tokens ------------------------------------------------------------------------------------------
 
-    def virtual(self, frame: Frame, like: Tensor) -> Virtual | None:
-        """The prompts for a call with embeddings like `like`, (B, T, D); shorter ones are padded on the left."""
-        found = [self._tokens(node) for node in self.nodes]
-        count = [0 if t is None else len(t) for t in found]
+    def virtual(self, frame: Frame, like: Tensor, at: Reading | None = None) -> Virtual | None:
+        """The prompts for a call with embeddings like `like`, (B, T, D); shorter ones are padded on the left.
+
+        Args:
+            at: what routers read; None where only the lengths matter.
+        """
+        found = [self._tokens(node, at) for node in self.nodes]
+        count = [0 if t is None else t.shape[-2] for t in found]
         longest = max(count)
         if not longest:
             return None
         padded: list[Tensor] = []
         for tokens in found:
-            tokens = (
-                like.new_zeros(0, like.shape[2]) if tokens is None else tokens.to(device=like.device, dtype=like.dtype)
-            )
-            padded.append(F.pad(tokens, (0, 0, longest - len(tokens), 0)))
-        table, lengths = torch.stack(padded), torch.tensor(count, device=like.device)
+            tokens = like.new_zeros(0, like.shape[2]) if tokens is None else tokens.to(like)
+            padded.append(F.pad(tokens, (0, 0, longest - tokens.shape[-2], 0)))
+        lengths = torch.tensor(count, device=like.device)
         rows = self._rows(frame, like)
         real = torch.arange(longest, device=like.device) >= longest - lengths[rows, None]
-        return Virtual(table[rows], real, all(c == longest for c in count))
+        return Virtual(_of_rows(padded, rows), real, all(c == longest for c in count))
 
-    def _tokens(self, node: Node) -> Tensor | None:
-        """(N, D): in a Seq one after the other, in a Sum added. None where nothing of `node` is a prompt."""
+    def _tokens(self, node: Node, at: Reading | None) -> Tensor | None:
+        """(N, D) or (B, N, D): in a Seq one after the other, in a Sum added. None where `node` has no prompt."""
         if isinstance(node, str):
             return self.methods[node].prompt() if node in self.methods else None
         weights = getattr(node, "weights", (1.0,) * len(node.children))
-        pairs = [(self._tokens(c), w) for c, w in zip(node.children, weights, strict=True) if not is_zero(w)]
+        pairs = [(self._tokens(c, at), w) for c, w in zip(node.children, weights, strict=True) if not is_zero(w)]
         found = [(t, w) for t, w in pairs if t is not None]
         if not found:
             return None
         if isinstance(node, Seq):
-            return torch.cat([t for t, _ in found])
-        lengths = sorted({len(t) for t, _ in found})
+            return _joined([t for t, _ in found])
+        lengths = sorted({t.shape[-2] for t, _ in found})
         if len(lengths) > 1:
             raise ValueError(
                 f"A Sum adds prompts token by token; these have {lengths} tokens. Put them in a Seq to join them."
@@ -111,8 +122,12 @@ class InputCall:
             raise ValueError("A prompt cannot have a gate per row; say with adapter_names which rows use it.")
         total = found[0][0] * 0
         for tokens, weight in found:
-            gate = Gate().times(weight).value(1, tokens)
-            total = total + gate * tokens
+            if at is None:
+                total = total + tokens
+                continue
+            gate = Gate().times(weight).value(at)
+            each = isinstance(gate, Tensor) and gate.dim() == 1
+            total = total + gated(gate, tokens.expand(len(at.y), *tokens.shape[-2:]) if each else tokens)
         return total
 
     def _rows(self, frame: Frame, like: Tensor) -> Tensor:
@@ -136,13 +151,20 @@ class InputCall:
         if ids is not None:
             call["inputs_embeds"] = self.place.embedding(ids)
         embeds: Tensor = call["inputs_embeds"]
-        virtual, shift = self.virtual(frame, embeds), self.shift(frame, embeds)
         past = _cached(call.get("past_key_values"))
+        at = None if past else Reading(input_site(self.place.path), embeds, embeds)
+        virtual, shift = self.virtual(frame, embeds, at), self.shift(frame, embeds)
+        if virtual is not None and self.keeps and not virtual.full:
+            raise ValueError(
+                "The rows of a batch need prompts of one length where the states of virtual tokens are returned "
+                "(output_virtual_tokens=True): the output has one length for all."
+            )
         if virtual is not None and not past and (starts := _restarts(call)) is not None:
             keep = _pack(call, virtual, starts)
             call["position_ids"] = call["position_ids"] + (0 if shift is None else shift)
         else:
             keep = self._insert(call, virtual, shift, past)
+        placed(frame, self.place.path, keep, call["inputs_embeds"].shape[1])
         if ids is not None:
             frame.inputs[self.embedded] = embeds = call.pop("inputs_embeds")
             call["input_ids"] = ids if keep is None else self._stand_ins(ids, keep, embeds.shape[1])
@@ -210,6 +232,20 @@ class InputCall:
             return
         if (wide := _widened(virtual, mask, real, self.encoder.trailing)) is not None:
             call["encoder_attention_mask"] = wide[0]
+
+
+def _of_rows(tokens: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """(B, N, D): to each row its own of `tokens`, (N, D) each, or (B, N, D) where rows differ already."""
+    if all(t.dim() == 2 for t in tokens):
+        return torch.stack(list(tokens))[rows]
+    each = torch.stack([t.expand(len(rows), *t.shape[-2:]) for t in tokens])
+    return each[rows, torch.arange(len(rows), device=each.device)]
+
+
+def _joined(tokens: Sequence[Tensor]) -> Tensor:
+    """One after the other, (N, D), or (B, N, D) where one of them is."""
+    rows = max((len(t) for t in tokens if t.dim() == 3), default=0)
+    return torch.cat([t.expand(rows, *t.shape[-2:]) if rows else t for t in tokens], dim=-2)
 
 
 def _widened(virtual: Virtual, mask: Any, length: int, trailing: bool = False) -> tuple[Tensor, Tensor] | None:

@@ -111,6 +111,8 @@ class Layer:
 
     def __init__(self, module: nn.Module, path: str = "", call: Callable[[Any], Any] | None = None) -> None:
         self.module, self.path, self.call = module, path, call
+        self.site = path
+        """What gates call it: its path, or another name where its methods read something else than its input."""
 
     @property
     def kind(self) -> Kind:
@@ -185,7 +187,7 @@ class Around(Layer):
 
     def __init__(self, inner: Layer) -> None:
         super().__init__(inner.module, inner.path)
-        self.inner = inner
+        self.inner, self.site = inner, inner.site
 
     @property
     def bias(self) -> Tensor | None:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .composition import Gate, per_row
 from .frame import Frame
+from .gates import Gate, Gates, Reading, leading
 from .layer import Layer
 from .method import WeightMethod
 from .site import first_input
@@ -34,30 +34,15 @@ class LowRankMethod(WeightMethod):
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         if getattr(base.module, "groups", 1) > 1:  # B mixes all channels, A sees those of its group only
             return super().forward(x, base)
-        return added(base, x, base(x), [Term(self, (Gate(),))], None)
+        return added(base, x, base(x), [Term(self, Gates((Gate(),)))], None)
 
 
 @dataclass(frozen=True)
 class Term:
-    """One method at a layer, with its gate in each of the plan's compositions (None where it takes no part)."""
+    """One method at a layer, with its gates."""
 
     method: LowRankMethod
-    gates: tuple[Gate | None, ...]
-
-    def gate(self, rows: Tensor | None, count: int, like: Tensor) -> float | Tensor:
-        """A number, a scalar, or (count,)."""
-        if rows is None:
-            assert self.gates[0] is not None
-            return self.gates[0].value(count, like)
-        chosen = per_row(rows, count)
-        if all(g is None or len(g.factors) == 0 for g in self.gates):
-            table = torch.tensor([0.0 if g is None else g.number for g in self.gates], device=like.device)
-            return table[chosen.to(like.device)]
-        zero = torch.zeros(len(chosen), device=like.device)
-        for c, gate in enumerate(self.gates):
-            if gate is not None:
-                zero = torch.where(chosen.to(like.device) == c, gate.value(len(chosen), like), zero)
-        return zero
+    gates: Gates
 
 
 def added(layer: Layer, x: Tensor, y: Tensor, terms: Sequence[Term], rows: Tensor | None) -> Tensor:
@@ -68,14 +53,15 @@ def added(layer: Layer, x: Tensor, y: Tensor, terms: Sequence[Term], rows: Tenso
         y: what the layer made of it.
         rows: (B,) which composition each row uses, or None.
     """
+    at = Reading(layer.path, x, y)
     wet = [t for t in terms if t.method.training and t.method.dropout > 0 and x.is_floating_point()]
     for term in wet:  # each adapter drops inputs of its own
-        y = _added(layer, F.dropout(x, term.method.dropout), y, [term], rows)
+        y = _added(layer, F.dropout(x, term.method.dropout), y, [term], rows, at)
     dry = [t for t in terms if t not in wet]
-    return _added(layer, x, y, dry, rows) if dry else y
+    return _added(layer, x, y, dry, rows, at) if dry else y
 
 
-def _added(layer: Layer, x: Tensor, y: Tensor, terms: Sequence[Term], rows: Tensor | None) -> Tensor:
+def _added(layer: Layer, x: Tensor, y: Tensor, terms: Sequence[Term], rows: Tensor | None, at: Reading) -> Tensor:
     dtype = x.dtype if x.is_floating_point() else y.dtype
     downs: list[Tensor] = []
     ups: list[Tensor] = []
@@ -84,7 +70,7 @@ def _added(layer: Layer, x: Tensor, y: Tensor, terms: Sequence[Term], rows: Tens
         a, b, scale = term.method.factors()
         downs.append(a.to(dtype))
         ups.append(b.to(dtype))
-        scales.append(term.gate(rows, len(x), y) * scale)
+        scales.append(term.gates.value(rows, at) * scale)
     if not layer.kind.factors:
         raise TypeError(
             f"{layer.path!r} is a {type(layer.module).__name__}; its weight is no matrix, so it has no factors."
@@ -108,10 +94,11 @@ def _plus(layer: Layer, y: Tensor, z: Tensor, up: Tensor, scale: float) -> Tenso
 def _per_rank(scales: Sequence[float | Tensor], ranks: Sequence[int], z: Tensor, channel: int) -> Tensor:
     """The gates of all terms, repeated over their ranks and shaped to multiply z."""
     parts = [torch.as_tensor(s, dtype=z.dtype, device=z.device) for s in scales]
-    rows = max([1, *(p.numel() for p in parts if p.dim())])
-    columns = [p.reshape(-1, 1).expand(rows, r) for p, r in zip(parts, ranks, strict=True)]
-    gates = torch.cat(columns, dim=1)  # (B or 1, R)
-    return gates.view(rows, *[1] * (z.dim() - 2), -1) if channel == -1 else gates.view(rows, -1, *[1] * (z.dim() - 2))
+    wide = [leading(p, z.dim() - 1) for p in parts]
+    shape = torch.broadcast_shapes((1,) * (z.dim() - 1), *[p.shape for p in wide])  # (B or 1, ...)
+    columns = [p.expand(shape)[..., None].expand(*shape, r) for p, r in zip(wide, ranks, strict=True)]
+    gates = torch.cat(columns, dim=-1)  # (B or 1, ..., R)
+    return gates if channel == -1 else gates.movedim(-1, 1)
 
 
 class LowRankCall:

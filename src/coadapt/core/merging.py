@@ -9,7 +9,8 @@ from torch import nn
 
 from .adapter import Adapter, ModuleCopy, Part
 from .around import around
-from .composition import Gate, Node, names, terms
+from .composition import Node, names, terms
+from .gates import Gate
 from .layer import Layer, kind_of
 from .method import AttentionMethod, InputMethod, WeightMethod
 from .parameter import adapted

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from . import target
 from .layer import Layer
-from .target import Place
+from .roles import Place
 
 METHODS: dict[str, type["Method"]] = {}
 """Every method by the name that its configuration gives as `method`."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .around import Methods, around
-from .composition import Node, per_row
+from .composition import Node
 from .frame import Frame
+from .gates import per_row
 from .layer import Kind, Layer, StandIn, same, transposed
 from .site import first_input, plain_class
 from .store import value

@@ -6,18 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import routing
 from .adapter import Adapter, Part
 from .around import Methods, NodeCall, NotingCall, SpanCall
 from .attention import AttentionCall, AttentionTerm
-from .backbone import Backbone, backbones
-from .composition import Gate, Node, key, names, terms
+from .backbone import Backbone, backbones, stacks
+from .composition import Node, check_known, key, names, row_gates, terms
 from .frame import Frame, SiteCall
+from .gates import Gate, Gates
 from .input import EmbeddingCall, InputCall
 from .layer import Layer
 from .lowrank import LowRankCall, LowRankMethod, Term, is_plain
 from .merging import Merged
 from .method import AttentionMethod, InputMethod
 from .parameter import ParameterCall
+from .pooling import SeenCall
 
 _Sites = dict[nn.Module, dict[str, list[Part]]]
 
@@ -39,6 +42,11 @@ class Plan:
         skip: frozenset[nn.Module] = frozenset(),
     ) -> None:
         self.nodes = tuple(nodes)
+        for node in nodes:
+            check_known(node, adapters)  # what a `using` on another thread names may be gone
+        self.gate_rows = sorted({len(gate) for node in nodes for gate in row_gates(node)})
+        """For how many rows there are gates."""
+        self.by_task, self.keeps_sums = routing.by_task(nodes), routing.keeps_sums(nodes)
         self.used = list(dict.fromkeys(n for node in nodes for n in names(node)))
         self.calls: dict[nn.Module, SiteCall] = {}
         self.attention: dict[nn.Module, AttentionCall] = {}
@@ -73,14 +81,27 @@ class Plan:
             self.calls[module] = ParameterCall(module, self.nodes, parameters, self.calls.get(module))
         for module, parts in at_attention.items():
             methods = {name: part.method for name, found in parts.items() for part in found}
-            self.attention[module] = AttentionCall(module, [AttentionTerm(m, g) for m, g in self._terms(methods)])  # type: ignore[arg-type]
+            path = next(iter(parts.values()))[0].place.path
+            joined = AttentionCall(module, path, [AttentionTerm(m, g) for m, g in self._terms(methods)])  # type: ignore[arg-type]
+            self.attention[module] = joined
+            if joined.reads:
+                self.calls[module] = NotingCall(joined.site, self.calls.get(module))
         self._inputs(base, at_input, adapters)
+        if routing.has_routers(nodes):
+            self._note_tokens(base)
 
-    def frame(self, rows: Tensor | None) -> Frame:
+    def frame(self, rows: Tensor | None, tasks: Tensor | None = None) -> Frame:
         """For one call."""
-        return Frame(self.calls, self.attention, rows)
+        return Frame(self.calls, self.attention, rows, tasks)
 
-    def _terms(self, methods: Mapping[str, Any]) -> list[tuple[Any, tuple[Gate | None, ...]]]:
+    def _note_tokens(self, base: nn.Module) -> None:
+        """Routers average over real tokens: those are noted where a stack is called."""
+        encoder: str | None = None
+        for stack in stacks(base):
+            self.calls[stack.module] = SeenCall(stack.path, stack.module, encoder, self.calls.get(stack.module))
+            encoder = stack.path
+
+    def _terms(self, methods: Mapping[str, Any]) -> list[tuple[Any, Gates]]:
         """Every method that some composition uses, with its gate in each; one that is used twice stands twice."""
         written = [list(terms(node, methods.__contains__)) for node in self.nodes]
         out: list[tuple[Any, tuple[Gate | None, ...]]] = []
@@ -93,13 +114,12 @@ class Plan:
                     out.append(row)
                 else:
                     out[free] = row
-        return out
+        return [(method, Gates(gates)) for method, gates in out]
 
     def _layer_call(self, module: nn.Module, parts: Mapping[str, Sequence[Part]]) -> SiteCall | None:
         layer = Layer(module, next(iter(parts.values()))[0].place.path)
-        if all(len(found) == 1 and isinstance(found[0].method, LowRankMethod) for found in parts.values()) and is_plain(
-            module
-        ):
+        low = all(len(found) == 1 and isinstance(found[0].method, LowRankMethod) for found in parts.values())
+        if low and is_plain(module) and not any(map(routing.fused, self.nodes)):
             return LowRankCall(
                 layer,
                 [Term(m, g) for m, g in self._terms({n: found[0].method for n, found in parts.items()})],

@@ -1,61 +1,16 @@
-"""Which modules of a model become sites: by name, by regular expression, by role, by layer."""
+"""Which modules of a model become sites: by name, by regular expression, by layer."""
 
-import inspect
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..config import TargetedConfig, did_you_mean, nearest
 from .layer import kind_of
-from .mixture import Mixture, is_linear, mixtures
-
-PROJECTIONS = {
-    "query": ("q_proj", "q", "query", "q_lin"),
-    "key": ("k_proj", "k", "key", "k_lin"),
-    "value": ("v_proj", "v", "value", "v_lin"),
-    "fused": ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "W_pack", "in_proj"),
-}
-"""What models call the layers that make queries, keys and values, or all three at once."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """One module of the base at which an adapter sits."""
-
-    path: str
-    module: nn.Module
-    reads: tuple[str, nn.Module] | None = None
-    """The module whose input the method gets, where that is not `module` itself (a block that has no module)."""
-    role: str = ""
-    """Which of several alike this is: "encoder", "decoder" or "cross", or what else a method tells apart."""
-    parameter: str = ""
-    """The name of the parameter that is adapted, where that is no layer's weight; `path` ends in it."""
-
-
-def linears(base: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every linear layer that can be adapted, in the model's order."""
-    return [(n, m) for n, m in base.named_modules() if is_linear(m) and bypass(base, n) is None]
-
-
-def bypass(base: nn.Module, path: str) -> str | None:
-    """Why an adapter at `path` would never be called: a module above it that reads its weight directly; or None."""
-    module = base.get_submodule(path)
-    if path.rpartition(".")[2] == "shared" and isinstance(module, nn.Embedding):
-        others = [p for p, m in base.named_modules() if isinstance(m, nn.Embedding) and m is not module]
-        tied = [p for p in others if base.get_submodule(p).weight is module.weight]
-        if tied:
-            return f"it only holds the weight of {' and '.join(tied)} and is never called; adapt those"
-    parent = path
-    while "." in parent:
-        parent = parent.rpartition(".")[0]
-        module = base.get_submodule(parent)
-        if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-            return f"{parent} ({type(module).__name__}) uses the weights of its layers without calling them"
-    return None
+from .mixture import Mixture, mixtures
+from .roles import Place, bypass, heads, linears, query_and_value
 
 
 def suffix_match(path: str, name: str) -> bool:
@@ -214,16 +169,6 @@ def _some(base: nn.Module) -> str:
     return f"Linear layers of this {type(base).__name__}: {', '.join(ends) or 'none'}."
 
 
-def heads(base: Any) -> list[str]:
-    """The output head, or the classifier that a task has put on top: never part of "all-linear"."""
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    return [p for p, m in base.named_modules() if (m is head and head is not None) or p in HEADS]
-
-
-HEADS = ("classifier", "score", "qa_outputs")
-"""Names of the heads that a task puts on a pretrained model."""
-
-
 def by_name(base: nn.Module, names: Iterable[str], what: str) -> list[tuple[str, nn.Module]]:
     """The modules whose path ends in one of `names`. Raises ValueError for a name that matches nothing."""
     every = {n: m for n, m in base.named_modules() if n}
@@ -234,105 +179,6 @@ def by_name(base: nn.Module, names: Iterable[str], what: str) -> list[tuple[str,
                 f"{what}: no module of {type(base).__name__} is called {name!r}.{did_you_mean(name, ends)}"
             )
     return [(p, m) for p, m in every.items() if any(suffix_match(p, name) for name in names)]
-
-
-# ---- roles, found from the structure -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Block:
-    """One repeated layer of a model: where its attention and its feed-forward part begin and end."""
-
-    path: str
-    attention: tuple[tuple[str, nn.Module], ...]
-    """The projection that ends each attention of the block (self-attention, then cross-attention)."""
-    feed_forward: tuple[tuple[str, nn.Module], tuple[str, nn.Module]] | None
-    """The first and the last linear layer of the feed-forward part; twice the whole module for a mixture of experts."""
-
-
-def blocks(base: nn.Module) -> list[Block]:
-    """The repeated layers: the members of the outermost lists that hold an attention module."""
-    found: list[Block] = []
-    for path, module in base.named_modules():
-        inside = any(path.startswith(b.path + ".") for b in found)
-        if isinstance(module, nn.ModuleList) and not inside and bypass(base, path) is None:
-            found += [b for name, child in module.named_children() if (b := _block(f"{path}.{name}", child))]
-    return found
-
-
-def _block(path: str, module: nn.Module) -> Block | None:
-    roots: list[str] = []
-    for name, part in module.named_modules():
-        nested = any(name.startswith(root + ".") for root in roots)
-        if name and not nested and "attention" in type(part).__name__.lower() and any(map(is_linear, part.modules())):
-            roots.append(name)
-    if not roots:
-        return None
-    inside = [(f"{path}.{n}", m) for n, m in module.named_modules() if is_linear(m)]
-    ends = tuple([(p, m) for p, m in inside if p.startswith(f"{path}.{root}.")][-1] for root in roots)
-    rest = [(p, m) for p, m in inside if not any(p.startswith(f"{path}.{root}.") for root in roots)]
-    mixed = [(f"{path}.{m.path}", m.module) for m in mixtures(module) if m.path]
-    beside = [p for p, _ in rest if not any(p.startswith(f"{whole}.") for whole, _ in mixed)]
-    if mixed:
-        return Block(path, ends, (mixed[0], mixed[0]) if len(mixed) == 1 and not beside else None)
-    return Block(path, ends, (rest[0], rest[-1]) if len(rest) > 1 else None)
-
-
-def query_and_value(base: nn.Module) -> list[str]:
-    """The projections that make queries and values, or the one that makes them all, of every attention module."""
-    return _projections(base, "query", "value")
-
-
-def keys_and_values(base: nn.Module) -> list[str]:
-    """As `query_and_value`, for keys and values."""
-    return _projections(base, "key", "value")
-
-
-def _projections(base: nn.Module, one: str, other: str) -> list[str]:
-    named = [(p, p.rpartition(".")[2]) for p, _ in linears(base)]
-    split = [p for p, end in named if end in (*PROJECTIONS[one], *PROJECTIONS[other])]
-    return split or [p for p, end in named if end in PROJECTIONS["fused"]]
-
-
-def path_of(base: nn.Module, module: nn.Module) -> str:
-    """Where `module` is in `base`."""
-    return next(path for path, found in base.named_modules() if found is module)
-
-
-def with_tied(base: nn.Module, found: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    """These layers, and those that have the very same weight, as a head that is tied to the embedding."""
-    weights = {id(weight_of(base, module)) for _, module in found}
-    every = [(p, m) for p, m in base.named_modules() if kind_of(m) is not None and bypass(base, p) is None]
-    return [(p, m) for p, m in every if (p, m) in found or id(weight_of(base, m)) in weights]
-
-
-def word_embeddings(base: Any) -> list[nn.Module]:
-    """The embedding of the input and the head, as far as the model has them, with a weight each."""
-    found: list[nn.Module] = []
-    for end in ("input", "output"):
-        try:
-            module = getattr(base, f"get_{end}_embeddings", lambda: None)()
-        except NotImplementedError:  # what transformers says of a model without tokens
-            continue
-        if isinstance(module, nn.Module) and isinstance(getattr(module, "weight", None), nn.Parameter):
-            found.append(module)
-    return found
-
-
-def weight_of(base: Any, module: nn.Module) -> Any:
-    """The weight of a layer; of a head on the meta device, which is tied when it is loaded, the one that it gets."""
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, nn.Parameter) and weight.is_meta and hasattr(base, "get_output_embeddings"):
-        tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
-        ends = word_embeddings(base)
-        if tied and len(ends) == 2 and ends[0].get_parameter("weight").is_meta and ends[1] is module:
-            return ends[0].weight
-    return weight
-
-
-def norms(base: nn.Module) -> list[str]:
-    """The normalisations that have a trained scale."""
-    return [p for p, m in base.named_modules() if (kind := kind_of(m)) is not None and kind.name == "norm"]
 
 
 def among(config: TargetedConfig, field: str, paths: Sequence[str], usual: Sequence[str]) -> list[str]:
@@ -363,75 +209,3 @@ def check_transposed(config: Any, modules: Sequence[nn.Module]) -> None:
             f"{_who(config)}: fan_in_fan_out=True, but no target stores its weight transposed. Leave it out: it is "
             "found."
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attention(Place):
-    """One attention call of the model, as a prefix sees it; its role is "encoder", "decoder" (causal) or "cross"."""
-
-    heads: int
-    """H of the keys and values."""
-    head_dim: int
-
-
-def attentions(base: nn.Module) -> list[Attention]:
-    """Every attention module that goes through transformers' attention interface, in the model's order."""
-    return [a for path, m in base.named_modules() if (a := _attention(base, path, m))]
-
-
-def without_interface(base: nn.Module) -> list[str]:
-    """Classes of attention modules that do not go through the interface (BLOOM's, for one)."""
-    return sorted(
-        {
-            type(m).__name__
-            for _, m in base.named_modules()
-            if re.search(r"Attention$", type(m).__name__)
-            and any(is_linear(c) for c in m.children())
-            and not _has_interface(m)
-        }
-    )
-
-
-def _has_interface(module: nn.Module) -> bool:
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    names = code.co_names if code is not None else ()
-    return "ALL_ATTENTION_FUNCTIONS" in names or hasattr(type(module), "_coadapt_has_interface")
-
-
-def _attention(base: Any, path: str, module: Any) -> Attention | None:
-    if not _has_interface(module) or not hasattr(module, "config"):
-        return None
-    config = module.config
-    dim = next(
-        (getattr(module, n) for n in ("head_dim", "attention_head_size", "key_value_proj_dim") if hasattr(module, n)),
-        None,
-    )
-    named = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-    heads = next((getattr(o, n) for o in (module, config) for n in named if isinstance(getattr(o, n, None), int)), None)
-    if heads is None:
-        return None
-    dim = dim or config.hidden_size // heads
-    keys = next((getattr(module, n) for n in PROJECTIONS["key"] if hasattr(module, n)), None)
-    if keys is not None and hasattr(keys, "out_features"):
-        kv = keys.out_features // dim
-    else:
-        kv = getattr(module, "num_key_value_heads", None) or getattr(config, "num_key_value_heads", None) or heads
-    role = _attention_role(base, path, module)
-    return Attention(path, module, role=role, heads=int(kv), head_dim=int(dim))
-
-
-def _attention_role(base: Any, path: str, module: Any) -> str:
-    parts = path.lower()
-    if re.search(r"encdecattention|encoder_attn|crossattention|cross_attn", parts) or getattr(
-        module, "is_cross_attention", False
-    ):
-        return "cross"
-    if re.search(r"(^|\.)encoder(\.|$)", parts):
-        return "encoder" if not getattr(module, "is_causal", False) else "decoder"
-    return "decoder" if getattr(module, "is_causal", True) else "encoder"
-
-
-def with_bias(base: nn.Module) -> list[str]:
-    """The layers that have a bias and can be adapted."""
-    found = ((p, m) for p, m in base.named_modules() if kind_of(m) is not None and bypass(base, p) is None)
-    return [path for path, module in found if getattr(module, "bias", None) is not None]

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from . import composition
+from . import composition, distributed, routing
 from .adapter import Adapter, attribute, sites_of
+from .backbone import stacks
 from .base import Base, base_of, statistics
 from .composition import Node, as_node
 from .frame import Bare, entered
@@ -24,6 +25,8 @@ from .plan import Plans
 from .site import plain_class
 
 _using = threading.local()
+_STACKS = ":stacks"
+"""Stands for routers among those that need sites; no adapter can have that name."""
 
 
 class View(nn.Module, ABC):
@@ -63,6 +66,15 @@ class View(nn.Module, ABC):
     def _attach(self, adapter: Adapter) -> None:
         self._sites[adapter.name] = [*sites_of(adapter, self.base), *self._record.checkpointing]
         self._record.attach(self._sites[adapter.name])
+
+    def _prepare(self, node: Node) -> None:
+        """Makes what the trained gates of a composition need. Raises ValueError where one cannot stand there."""
+        routing.prepare(node, self._names, self.base)
+        if routing.has_routers([node]) and _STACKS not in self._sites:
+            self._sites[_STACKS] = [stack.module for stack in stacks(self.base)]
+            self._record.attach(self._sites[_STACKS])
+        if self._merged is None:
+            self._plans.one(node, None)  # now: torch.compile would trace the making of it, and again without
 
     def _take_away(self, name: str) -> None:
         self._record.detach(self._sites.pop(name))
@@ -144,10 +156,29 @@ class View(nn.Module, ABC):
 
     # ---- calling -----------------------------------------------------------------------------------------------------
 
-    def checked(self, adapters: Any) -> Node:
-        """A composition from what people write. Raises ValueError for a name that is not attached."""
+    def checked(self, adapters: Any, new: bool = False) -> Node:
+        """A composition from what people write.
+
+        Args:
+            new: whether a text may make new gates that are trained.
+
+        Raises:
+            ValueError: a name that is not attached, a gate that cannot stand where it stands, or a text that would make
+                new gates for one call.
+        """
         node = adapters if isinstance(adapters, str) and adapters in self._names else as_node(adapters)
         composition.check_known(node, self._names)
+        if not composition.trained_gates(node):
+            return node
+        if isinstance(adapters, str):
+            if composition.same_text(node, self._node):
+                return self._node
+            if not new:
+                raise ValueError(
+                    f"{adapters!r} would make new gates, which nothing has trained, for one call. Make them active "
+                    "with set_adapter first, or pass the composition as an object (Sum, Seq)."
+                )
+        self._prepare(node)
         return node
 
     @contextmanager
@@ -168,19 +199,30 @@ class View(nn.Module, ABC):
         return self.using(composition.Sum())
 
     def forward(
-        self, *args: Any, adapters: Any = None, adapter_names: Sequence[Any] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        adapters: Any = None,
+        adapter_names: Sequence[Any] | None = None,
+        task_ids: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """The base's forward, adapted.
 
         Args:
             adapters: a composition for this call.
             adapter_names: one composition for each row of the batch (None or "__base__" for a row without any).
+            task_ids: (B,) the task of each row, where a `TaskRouter` is in the composition.
         """
-        with self.running(adapters, adapter_names, args, kwargs):
-            return self.base(*args, **kwargs)
+        with self.running(adapters, adapter_names, args, kwargs, task_ids):
+            return distributed.joined(self.base(*args, **kwargs))
 
     def generate(
-        self, *args: Any, adapters: Any = None, adapter_names: Sequence[Any] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        adapters: Any = None,
+        adapter_names: Sequence[Any] | None = None,
+        task_ids: Any = None,
+        **kwargs: Any,
     ) -> Any:
         """The base's `generate`, adapted; arguments as in `forward`. Beams follow the adapter of their row.
 
@@ -189,13 +231,20 @@ class View(nn.Module, ABC):
         base: Any = self.base
         if kwargs.get("assistant_model") is base:
             kwargs["assistant_model"] = Bare(base)
-        with self.running(adapters, adapter_names, args, kwargs):
+        with self.running(adapters, adapter_names, args, kwargs, task_ids) as plan:
+            if plan.keeps_sums:
+                _refuse_beams(base, kwargs)
             return base.generate(*args, **kwargs)
 
     def running(
-        self, adapters: Any, names: Sequence[Any] | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        adapters: Any,
+        names: Sequence[Any] | None,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        task_ids: Any = None,
     ) -> Any:
-        """Context: calls of the base are calls of this view, adapted as `forward` says."""
+        """Context, of the plan: calls of the base are calls of this view, adapted as `forward` says."""
         record = self._record
         if record.merged_by not in (None, id(self)):
             raise RuntimeError(
@@ -208,11 +257,20 @@ class View(nn.Module, ABC):
             raise ValueError("Give adapters (for the whole call) or adapter_names (one for each row), not both.")
         else:
             _check_rows(names, args, kwargs)
-            nodes = [composition.Sum() if n is None or n == "__base__" else self.checked(n) for n in names]
+            nodes = [self._of_row(i, node) for i, node in enumerate(names)]
             plan, rows = self._plans.rows(nodes, self._merged)
-        if torch.compiler.is_compiling():
-            return entered(plan.frame(rows))
-        return _Running(record, id(self), entered(plan.frame(rows)))
+        distributed.check({**self._names, "gates": self.gates}, plan.nodes)
+        _check_gates(plan, args, kwargs)
+        frame = entered(plan.frame(rows, _tasks(task_ids, plan, args, kwargs)), plan=plan)
+        return frame if torch.compiler.is_compiling() else _Running(record, id(self), frame)
+
+    def _of_row(self, row: int, node: Any) -> Node:
+        if node is None or node == "__base__":
+            return composition.Sum()
+        try:
+            return self.checked(node)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"adapter_names[{row}]: {error}") from None
 
     # ---- state: adapters only ----------------------------------------------------------------------------------------
 
@@ -250,6 +308,7 @@ class View(nn.Module, ABC):
         self._record.trained = [self.base.get_parameter(name) for name in trained]
         for adapter in self._names.values():
             self._attach(adapter)
+        self._prepare(self._node)
         if self._merged is not None:
             self._record.merged_by = id(self)
 
@@ -260,10 +319,10 @@ class _Running:
     def __init__(self, record: Base, view: int, frame: entered) -> None:
         self.record, self.view, self.frame = record, view, frame
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Any:
         with self.record.lock:
             self.record.running[self.view] += 1
-        self.frame.__enter__()
+        return self.frame.__enter__()
 
     def __exit__(self, *error: object) -> None:
         self.frame.__exit__(*error)
@@ -271,18 +330,63 @@ class _Running:
             self.record.running[self.view] -= 1
 
 
-def _check_rows(names: Sequence[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    if isinstance(names, str):
-        raise TypeError(
-            f"adapter_names is a list with one composition for each row; {names!r} is one string. "
-            "Did you mean adapters=?"
-        )
-    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim()]
-    if tensors and len(tensors[0]) != len(names):
+def _tasks(task_ids: Any, plan: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """(B,) or None."""
+    if task_ids is None:
+        return None
+    if not plan.by_task:
+        raise ValueError("task_ids has no effect: nothing that is active has a TaskRouter. Leave it out.")
+    tasks = torch.as_tensor(task_ids).long().reshape(-1)
+    rows = _batch(args, kwargs)
+    if rows is not None and len(tasks) != rows:
         raise ValueError(
-            f"adapter_names has {len(names)} entries, but the batch has {len(tensors[0])} rows; it needs one for "
+            f"task_ids has {len(tasks)} entries, but the batch has {rows} rows; it needs one for each row."
+        )
+    return tasks
+
+
+def _refuse_beams(base: Any, kwargs: Mapping[str, Any]) -> None:
+    config = kwargs.get("generation_config") or base.generation_config
+    beams = kwargs.get("num_beams") or getattr(config, "num_beams", 1) or 1
+    cached = kwargs.get("use_cache", getattr(config, "use_cache", True))
+    if beams > 1 and cached is not False:
+        raise ValueError(
+            f"num_beams={beams} with a cache puts rows into another order, and the pooled router that is active keeps "
+            "the mean of each row's tokens. Use use_cache=False, one beam, or a TokenRouter."
+        )
+
+
+def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """How many rows a call has; None where nothing tells."""
+    tensors = [v for v in (*args, *(kwargs.get(n) for n in _BATCHED), *kwargs.values()) if isinstance(v, Tensor)]
+    return next((len(t) for t in tensors if t.dim()), None)
+
+
+def _check_gates(plan: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    rows = _batch(args, kwargs) if plan.gate_rows else None
+    if rows is not None and (wrong := [n for n in plan.gate_rows if n != rows]):
+        raise ValueError(
+            f"A gate per row was given for {wrong[0]} rows, but the batch has {rows} rows; it needs one number for "
             "each row."
         )
+
+
+def _check_rows(names: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    if not isinstance(names, list | tuple):
+        raise TypeError(
+            f"adapter_names is a list with one composition for each row; got a {type(names).__name__}: {names!r}. "
+            "Did you mean adapters=, for the whole call?"
+        )
+    rows = _batch(args, kwargs)
+    if rows is not None and rows != len(names):
+        raise ValueError(
+            f"adapter_names has {len(names)} entries, but the batch has {rows} rows; it needs one for each row. "
+            "Beams and returned sequences follow their row, without entries of their own."
+        )
+
+
+_BATCHED = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values", "decoder_input_ids")
+"""Arguments that surely have one row for each of the batch (position ids may have one for all)."""
 
 
 def _literal(name: Any, known: Mapping[str, Any]) -> Node:
@@ -300,8 +404,8 @@ def _leave(record: Base, view: int, sites: Mapping[str, Sequence[nn.Module]]) ->
 def _view_class(cls: type[Any], base: type[nn.Module]) -> type[Any]:
     """`cls` with a forward whose signature is the base's, plus ours: Trainer, TRL and accelerate read it."""
 
-    def forward(self: Any, *args: Any, adapters: Any = None, adapter_names: Any = None, **kwargs: Any) -> Any:
-        return cls.forward(self, *args, adapters=adapters, adapter_names=adapter_names, **kwargs)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return cls.forward(self, *args, **kwargs)
 
     forward.__doc__ = cls.forward.__doc__
     forward.__signature__ = _signature(base.forward)  # type: ignore[attr-defined]
@@ -314,7 +418,8 @@ def _view_class(cls: type[Any], base: type[nn.Module]) -> type[Any]:
 
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     theirs = list(inspect.signature(forward).parameters.values())
-    ours = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("adapters", "adapter_names")]
+    names = ("adapters", "adapter_names", "task_ids")
+    ours = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in names]
     at = next((i for i, p in enumerate(theirs) if p.kind is inspect.Parameter.VAR_KEYWORD), len(theirs))
     return inspect.Signature([*theirs[:at], *ours, *theirs[at:]])
 

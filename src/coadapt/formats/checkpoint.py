@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig, check_name
 from ..core.adapter import Adapter, build, replace_options
-from ..core.composition import Node, learned
+from ..core.composition import Node, trained_gates
+from ..core.routing import prepare
 from .compositions import node_from_json, node_to_json
 from .configs import without_start
 from .files import CHECKPOINT, read_tensors
@@ -105,15 +106,16 @@ def load(where: Path, base: nn.Module, fingerprint: str, is_trainable: bool, hal
         adapter.learning_rate = said.get("learning_rates", {}).get(name)
         adapters.append(adapter)
     node = node_from_json(said["composition"])
+    prepare(node, {a.name: a for a in adapters}, base)
     _fill(file, adapters, node, state)
-    for gate in learned(node):
+    for gate in trained_gates(node):
         gate.requires_grad_(is_trainable)
     return adapters, node
 
 
 def _fill(file: Path, adapters: list[Adapter], node: Node, state: Mapping[str, Tensor]) -> None:
     view = nn.Module()
-    view.adapters, view.gates = nn.Module(), nn.ModuleList(learned(node))
+    view.adapters, view.gates = nn.Module(), nn.ModuleList(trained_gates(node))
     for adapter in adapters:
         view.adapters.add_module(adapter.attribute, adapter)
     known = view.state_dict()

@@ -1,39 +1,49 @@
-"""A composition as JSON: a name, {"seq": [...]}, or {"sum": [...], "weights": [...]}."""
+"""A composition as JSON: a name, {"seq": [...]}, or {"sum": [...]} with "weights" or the "router" that chooses them."""
 
 import math
 from typing import Any
 
-from ..core.composition import Learned, Node, Seq, Sum, learned
+from ..core.composition import Node, Seq, Sum, trained_gates
+from ..core.gates import Learned, TrainedGate
+from ..core.router import Router
+from ..core.routers import router_named
 
 
 def node_to_json(node: Node) -> Any:
-    """`node` as plain JSON values; a learned gate is {"learned": its number in the file of gates, "value": ...}.
+    """`node` as plain JSON values; a trained gate is told with its number in the file of gates.
 
     Raises:
         ValueError: a gate per row, which belongs to one batch.
     """
-    return _node_to_json(node, learned(node))
+    return _node_to_json(node, trained_gates(node))
 
 
-def _node_to_json(node: Node, gates: list[Learned]) -> Any:
+def _node_to_json(node: Node, gates: list[TrainedGate]) -> Any:
     if isinstance(node, str):
         return node
     children = [_node_to_json(c, gates) for c in node.children]
     if isinstance(node, Seq):
         return {"seq": children}
+    if node.router is not None:
+        return {
+            "sum": children,
+            "router": {"name": node.router.name, **node.router.said()},
+            "gate": gates.index(node.router),
+        }
     return {"sum": children, "weights": [_weight_to_json(w, gates) for w in node.weights]}
 
 
-def _weight_to_json(weight: Any, gates: list[Learned]) -> Any:
+def _weight_to_json(weight: Any, gates: list[TrainedGate]) -> Any:
     if isinstance(weight, float):
         return weight
     if isinstance(weight, Learned):
-        return {"learned": gates.index(weight), "value": float(weight().detach())}
+        per_layer = {"per_layer": True} if weight.per_layer else {}
+        return {"learned": gates.index(weight), "value": weight.shares()[0], **per_layer}
     raise ValueError("A composition with a gate per row belongs to one batch and cannot be saved.")
 
 
 def node_from_json(said: Any) -> Node:
-    """Undoes `node_to_json`. Learned gates start at the value that is given; their exact one is in the file of gates.
+    """Undoes `node_to_json`. Trained gates are new; what they have learned is in the file of gates.
 
     Raises:
         ValueError: it is no composition.
@@ -46,22 +56,24 @@ def _node_from_json(said: Any, gates: dict[int, Learned]) -> Node:
         case str():
             return said
         case {"seq": list(children)}:
-            return Seq(*[_child(c, gates) for c in children])
+            return Seq(*[_node_from_json(c, gates) for c in children])
+        case {"sum": list(children), "router": {"name": str(name), **options}}:
+            return Sum(*[_node_from_json(c, gates) for c in children], weights=_router(name, options))
         case {"sum": list(children), "weights": list(weights)}:
-            return Sum(*[_child(c, gates) for c in children], weights=[_weight(w, gates) for w in weights])
+            return Sum(*[_node_from_json(c, gates) for c in children], weights=[_weight(w, gates) for w in weights])
         case _:
             raise ValueError(f"{said!r} is no composition.")
 
 
-def _child(said: Any, gates: dict[int, Learned]) -> Node:
-    return _node_from_json(said, gates)
+def _router(name: str, options: dict[Any, Any]) -> Router:
+    return router_named(name, {str(k): v for k, v in options.items()})
 
 
 def _weight(said: Any, gates: dict[int, Learned]) -> Any:
     match said:
         case {"learned": int(number), "value": int() | float() as value}:
             start = value if 0 < value < math.inf else 1.0
-            return gates.setdefault(number, Learned(start))
+            return gates.setdefault(number, Learned(start, per_layer=bool(said.get("per_layer", False))))
         case int() | float():
             return float(said)
         case _:

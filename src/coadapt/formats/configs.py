@@ -10,7 +10,8 @@ from ..config import InputConfig, PeftConfig, TargetedConfig
 from ..core.adapter import Adapter, replace_options
 from ..core.backbone import backbones
 from ..core.method import method_for
-from ..core.target import HEADS, Place, suffix_match
+from ..core.roles import HEADS, Place
+from ..core.target import suffix_match
 from ..methods.ia3 import FEED_FORWARD, IA3Config
 from ..methods.ln_tuning import LNTuningConfig
 from ..methods.lora import LoraConfig

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig, check_name
+from ..config import PeftConfig, check_name, did_you_mean
 from ..core.adapter import Adapter, build, replace_options
 from ..core.base import base_of
-from ..core.composition import Learned, Node, learned
+from ..core.composition import Node, names, trained_gates
+from ..core.gates import Learned
 from ..core.method import Reparametrization
+from ..core.routing import prepare
 from . import checkpoint, files, vocabulary
 from .compositions import node_from_json, node_to_json
 from .configs import asked_targets, described, understood, without_start
@@ -63,7 +65,7 @@ def save(
     with files.saving(where) as new:
         for name, adapter in adapters.items():
             _save_adapter(new, where, "" if name == "default" else f"{name}/", adapter, base, fingerprint, embeddings)
-        new.tensors(GATES, {f"gate_{i}": gate.log_gate for i, gate in enumerate(learned(node))})
+        new.tensors(GATES, _stored(node))
         new.json(COMPOSITION, composition)
 
 
@@ -173,6 +175,8 @@ def _load_composition(reader: _Reader, where: Path, name: str | None, is_trainab
     if lost := [k for k in ("adapters", "composition") if k not in said]:
         raise ValueError(f"{file} is incomplete: it does not say {' and '.join(lost)}.")
     listed = [check_name(n) for n in said["adapters"]]
+    if twice := sorted({n for n in listed if listed.count(n) > 1}):
+        raise ValueError(f"{file} lists {', '.join(map(repr, twice))} more than once; an adapter has one folder.")
     alone = listed == ["default"]  # a folder of one adapter, which goes by any name
     if name is not None and name not in listed and not alone:
         raise ValueError(
@@ -189,18 +193,35 @@ def _load_composition(reader: _Reader, where: Path, name: str | None, is_trainab
     for adapter in adapters:
         adapter.learning_rate = said.get("learning_rates", {}).get("default" if alone else adapter.name)
     node = name if name is not None else node_from_json(said["composition"])
-    _fill_gates(where, learned(node), is_trainable)
+    if strange := [n for n in names(node) if n not in (name, *listed)]:
+        raise ValueError(
+            f"{file} has a composition of {', '.join(map(repr, strange))}, which is not among its adapters "
+            f"{', '.join(listed)}.{did_you_mean(strange[0], listed)}"
+        )
+    prepare(node, {a.name: a for a in adapters}, reader.base)
+    _fill_gates(where, node, is_trainable)
     return Loaded(adapters, node)
 
 
+def _stored(node: Node) -> dict[str, Tensor]:
+    """What the trained gates of a composition hold, by the names of the file of gates."""
+    out: dict[str, Tensor] = {}
+    for i, gate in enumerate(trained_gates(node)):
+        state = gate.state_dict(keep_vars=True)
+        out |= {f"gate_{i}" if isinstance(gate, Learned) else f"gate_{i}.{k}": v for k, v in state.items()}
+    return out
+
+
 @torch.no_grad()
-def _fill_gates(where: Path, gates: Sequence[Learned], is_trainable: bool) -> None:
-    if gates:
-        stored = files.read_tensors(where / GATES)
-        checkpoint.refuse_misfits(where / GATES, {f"gate_{i}": () for i in range(len(gates))}, stored)
-        for i, gate in enumerate(gates):
-            gate.log_gate.copy_(stored[f"gate_{i}"])
-            gate.requires_grad_(is_trainable)
+def _fill_gates(where: Path, node: Node, is_trainable: bool) -> None:
+    if not (known := _stored(node)):
+        return
+    tensors = files.read_tensors(where / GATES)
+    checkpoint.refuse_misfits(where / GATES, {k: tuple(t.shape) for k, t in known.items()}, tensors)
+    for key, tensor in known.items():
+        tensor.copy_(tensors[key])
+    for gate in trained_gates(node):
+        gate.requires_grad_(is_trainable)
 
 
 def _load_adapter(reader: _Reader, where: Path, name: str, config: PeftConfig | None, is_trainable: bool) -> Adapter:

@@ -8,7 +8,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, ModuleCopy, make
-from ..core.target import path_of, word_embeddings
+from ..core.roles import path_of, weights, word_embeddings
+from ..core.store import value
 from ..methods.trainable_tokens import KeptRows, TrainableTokens, TrainableTokensConfig
 from .files import WEIGHTS
 
@@ -18,7 +19,8 @@ ROOT = "base_model.model."
 
 def embeddings(base: Any) -> dict[str, nn.Module]:
     """The input embedding, and the head where its weight is another one, by path; nothing where there are none."""
-    distinct = {id(m.weight): m for m in reversed(word_embeddings(base))}
+    weight = weights(base, word_embeddings(base))
+    distinct = {id(weight[m]): m for m in reversed(weight)}
     return {path_of(base, m): m for m in reversed(distinct.values())}
 
 
@@ -41,27 +43,23 @@ def kept(adapter: Adapter, base: Any, asked: bool | str) -> dict[str, Tensor]:
 
     Rows that the adapter trains, or keeps already, are not written twice.
     """
-    if asked is False:
-        return {}
     found = embeddings(base)
+    if asked is False or not found:
+        return {}
     if asked == "auto":
-        first = next(iter(found.values()), None)
-        before, now = original_size(base), 0 if first is None else len(first.get_parameter("weight"))
-        if before in (None, now) or _covers(adapter, first, range(before or 0, now)):
+        first = next(iter(found.values()))
+        before, now = original_size(base), len(first.get_parameter("weight"))
+        if before in (None, now) or _covers(adapter, base, first, range(before or 0, now)):
             return {}
     own = {p.place.module for p in adapter.parts if isinstance(p.method, ModuleCopy | KeptRows)}
-    return {f"{ROOT}{path}.weight": m.get_parameter("weight").detach() for path, m in found.items() if m not in own}
+    return {f"{ROOT}{path}.weight": value(m, "weight") for path, m in found.items() if m not in own}
 
 
-def _covers(adapter: Adapter, embedding: nn.Module | None, new: range) -> bool:
-    rows: set[int] = set()
-    for part in adapter.parts:
-        same = embedding is not None and getattr(part.place.module, "weight", None) is embedding.weight
-        if same and isinstance(part.method, ModuleCopy):
-            return True
-        if same and isinstance(part.method, TrainableTokens):
-            rows |= set(part.method.ids.tolist())
-    return rows >= set(new)
+def _covers(adapter: Adapter, base: nn.Module, embedding: nn.Module, new: range) -> bool:
+    weight = weights(base, [embedding, *(part.place.module for part in adapter.parts)])
+    methods = [part.method for part in adapter.parts if weight[part.place.module] is weight[embedding]]
+    rows = {row for method in methods if isinstance(method, TrainableTokens) for row in method.ids.tolist()}
+    return any(isinstance(method, ModuleCopy) for method in methods) or rows >= set(new)
 
 
 def taken(adapter: Adapter, base: Any, tensors: Mapping[str, Tensor], half: bool, file: Path) -> set[str]:
@@ -72,7 +70,7 @@ def taken(adapter: Adapter, base: Any, tensors: Mapping[str, Tensor], half: bool
     """
     done: set[str] = set()
     for path, module in embeddings(base).items():
-        own = module.get_parameter("weight")
+        own = value(module, "weight")
         key = next((k for k in _keys(path) if k in tensors), None)
         if key is None or own.is_meta or tensors[key].shape[1:] != own.shape[1:]:
             continue
@@ -84,7 +82,7 @@ def taken(adapter: Adapter, base: Any, tensors: Mapping[str, Tensor], half: bool
                 "brings the new rows."
             )
         lesser = min((own.dtype, stored.dtype), key=lambda d: d.itemsize)
-        differ = (own.detach()[: len(stored)].cpu().to(lesser) != stored.to(lesser)).any(1).nonzero()[:, 0]
+        differ = (own[: len(stored)].cpu().to(lesser) != stored.to(lesser)).any(1).nonzero()[:, 0]
         if len(differ):
             _keep(adapter, base, path, differ, stored, half)
         done.add(key)

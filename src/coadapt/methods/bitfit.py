@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TargetedConfig
-from ..core import target
+from ..core import roles, target
 from ..core.layer import Layer
 from ..core.method import Place, WeightMethod, register
 
@@ -35,7 +35,7 @@ class BitFit(WeightMethod):
 
     @classmethod
     def places(cls, config: BitFitConfig, base: nn.Module) -> list[Place]:
-        return [Place(p, m) for p, m in target.layers(config, base, target.with_bias(base))]
+        return [Place(p, m) for p, m in target.layers(config, base, roles.with_bias(base))]
 
     def merge(self, weight: Tensor) -> Tensor:
         return weight

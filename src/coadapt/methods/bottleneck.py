@@ -6,11 +6,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from ..config import TargetedConfig
-from ..core import target
+from ..core import roles, target
 from ..core.layer import Layer, kind_of
 from ..core.method import ModuleMethod, register
 from ..core.mixture import mixtures
-from ..core.target import Place
+from ..core.roles import Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class Bottleneck(ModuleMethod):
     def places(cls, config: BottleneckConfig, base: nn.Module) -> list[Place]:
         if config.target_modules is not None:
             return [Place(path, module) for path, module in target.modules(config, base, ())]
-        blocks = target.blocks(base)
+        blocks = roles.blocks(base)
         if without := [block.path for block in blocks if block.feed_forward is None]:
             raise ValueError(
                 f"BottleneckConfig: the feed-forward part of {without[0]!r} is not one; name target_modules."

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TargetedConfig
-from ..core import target
+from ..core import roles, target
 from ..core.layer import Layer, kind_of
 from ..core.method import Place, WeightMethod, register
 
@@ -47,9 +47,9 @@ class IA3(WeightMethod):
 
     @classmethod
     def places(cls, config: IA3Config, base: nn.Module) -> list[Place]:
-        last = [block.feed_forward[1] for block in target.blocks(base) if block.feed_forward]
+        last = [block.feed_forward[1] for block in roles.blocks(base) if block.feed_forward]
         ends = [path for path, module in last if kind_of(module) is not None]  # a mixture of experts is no layer
-        found = target.layers(config, base, [*target.keys_and_values(base), *ends])
+        found = target.layers(config, base, [*roles.keys_and_values(base), *ends])
         target.check_transposed(config, [module for _, module in found])
         inputs = target.among(config, "feedforward_modules", [path for path, _ in found], ends)
         return [Place(path, module, role=FEED_FORWARD if path in inputs else "") for path, module in found]

@@ -4,7 +4,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import TargetedConfig
-from ..core import target
+from ..core import roles, target
 from ..core.layer import Layer
 from ..core.method import Place, WeightMethod, register
 
@@ -36,7 +36,7 @@ class LNTuning(WeightMethod):
 
     @classmethod
     def places(cls, config: LNTuningConfig, base: nn.Module) -> list[Place]:
-        return [Place(path, module) for path, module in target.layers(config, base, target.norms(base))]
+        return [Place(path, module) for path, module in target.layers(config, base, roles.norms(base))]
 
     def merge(self, weight: Tensor) -> Tensor:
         return self.weight

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TargetedConfig
-from ..core import target
+from ..core import roles, target
 from ..core.layer import Layer, kind_of
 from ..core.lowrank import LowRankMethod
 from ..core.method import Companion, Place, register
@@ -129,8 +129,8 @@ class LoRA(LowRankMethod):
         beside = [Companion(TrainableTokens, own, TrainableTokens.places(own, base)) for own in found_tokens]
         if config.bias == "none":
             return beside
-        with_bias = set(target.with_bias(base))
-        found = [Place(p, base.get_submodule(p)) for p in target.with_bias(base)] if config.bias == "all" else places
+        with_bias = set(roles.with_bias(base))
+        found = [Place(p, base.get_submodule(p)) for p in roles.with_bias(base)] if config.bias == "all" else places
         found = [p for p in found if p.path in with_bias and kind_of(p.module) is not None]
         if not found:
             raise ValueError(f"LoraConfig: bias={config.bias!r}, but none of the layers concerned has a bias.")

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import VirtualTokensConfig
-from ..core import attention, target
+from ..core import attention
 from ..core.backbone import stack_facts, takes_positions
 from ..core.method import AttentionMethod, Place, Reparametrization, register
-from ..core.target import Attention
+from ..core.roles import Attention, attentions, without_interface
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +162,9 @@ class PrefixTuning(AttentionMethod):
 
 def places_of(config: PrefixTuningConfig, base: Any) -> list[Attention]:
     """The attention calls that this prefix joins."""
-    found = target.attentions(base)
+    found = attentions(base)
     if not found:
-        classes = target.without_interface(base)
+        classes = without_interface(base)
         if not classes:
             raise ValueError(f"PrefixTuningConfig: {type(base).__name__} has no attention that a prefix could join.")
         raise ValueError(

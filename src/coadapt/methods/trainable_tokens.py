@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import TargetedConfig
-from ..core import target
+from ..core import roles, target
 from ..core.backbone import backbones
 from ..core.layer import Layer
 from ..core.method import Method, Place, WeightMethod, register
@@ -62,9 +62,9 @@ class TrainableTokens(WeightMethod):
                     f"TrainableTokensConfig: nothing says which module of {type(base).__name__} embeds its input; name "
                     "target_modules."
                 )
-            usual = [target.path_of(base, place.embedding) for place in backbones(base)]
+            usual = [roles.path_of(base, place.embedding) for place in backbones(base)]
         found = target.layers(config, base, usual)
-        return [Place(path, module) for path, module in target.with_tied(base, found)]
+        return [Place(path, module) for path, module in roles.with_tied(base, found)]
 
     def share(self, earlier: Method) -> None:
         if isinstance(earlier, TrainableTokens):

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 import coadapt.methods  # noqa: F401  makes the configurations known
 from coadapt.config import CONFIGS, PeftConfig, TaskType
 from coadapt.core.adapter import train_head
-from coadapt.core.target import word_embeddings
+from coadapt.core.roles import word_embeddings
 from coadapt.data.images import need_pillow
 from coadapt.model import PeftModel, get_peft_model
 from coadapt.training.folder import AUTO_NAMES

@@ -12,7 +12,8 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from coadapt.core import composition
-from coadapt.core.composition import Gate, Sum
+from coadapt.core.composition import Sum
+from coadapt.core.gates import Gate, Reading
 from coadapt.formats.files import aside
 from coadapt.model import PeftModel
 from coadapt.training.ask import classifies, classify, say, tokens
@@ -326,5 +327,7 @@ def length(inputs: dict[str, Tensor]) -> int:
 
 
 def _number(gate: Gate) -> str:
-    value = gate.value(1, torch.empty(0))
+    if gate.routed:
+        return "routed"
+    value = gate.value(Reading("", torch.empty(0), torch.empty(0)))
     return "one per row" if isinstance(value, Tensor) and value.numel() != 1 else f"{float(value):.4g}"

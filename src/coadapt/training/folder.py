@@ -27,6 +27,7 @@ from coadapt.formats.files import (
     settle,
 )
 from coadapt.formats.provenance import versions
+from coadapt.training import processes
 from coadapt.training.record import read_log
 from coadapt.training.settings import RunConfig, Task
 
@@ -106,6 +107,7 @@ def _resume(folder: Path, run: RunConfig) -> Start:
     broken: dict[Path, str] = {}
     for checkpoint in reversed(checkpoints):
         if (wrong := damage(checkpoint)) is None:
+            _same_processes(checkpoint)
             return Start(checkpoint=checkpoint, broken=broken, ended=_ended(folder, checkpoint, before, run))
         broken[checkpoint] = wrong
     # A process that is killed leaves one such checkpoint; several have another cause, and somebody may mend them.
@@ -120,6 +122,17 @@ def _resume(folder: Path, run: RunConfig) -> Start:
             "To train it anew: --overwrite-output-dir."
         )
     return Start(broken=broken)
+
+
+def _same_processes(checkpoint: Path) -> None:
+    """Each process has a state of its own, and with more or fewer of them the batches would be others."""
+    then = max(len(list(checkpoint.glob("rng_state_*.pth"))), 1)  # one alone writes rng_state.pth
+    if then != processes.count():
+        raise ValueError(
+            f"resume: {checkpoint.name} was written by {then} {'process' if then == 1 else 'processes'}, and now there "
+            f"are {processes.count()}, so that the batches would be others. Start {then}, or begin anew "
+            "(--overwrite-output-dir)."
+        )
 
 
 def _ended(folder: Path, checkpoint: Path, before: Mapping[str, Any], run: RunConfig) -> bool:

@@ -16,7 +16,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from coadapt.training import memory
-from coadapt.training.monitor import Figures, Stillness, figures_in
+from coadapt.training.monitor import Figures, Stillness, figures_in, values_in
 from coadapt.training.palette import HELD_OUT, TRAIN, adapter_colors
 from coadapt.training.record import Interrupt, held_out_losses
 
@@ -29,8 +29,10 @@ COLUMNS = {
     "update_ratio": ("relative", 4),
 }
 """Figure -> its title, and how many columns there must be room for to show it."""
-COLUMN, STILL = 10, "stands still"
-"""Width of a column, and the mark of an adapter that does not move."""
+EXTRAS = {"effective_rank": "rank", "gate": "gate"}
+"""The same of those that are shown where an adapter has them and no name has to be cut for them."""
+COLUMN, LONGEST, STILL = 10, 24, "stands still"
+"""Width of a column and the most of a name's, and the mark of an adapter that does not move."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -102,6 +104,7 @@ class Panel(Screen):
         self.speed: str | None = None
         self.memory = ""
         self.figures: Figures = {}
+        self.spikes = 0
 
     # ---- what happens ------------------------------------------------------------------------------------------------
 
@@ -140,6 +143,10 @@ class Panel(Screen):
             self.losses.append(line["loss"])
             # A step that was not measured keeps the norms of the last one that was.
             self.figures = {name: {**self.figures.get(name, {}), **of} for name, of in figures_in(line).items()}
+            for name, gate in values_in(line, "gate").items():
+                if name in self.figures:
+                    self.figures[name]["gate"] = gate
+            self.spikes = line.get("loss_spikes", 0)
         if "eval_loss" in line:
             self.held_out.append((line["step"], line["eval_loss"]))
             self.accuracy = line.get("eval_accuracy")
@@ -191,9 +198,13 @@ class Panel(Screen):
         facts.add_column(no_wrap=True, overflow="ellipsis")
         loss = Text("…")
         if self.losses:
-            room = max(min(POINTS, width - 22), 0)
+            spikes = f"  {self.spikes} spike{'s' * (self.spikes > 1)}" if self.spikes else ""
+            room = max(min(POINTS, width - 22 - len(spikes)), 0)
             loss = Text.assemble(
-                (f"{self.losses[-1]:<8.4f}", f"bold {TRAIN}"), "  ", (sparkline(list(self.losses)[-room:]), TRAIN)
+                (f"{self.losses[-1]:<8.4f}", f"bold {TRAIN}"),
+                "  ",
+                (sparkline(list(self.losses)[max(len(self.losses) - room, 0) :]), TRAIN),
+                (spikes, "yellow"),
             )
         facts.add_row("loss", loss)
         if self.held_out:
@@ -217,19 +228,27 @@ class Panel(Screen):
 
     def _adapters(self, width: int) -> Table:
         mark = STILL if width > 60 else "!"
-        room = (width - len(mark) - 14) // COLUMN
-        shown = [figure for figure, (_, needed) in COLUMNS.items() if needed <= max(room, 1)]
+        titles = self._titles(width - len(mark) - 2)
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-        longest = min(max(width - len(mark) - 2 - COLUMN * len(shown), 4), 24)
+        longest = min(max(width - len(mark) - 2 - COLUMN * len(titles), 4), LONGEST)
         table.add_column("adapter", no_wrap=True, overflow="ellipsis", max_width=longest)
-        for figure in shown:
-            table.add_column(COLUMNS[figure][0], justify="right", no_wrap=True)
+        for title in titles.values():
+            table.add_column(title, justify="right", no_wrap=True)
         table.add_column("", no_wrap=True, style="yellow")
         colors = adapter_colors(self.figures)
         for name, of in self.figures.items():
-            row = [_shown(figure, of.get(figure)) for figure in shown]
+            row = ["" if f in EXTRAS and f not in of else _shown(f, of.get(f)) for f in titles]
             table.add_row(Text(name, colors[name]), *row, mark if self.stillness.stands_still(name) else "")
         return table
+
+    def _titles(self, width: int) -> dict[str, str]:
+        """The figures that there is room for, with their titles."""
+        room = max((width - 12) // COLUMN, 1)
+        titles = {figure: title for figure, (title, needed) in COLUMNS.items() if needed <= room}
+        name = min(max(map(len, ("adapter", *self.figures))), LONGEST)
+        there = {figure for of in self.figures.values() for figure in of}
+        more = max((width - name) // COLUMN - len(COLUMNS), 0)
+        return titles | dict([(f, title) for f, title in EXTRAS.items() if f in there][:more])
 
 
 def screen(console: Console, stillness: Stillness, interrupt: Interrupt) -> Screen:

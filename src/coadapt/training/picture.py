@@ -1,15 +1,16 @@
-"""The picture of a run: its loss, and below it how far each adapter moved."""
+"""The picture of a run: its loss, and below it how each adapter moved, in how many directions, and behind what gate."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from coadapt.training.monitor import figures_in
-from coadapt.training.palette import GREY, HELD_OUT, INK, TRAIN, adapter_colors
+from coadapt.training.monitor import figures_in, values_in
+from coadapt.training.palette import GREY, HELD_OUT, INK, SPIKE, TRAIN, adapter_colors
 from coadapt.training.record import held_out_losses
 
 Points = list[tuple[int, float]]
@@ -17,26 +18,32 @@ End = tuple[float, float, str, str]
 """Where a line ends (x, y), its name, its colour."""
 
 NORMS = {"grad_norm": "gradient norm", "update_norm": "update norm"}
-LOSS_HEIGHT, NORM_HEIGHT, WIDTH = 4.0, 1.5, 7.2
+PLAIN = {"effective_rank": "effective rank of the change, mean of sites", "gate": "gate"}
+"""Figure -> the title of its panel: on a logarithmic axis, and on a plain one."""
+LOSS_HEIGHT, PANEL_HEIGHT, WIDTH = 4.0, 1.5, 7.2
 """Inches."""
 LONGEST_NAME = 18
 
 
 def draw(log: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
-    """Training and held-out loss over steps, and with several adapters the norms of each, as a PNG.
+    """Training and held-out loss over steps, spikes marked, and a panel for each figure that was measured, as a PNG.
+
+    The norms are those of each adapter; of a single one, those of each kind of its parameters.
 
     Args:
         log: what `read_log` gives.
     """
-    norms = {figure: found for figure in NORMS if len(found := norms_in(log, figure)) > 1}
-    heights = [LOSS_HEIGHT, *(NORM_HEIGHT for _ in norms)]
+    panels = {figure: found for figure in NORMS if (found := _norms_of(log, figure))}
+    panels |= {figure: found for figure in PLAIN if (found := values_over_steps(log, figure))}
+    heights = [LOSS_HEIGHT, *(PANEL_HEIGHT for _ in panels)]
     figure = Figure(figsize=(WIDTH, sum(heights)), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     stacked = figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
     named = [_loss(stacked[0], log, title)]
-    colors = adapter_colors(dict.fromkeys(name for found in norms.values() for name in found))
-    for axes, (kind, found) in zip(stacked[1:], norms.items(), strict=True):
-        named.append(_norms(axes, found, colors, NORMS[kind]))
+    adapters = dict.fromkeys(name for line in log for name in figures_in(line))
+    colors = adapter_colors(adapters | dict.fromkeys(name for found in panels.values() for name in found))
+    for axes, (kind, found) in zip(stacked[1:], panels.items(), strict=True):
+        named.append(_panel(axes, found, colors, {**NORMS, **PLAIN}[kind], logarithmic=kind in NORMS))
     stacked[-1].set_xlabel("step", color=GREY)
     figure.draw_without_rendering()
     for axes, ends in zip(stacked, named, strict=True):
@@ -44,23 +51,40 @@ def draw(log: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
     figure.savefig(file, format="png")
 
 
-def norms_in(log: Sequence[Mapping[str, Any]], figure: str) -> dict[str, Points]:
-    """Adapter -> (step, its norm) wherever it was measured. One that is 0 throughout is there, with no points."""
+def values_over_steps(log: Sequence[Mapping[str, Any]], figure: str) -> dict[str, Points]:
+    """Name -> (step, its value) wherever it was measured."""
     found: dict[str, Points] = {}
     for line in log:
-        for name, of in figures_in(line).items():
-            if figure in of:
-                points = found.setdefault(name, [])
-                if of[figure] > 0:  # the axis is logarithmic
-                    points.append((line["step"], of[figure]))
+        for name, value in values_in(line, figure).items():
+            found.setdefault(name, []).append((line["step"], value))
     return found
 
 
+def _norms_of(log: Sequence[Mapping[str, Any]], figure: str) -> dict[str, Points]:
+    whole = norms_in(log, figure)
+    if len(whole) != 1:
+        return whole
+    [name] = whole
+    keys = dict.fromkeys(key for line in log for key in line if key.startswith(f"train/{figure}."))
+    parts = [key.removeprefix("train/").partition("/")[0] for key in keys]
+    return {part.partition(".")[2]: norms_in(log, part)[name] for part in parts} or whole
+
+
+def norms_in(log: Sequence[Mapping[str, Any]], figure: str) -> dict[str, Points]:
+    """As `values_over_steps`, of what is above 0: the axis is logarithmic. One that is 0 throughout has no points."""
+    found = values_over_steps(log, figure)
+    return {name: [(step, value) for step, value in points if value > 0] for name, points in found.items()}
+
+
 def smoothed(values: Sequence[float]) -> list[float]:
-    """A running mean over a tenth of the points, centred, shorter at the ends."""
+    """A running mean of running medians over a tenth of the points, centred, shorter at the ends: a spike leaves no
+    plateau."""
     half = len(values) // 20
-    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    return [sum(window) / len(window) for window in windows]
+
+    def along(values: Sequence[float], middle: Callable[[Sequence[float]], float]) -> list[float]:
+        return [middle(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+
+    return along(along(values, median), fmean)
 
 
 def spread(heights: Sequence[float], gap: float, floor: float = float("-inf")) -> list[float]:
@@ -93,6 +117,9 @@ def _loss(axes: Any, log: Sequence[Mapping[str, Any]], title: str) -> list[End]:
     for name, points in apart.items():
         axes.plot(*zip(*points, strict=True), color=HELD_OUT, linewidth=0.8, alpha=0.6, marker="o", markersize=2.5)
         ends.append((*points[-1], f"{_shortened(name)} {points[-1][1]:.3g}", HELD_OUT))
+    if spikes := [(line["step"], line["loss"]) for line in log if line.get("event") == "loss_spike"]:
+        axes.scatter(*zip(*spikes, strict=True), s=70, facecolors="none", edgecolors=SPIKE, linewidths=1.4, zorder=3)
+        ends.append((*spikes[-1], "spike", SPIKE))
     losses = [loss for _, loss in (*train, *held_out, *(point for points in apart.values() for point in points))]
     # Where a linear axis would show a cliff and a floor.
     if losses and min(losses) > 0 and max(losses) > 20 * min(losses):
@@ -112,13 +139,18 @@ def _apart(log: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
     return found
 
 
-def _norms(axes: Any, found: Mapping[str, Points], colors: Mapping[str, str], title: str) -> list[End]:
+def _panel(
+    axes: Any, found: Mapping[str, Points], colors: Mapping[str, str], title: str, logarithmic: bool
+) -> list[End]:
     ends: list[End] = []
     for name, points in found.items():
         if points:
             ends.append((*_curve(axes, points, colors[name], 1.6), _shortened(name), colors[name]))
-    if values := [norm for points in found.values() for _, norm in points]:
+    values = [value for points in found.values() for _, value in points]
+    if logarithmic and values:
         _logarithmic(axes, values)
+    elif values:
+        axes.set_ylim(0, 1.1 * max(values))
     last = max((x for x, _, _, _ in ends), default=0)
     # A logarithmic axis has no 0: who stands there is named at its foot.
     ends += [(last, axes.get_ylim()[0], f"{_shortened(n)}: 0", colors[n]) for n, points in found.items() if not points]

@@ -16,6 +16,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from coadapt.config import did_you_mean
 from coadapt.formats.files import aside
+from coadapt.training.processes import on_any
 
 FINAL = "train_runtime"
 """A key of the summary that Trainer logs after the last step."""
@@ -165,6 +166,7 @@ class Interrupt(TrainerCallback):
         self.asked = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.asked = on_any(self.asked, args.device)  # the others would wait for a step that does not come
         if self.asked:
             control.should_save = control.should_log = control.should_training_stop = True
 

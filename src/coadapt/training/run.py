@@ -20,7 +20,7 @@ from coadapt.data.prepare import CLASSIFYING
 from coadapt.data.tokens import IGNORED
 from coadapt.formats.files import aside, saving
 from coadapt.model import PeftModel
-from coadapt.training import folder
+from coadapt.training import folder, processes
 from coadapt.training.assemble import (
     Processor,
     adapter_config,
@@ -71,6 +71,8 @@ def train(run: RunConfig, console: Console) -> Outcome:
         FileNotFoundError: the data or the model is not there.
     """
     check_tracker(run.report_to)
+    if not processes.first():
+        console = Console(quiet=True)  # of several processes the others compute along, and leave no trace
     table = timetable(run)
     out = folder.output_dir(run)
     start = folder.claim(out, run)
@@ -81,13 +83,10 @@ def train(run: RunConfig, console: Console) -> Outcome:
     console.print(settings_table(run, view, trainer.forecast(), trainer.told()), "")
     if run.resume:
         console.print(Text(_resumed(start)), soft_wrap=True)
-    if start.checkpoint is None:
-        if run.verify:
-            prove(view, table, material, console)
-        folder.clear(out)
-    for path in start.broken:
-        shutil.rmtree(path, ignore_errors=True)
-    folder.write_run(out, run)
+    if run.verify and start.checkpoint is None:
+        prove(view, table, material, console)
+    if processes.first():
+        _begin(run, out, start)
     interrupted = _fit(run, trainer, start, console)
     done = _finish(run, trainer, view, material, out, interrupted)
     for line in _stopped(run, done, trainer):
@@ -179,12 +178,13 @@ def _fit(run: RunConfig, trainer: JointTrainer, start: folder.Start, console: Co
     """Trains to the end; whether a person stopped it before."""
     log = Path(trainer.args.output_dir or ".") / folder.METRICS
     checkpoint = start.checkpoint
-    stillness = Stillness(trainer.view, teller(console, log))
+    trainer.monitor.tell = teller(console, log)
+    stillness = Stillness(trainer.view, trainer.monitor.tell)
     with Interrupt() as interrupt:
         shown = screen(console, stillness, interrupt)
         if run.early_stopping_patience is not None and not run.stops_by_adapter:
             trainer.add_callback(EarlyStop(run.early_stopping_patience, run.early_stopping_threshold))
-        for callback in (Watch(), MetricsLog(log), stillness, shown, interrupt):
+        for callback in (Watch(), *((MetricsLog(log), stillness, shown) if processes.first() else ()), interrupt):
             trainer.add_callback(callback)
         try:
             if checkpoint is not None and start.ended:
@@ -194,6 +194,15 @@ def _fit(run: RunConfig, trainer: JointTrainer, start: folder.Start, console: Co
         finally:
             shown.stop()
     return interrupt.asked
+
+
+def _begin(run: RunConfig, out: Path, start: folder.Start) -> None:
+    """The folder as the run begins with it."""
+    if start.checkpoint is None:
+        folder.clear(out)
+    for path in start.broken:
+        shutil.rmtree(path, ignore_errors=True)
+    folder.write_run(out, run)
 
 
 def training_arguments(
@@ -275,9 +284,10 @@ def _finish(
     best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
     whole = run.early_stopping_patience is not None and not run.stops_by_adapter
     best_step = state.best_global_step if best and whole and not interrupted else None
-    folder.link(out, "last", out / f"checkpoint-{state.global_step}")
-    folder.link(out, "best", best)
-    if not interrupted:
+    if processes.first():
+        folder.link(out, "last", out / f"checkpoint-{state.global_step}")
+        folder.link(out, "best", best)
+    if not interrupted and processes.first():
         with saving(out) as new:
             material.processor.save_pretrained(new.folder)
         with aside(out / folder.PICTURE) as file:

@@ -84,6 +84,11 @@ def _check_known(run: RunConfig, nodes: Mapping[str, Node], spans: Mapping[str, 
             composition.check_known(node, spans)
         except ValueError as error:
             raise ValueError(f"{where}composition: {error}") from error
+        if len(nodes) > 1 and composition.trained_gates(node):
+            raise ValueError(
+                f"{where}composition={node!r} has gates or routers that train, which belong to one composition, and so "
+                "to a run with one data set. Give numbers, or train them on one data set."
+            )
 
 
 def _drawn(spans: Sequence[Span]) -> Span:

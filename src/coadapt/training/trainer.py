@@ -60,7 +60,7 @@ class AdapterTrainer(Trainer):
             )
         self.view = model
         self.rates = dict(rates)
-        self.monitor = Monitor()
+        self.monitor = Monitor(model)
         self._measured = -1
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
@@ -84,7 +84,7 @@ class AdapterTrainer(Trainer):
         return kind(groups, **options)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.monitor.before_step(self._moving(optimizer), measure=self._will_log())
+        self.monitor.before_step(self._moving(optimizer), self.state.global_step + 1, measure=self._will_log())
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.monitor.after_step(self._moving(optimizer))
@@ -153,10 +153,11 @@ class AdapterTrainer(Trainer):
             ) from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the figures of each adapter (rate, norms of gradient and update) and the peak of memory."""
+        """Adds what the monitor has to say (docs/monitors.md) and the peak of memory."""
         if "loss" in logs:
             # A step that was skipped (fp16, gradients that are not finite) has no figures.
             figures = self.monitor.logs() if self._measured == self.state.global_step else {}
+            figures |= self.monitor.levels(self.state.global_step, logs["loss"], self.state.log_history)
             logs |= {**figures, "peak_memory_gib": memory.peak() / memory.GIB}
         super().log(logs, start_time)
 

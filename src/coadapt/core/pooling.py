@@ -1,0 +1,143 @@
+"""The mean of a row's real tokens, for routers: without padding and virtual tokens, and without a look ahead.
+
+A token of a causal stack sees the mean of itself and the tokens before it, so that a router trained on whole texts
+decides alike while it generates, with a cache or without. Elsewhere all real tokens of the row are averaged.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .frame import Frame, SiteCall, current
+from .gates import Spot, per_row
+
+
+@dataclass
+class Seen:
+    """The tokens of one call of a stack."""
+
+    rows: int
+    length: int
+    """T, those of this call."""
+    past: int
+    """How many the cache holds."""
+    mask: Tensor | None = None
+    """(B, T) which are real; None: all."""
+    keep: Tensor | None = None
+    """(B, T) where they stand, once virtual tokens have been put in, which make `length` longer."""
+
+    def real(self, rows: int, length: int, device: torch.device) -> Tensor | None:
+        """(rows, length) which tokens count, or None where the call's tokens are not so many."""
+        if length != self.length:
+            return None
+        mask = self.mask
+        if self.keep is not None:
+            ones = torch.ones_like(self.keep) if mask is None else mask.to(self.keep.dtype)
+            mask = self.keep.new_zeros(len(self.keep), length).scatter(1, self.keep, ones.expand_as(self.keep))
+        return torch.ones(rows, length, device=device) if mask is None else per_row(mask, rows).to(device)
+
+
+class SeenCall:
+    """What a plan has at a stack where routers pool: notes its real tokens in the frame."""
+
+    def __init__(self, path: str, stack: Any, encoder: str | None, inner: SiteCall | None) -> None:
+        self.path, self.encoder, self.inner = path, encoder, inner
+        self.names = [n for n in inspect.signature(stack.forward).parameters if n not in ("self", "args", "kwargs")]
+
+    def __call__(self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        told = next((call[n] for n in ("input_ids", "inputs_embeds") if call.get(n) is not None), None)
+        cache = call.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if told is not None:
+            frame.seen[self.path] = Seen(len(told), told.shape[1], past, self._real(call, told.shape[1]))
+        states = call.get("encoder_hidden_states")
+        if self.encoder is not None and states is not None and self.encoder not in frame.seen:  # made before this call
+            mask = call.get("encoder_attention_mask")
+            frame.seen[self.encoder] = Seen(len(states), states.shape[1], 0, mask)
+        return forward(*args, **kwargs) if self.inner is None else self.inner(frame, forward, args, kwargs)
+
+    def _real(self, call: dict[str, Any], length: int) -> Tensor | None:
+        mask = call.get("attention_mask")
+        if mask is None and (positions := call.get("position_ids")) is not None and positions.shape[1] > 1:
+            if bool((positions[..., 1:] == 0).any()):
+                raise ValueError(
+                    "A pooled router averages the tokens of a row, and these rows are packed: they hold several texts. "
+                    "Pass one text a row, or use a TokenRouter."
+                )
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise ValueError(
+                "A pooled router needs an attention mask of shape (batch, tokens), to know the real tokens; this call "
+                f"has {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}."
+            )
+        return mask[:, -length:]
+
+
+def placed(frame: Frame, path: str, keep: Tensor | None, total: int) -> None:
+    """Tells where an InputCall has put the real tokens."""
+    if keep is not None and (seen := frame.seen.get(path)) is not None:
+        seen.keep, seen.length = keep, total
+
+
+def pooled(x: Tensor, spot: Spot, key: tuple[int, str]) -> Tensor:
+    """The mean of the real tokens: (B, D), or (B, T, D) where the stack is causal, up to each token.
+
+    Args:
+        x: (B, T, D), (B * T, D), or (B, D) of what stands behind a pooling layer.
+        key: of the running sums, which a cache goes on from.
+    """
+    frame = current()
+    seen: Seen | None = None if frame is None else frame.seen.get(spot.stream)
+    if not spot.tokens:
+        return x.flatten(2).mean(2) if x.dim() > 2 else x  # (B, C, *K) of a convolution
+    if seen is None:
+        return x if x.dim() == 2 else x.flatten(1, -2).mean(1)
+    if x.dim() == 2:
+        return _flattened(x, spot, key, seen)
+    real = seen.real(len(x), x.shape[1], x.device)
+    if real is None:
+        raise RuntimeError(
+            f"A pooled router cannot tell which of the {x.shape[1]} tokens at {spot.path!r} are real: its call has "
+            f"{seen.length}. Use a TokenRouter, or leave that site out."
+        )
+    weights = real.to(x.dtype)[..., None]  # (B, T, 1)
+    if not spot.causal:
+        return (x * weights).sum(1) / weights.sum(1).clamp(min=1)
+    assert frame is not None
+    sums, counts = (x * weights).cumsum(1), weights.cumsum(1)
+    if seen.past:
+        before = frame.sums.get(key)
+        if before is None or before[2] != seen.past or len(before[0]) != len(x):
+            raise RuntimeError(
+                "A pooled router goes on from the mean of the tokens before, which only `generate` of a view keeps, "
+                "without beams and without an assistant. Pass whole sequences, or use a TokenRouter."
+            )
+        sums, counts = sums + before[0], counts + before[1]
+    frame.sums[key] = (sums[:, -1:].detach(), counts[:, -1:].detach(), seen.past + x.shape[1])
+    return sums / counts.clamp(min=1)
+
+
+def _flattened(x: Tensor, spot: Spot, key: tuple[int, str], seen: Seen) -> Tensor:
+    """(n, D): of whole rows, or of all tokens one after the other."""
+    if not spot.causal and len(x) == seen.rows:
+        return x
+    if len(x) != seen.rows * seen.length:
+        raise RuntimeError(
+            f"A pooled router cannot tell which rows the {len(x)} tokens at {spot.path!r} belong to (an expert gets "
+            "some of all). Use a TokenRouter, or leave that site out."
+        )
+    mean = pooled(x.view(seen.rows, seen.length, -1), spot, key)
+    return mean.flatten(0, 1) if mean.dim() == 3 else mean.repeat_interleave(seen.length, dim=0)
+
+
+def counted(gates: Tensor, spot: Spot) -> Tensor | None:
+    """(B, T) which tokens count where gates (B, T, C) are averaged for a report; None: all."""
+    frame = current()
+    seen: Seen | None = None if frame is None else frame.seen.get(spot.stream)
+    return None if seen is None or gates.dim() != 3 else seen.real(len(gates), gates.shape[1], gates.device)

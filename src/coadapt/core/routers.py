@@ -1,0 +1,240 @@
+"""Routers, one class per way to choose."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import did_you_mean
+from .gates import Reading, Spot, per_row, tasks_of_call
+from .pooling import counted, pooled
+from .router import Router, as_parameters, key_of, whole
+
+
+class TokenRouter(Router):
+    """g = softmax(W x + b): every token weighs the adapters at every site, by the site's own input.
+
+    MoLE (arXiv 2404.13628) and LoRA-Flow (2402.11455) route so, layer by layer. With `hidden` the scores come from an
+    MLP, as in X-LoRA (2402.07148); different from there, each layer reads its own input and not the last hidden state
+    of a first pass without adapters, so there is no second pass, and a cache changes nothing.
+
+    Args:
+        hidden: width of a hidden layer (SiLU) between features and scores.
+    """
+
+    name = "token_router"
+    options = (*Router.options, "hidden")
+    by_token = True
+
+    def __init__(
+        self,
+        activation: str = "softmax",
+        top_k: int | None = None,
+        temperature: float = 1.0,
+        hidden: int | None = None,
+    ) -> None:
+        super().__init__(activation, top_k, temperature)
+        whole(self, "hidden", hidden)
+        self.hidden = hidden
+
+    def network(self, spot: Spot) -> nn.Module:
+        last = nn.Linear(self.hidden or spot.width, len(spot.children))
+        nn.init.normal_(last.weight, std=0.02)  # nearly even at the start, without a tie for top_k
+        nn.init.zeros_(last.bias)
+        return nn.Sequential(nn.Linear(spot.width, self.hidden), nn.SiLU(), last) if self.hidden else last
+
+
+class PooledRouter(TokenRouter):
+    """g = softmax(W mean(x) + b): the row as a whole weighs the adapters at every site.
+
+    The mean is over real tokens, in a causal stack over those up to each token. With activation="sigmoid" it is
+    UniPELT's gate (arXiv 2110.07577), different from there in that the mean is taken before the sigmoid.
+    """
+
+    name = "pooled_router"
+    pools = True
+    by_token = False
+
+    def scores(self, at: Reading, spot: Spot, network: nn.Module) -> Tensor:
+        return network(as_parameters(pooled(at.features, spot, (id(self), at.site)), network))
+
+
+class TaskRouter(Router):
+    """g = softmax(Z[task]): each task has its own mix, at every site. The call says `task_ids`, one a row.
+
+    Poly (arXiv 2202.13914): adapters are skills, Z says which of them a task needs. Different from there, the adapters'
+    changes are mixed and not A and B apart, and Z is not sampled.
+
+    Args:
+        num_tasks: how many tasks there are, numbered from 0.
+    """
+
+    name = "task_router"
+    options = (*Router.options, "num_tasks")
+    by_task = True
+
+    def __init__(
+        self, num_tasks: int, activation: str = "softmax", top_k: int | None = None, temperature: float = 1.0
+    ) -> None:
+        super().__init__(activation, top_k, temperature)
+        whole(self, "num_tasks", num_tasks)
+        self.num_tasks = num_tasks
+
+    def _needed(self) -> dict[str, Any]:
+        return {"num_tasks": self.num_tasks}
+
+    def network(self, spot: Spot) -> nn.Module:
+        table = nn.Embedding(self.num_tasks, len(spot.children))  # Z, (tasks, C)
+        nn.init.normal_(table.weight, std=0.02)
+        return table
+
+    def scores(self, at: Reading, spot: Spot, network: nn.Module) -> Tensor:
+        tasks = tasks_of_call()
+        if not torch.compiler.is_compiling() and (bad := [t for t in tasks.tolist() if not 0 <= t < self.num_tasks]):
+            raise ValueError(f"task_ids has {bad[0]}; this router knows {self.num_tasks} tasks, numbered from 0.")
+        return network(per_row(tasks, len(at.y)).to(at.y.device))
+
+
+class Arrow(Router):
+    """g = softmax(|v_i x|) over the top_k: v_i is what B A amplifies most, its first right singular vector.
+
+    Arrow routing (arXiv 2405.11157): nothing is trained; low-rank adapters only, and they are read as they are now.
+    """
+
+    name = "arrow"
+    options = ("top_k", "temperature")
+    by_token = True
+
+    def __init__(self, top_k: int | None = None, temperature: float = 1.0) -> None:
+        super().__init__("softmax", top_k, temperature)
+
+    def refuse(self, spot: Spot) -> None:
+        super().refuse(spot)
+        for found in spot.methods.values():
+            if len(found) != 1 or not hasattr(found[0], "factors"):
+                raise ValueError(
+                    f"{self!r} reads the factors of low-rank adapters; at {spot.path!r} there is "
+                    f"{' and '.join(type(m).__name__ for m in found)}. Use a TokenRouter."
+                )
+
+    def network(self, spot: Spot) -> nn.Module:
+        return Prototypes([spot.methods[child][0] for child in spot.children])
+
+    def scores(self, at: Reading, spot: Spot, network: nn.Module) -> Tensor:
+        return network(at.features).abs()
+
+
+class Prototypes(nn.Module):
+    """v_i of each adapter, worked out again when its factors have changed."""
+
+    def __init__(self, methods: Sequence[Any]) -> None:
+        super().__init__()
+        self.methods = tuple(methods)  # not as modules: their parameters are the adapters'
+        self.made: tuple[tuple[int, ...], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., C)"""
+        return x @ self._vectors().to(x.dtype).mT
+
+    @torch.no_grad()
+    def _vectors(self) -> Tensor:
+        """(C, I)"""
+        pairs = [m.factors()[:2] for m in self.methods]
+        if torch.compiler.is_compiling():
+            return torch.stack([leading_direction(a.flatten(1), b) for a, b in pairs])
+        now = tuple(v for a, b in pairs for v in (id(a), a._version, id(b), b._version))
+        if self.made is None or self.made[0] != now:
+            self.made = (now, torch.stack([leading_direction(a.flatten(1), b) for a, b in pairs]))
+        return self.made[1]
+
+
+def leading_direction(a: Tensor, b: Tensor) -> Tensor:
+    """(I,) the first right singular vector of B A; A (R, I), B (O, R). Never makes B A."""
+    q, r = torch.linalg.qr(a.float().mT)  # A = R' Q'
+    small = torch.linalg.svd(b.float() @ r.mT, full_matrices=False)
+    return q @ small.Vh[0]
+
+
+class Fusion(Router):
+    """f + V sum_i g_i d_i with d_i = e_i(f) - f and g = softmax_i(Q f(x) . K d_i): attention over what adapters add.
+
+    AdapterFusion (arXiv 2005.00247), for every method that has an output of its own. V is the identity at the start.
+
+    Args:
+        dim: width of Q and K; that of the outputs, as published, if left out.
+        values: have a V.
+    """
+
+    name = "fusion"
+    options = ("temperature", "dim", "values")
+
+    def __init__(self, temperature: float = 1.0, dim: int | None = None, values: bool = True) -> None:
+        super().__init__("softmax", None, temperature)
+        whole(self, "dim", dim)
+        self.dim, self.values = dim, bool(values)
+
+    def refuse(self, spot: Spot) -> None:
+        if spot.kind != "layer" or not spot.tokens:
+            raise ValueError(
+                f"{self!r} attends to what each adapter adds to tokens, and at {spot.path!r} that cannot be told apart "
+                f"({_OTHERWISE[spot.kind]}). Use a PooledRouter."
+            )
+
+    def network(self, spot: Spot) -> nn.Module:
+        return Attending(spot.outputs, self.dim or spot.outputs, self.values)
+
+    def choose(self, at: Reading) -> Mapping[int, Tensor | float]:
+        raise AssertionError("it needs the children's outputs: see `fused`")
+
+    def fused(self, at: Reading, changes: Mapping[int, Tensor]) -> Tensor:
+        """What is added to y, like y. changes: child -> e_i(f) - f."""
+        if key_of(at.site) not in self.sites:
+            return sum(changes.values(), torch.zeros_like(at.y))
+        site: Any = self.sites[key_of(at.site)]
+        network: Attending = site.network
+        stacked = torch.stack([changes[c] for c in self.spots[at.site].children], dim=-2)  # (B, ..., C, O)
+        own = as_parameters(stacked, network)
+        gates = self.normalise(network(as_parameters(at.y, network), own))  # (B, ..., C)
+        if self.training:
+            site.record(gates, counted(gates, self.spots[at.site]))
+        mixed = (gates[..., None] * own).sum(-2)
+        return (mixed if network.value is None else network.value(mixed)).to(at.y.dtype)
+
+
+_OTHERWISE = {"layer": "a convolution", "attention": "a prefix", "input": "a prompt"}
+
+
+class Attending(nn.Module):
+    """Q, K and V of a Fusion at one site."""
+
+    def __init__(self, width: int, dim: int, values: bool) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(width, dim), nn.Linear(width, dim)
+        self.value = nn.Linear(width, width, bias=False) if values else None
+        if self.value is not None:
+            nn.init.eye_(self.value.weight)
+
+    def forward(self, y: Tensor, changes: Tensor) -> Tensor:
+        """(..., O), (..., C, O) -> (..., C)"""
+        return (self.key(changes) @ self.query(y)[..., None])[..., 0]
+
+
+ROUTERS: dict[str, type[Router]] = {r.name: r for r in (TokenRouter, PooledRouter, TaskRouter, Arrow, Fusion)}
+"""Every router by the name that it has in texts and files."""
+
+
+def router_named(name: str, options: Mapping[str, Any]) -> Router:
+    """A new router. Raises ValueError for a name or an option that is not known."""
+    if name not in ROUTERS:
+        raise ValueError(f"There is no router {name!r}.{did_you_mean(name, ROUTERS)} Known: {', '.join(ROUTERS)}.")
+    known = ROUTERS[name].options
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"{name} has no option {option!r}.{did_you_mean(option, known)} It reads: {', '.join(known)}."
+            )
+    try:
+        return ROUTERS[name](**options)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from error
