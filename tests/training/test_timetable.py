@@ -83,6 +83,7 @@ TABLES: list[tuple[dict[str, Any], str]] = [
     ({"datasets": two("bb")}, r"datasets\.two\.composition: There is no adapter 'bb'\. Did you mean 'b'"),
     ({"composition": "a + bb"}, r"^composition: There is no adapter 'bb'"),
     ({"datasets": two("b +")}, r"'b \+' is no composition"),
+    ({"datasets": two("learned*b")}, r"datasets\.two\.composition=.* has gates or routers that train"),
     ({"datasets": two("a")}, r"No data set uses the adapter 'b', so it would not be trained.*one: 'a', two: 'a'"),
     # `a` is to train from the first step, but all its rows wait for `b`, after which it is frozen.
     (

@@ -18,18 +18,20 @@ def prove(view: PeftModel, table: Timetable, material: Material, console: Consol
     Raises:
         ValueError: an adapter would not train, or something frozen would.
     """
-    active, collate = view.composition, material.collator()
+    active, collate, several = view.composition, material.collator(), len(material.parts) > 1
     failed: list[Finding] = []
     try:
         for name, part in material.parts.items():
             rows = part.made.train
             batch = collate([rows[i] for i in range(min(len(rows), ROWS))])
-            view.set_adapter(table.compositions[name])
-            view.trainable(*table.uses(name))
+            if several:
+                view.set_adapter(table.compositions[name])
+                view.trainable(*table.uses(name))
             failed += view.verify(batch, merge=False).failed
     finally:
-        view.set_adapter(active)
-        view.unfreeze()
+        if several:
+            view.set_adapter(active)
+            view.unfreeze()
     if in_vain := [str(f) for f in failed if f.grave]:
         raise ValueError(
             "\n".join(["One step was tried, and training would be in vain (verify=false goes on):", *in_vain])

@@ -78,7 +78,7 @@ def train(run: RunConfig, console: Console) -> Outcome:
     start = folder.claim(out, run)
     material = gather(run, table)
     material.tell(console)
-    run, view = _attached(run, table, material, out, start)
+    run, view = _attached(run, material, out, start)
     trainer = _trainer(run, view, table, material, out, resuming=start.checkpoint is not None)
     console.print(settings_table(run, view, trainer.forecast(), trainer.told()), "")
     if run.resume:
@@ -94,9 +94,7 @@ def train(run: RunConfig, console: Console) -> Outcome:
     return done
 
 
-def _attached(
-    run: RunConfig, table: Timetable, material: Material, out: Path, start: folder.Start
-) -> tuple[RunConfig, PeftModel]:
+def _attached(run: RunConfig, material: Material, out: Path, start: folder.Start) -> tuple[RunConfig, PeftModel]:
     """The run with what was open, and the base with its adapters."""
     task = material.task
     seed_everything(run.seed)
@@ -115,7 +113,8 @@ def _attached(
     run = run.model_copy(update=found if run.datasets else {**found, "max_length": material.first.made.max_length})
     if start.checkpoint is not None:
         folder.same_run(out, run)  # now with what was open
-    active = run.composition if len(material.parts) > 1 else table.compositions[next(iter(material.parts))]
+    # As text: gates and routers that are new draw their start now, after the seed.
+    active = run.composition if len(material.parts) > 1 else material.first.settings.composition
     view = attach(base, configs, active, new_head=task == "image-classification", order=starts_from(run))
     return run, view
 
