@@ -57,7 +57,7 @@ def _settings() -> Iterable[Setting]:
     section = ""
     for name, field in RunConfig.model_fields.items():
         section = RunConfig.SECTIONS.get(name, section)
-        if name == "adapters":
+        if name in ("adapters", "datasets"):
             continue
         default = "" if field.is_required() or field.default is None else f"  [{_shown(field.default)}]"
         switch = field.annotation is bool
@@ -160,7 +160,8 @@ def _invoke(config: Path | None, overrides: tuple[str, ...], **flags: Any) -> in
         click.echo(f"\nStopped at step {done.step}; nothing is lost. Go on with:\n  {again}")
         return 1
     click.echo(f"\nSaved in {done.folder} (adapter, README.md, loss.png, metrics.jsonl, run.yaml). Try it:")
-    click.echo(f"  coadapt generate --model {run.model} --adapter {done.folder} {asking(done.processor)}")
+    which = f' --adapters "{next(iter(run.sources.values())).composition}"' if len(run.datasets) > 1 else ""
+    click.echo(f"  coadapt generate --model {run.model} --adapter {done.folder}{which} {asking(done.processor)}")
     return 0
 
 
@@ -175,7 +176,9 @@ command = TrainCommand(
     coadapt train --model DIR_OR_ID --data FILE --method "prompt + lora" --r 8
     coadapt train --config run.yaml adapters.task.learning_rate=5e-3
 
-    Every setting below can stand in the YAML file, be a flag, or be given as name=value (with dots into adapters).
+    Every setting below can stand in the YAML file, be a flag, or be given as name=value (with dots into adapters and
+    datasets). In YAML, `adapters` are named adapters with settings of their own, and `datasets`, in place of data,
+    several data sets, each with the adapter or the composition that its rows train: docs/joint_training.md.
     """,
     params=[
         click.Argument(["overrides"], nargs=-1, metavar="[NAME=VALUE]..."),

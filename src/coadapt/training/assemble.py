@@ -1,6 +1,7 @@
 """The parts of a run: its task, its tokenizer, its base, and the adapters on it."""
 
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -106,12 +107,14 @@ def load_processor(model: str, task: Task, revision: str | None = None) -> Proce
         ) from error
 
 
-def longest(run: RunConfig, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+def longest(
+    told: int | None, adapters: Iterable[AdapterSettings], config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> int:
     """`max_length`: as told, else the model's positions less those that virtual tokens take, at most 1024."""
-    if run.max_length is not None:
-        return run.max_length
+    if told is not None:
+        return told
     limits = [USUAL_LENGTH, *positions(config, tokenizer)]
-    virtual = sum(int(a.options.get("num_virtual_tokens", 0)) for a in run.adapters.values())
+    virtual = sum(int(a.options.get("num_virtual_tokens", 0)) for a in adapters)
     return max(min(limits) - virtual, 2)
 
 
@@ -162,41 +165,47 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0 if found is None else cast(int, found)
 
 
-def adapter_config(name: str, adapter: AdapterSettings, task: Task, revision: str | None = None) -> PeftConfig:
-    """The configuration object of an adapter's settings.
+def adapter_config(
+    name: str, adapter: AdapterSettings, task: Task, revision: str | None = None, seed: int | None = None
+) -> PeftConfig:
+    """The configuration object of an adapter's settings; `seed` is that of its start, where they have none.
 
     Raises:
         ValueError: an option has a value that its method does not take.
     """
     method = method_named(adapter.method)
+    options = {"init_seed": seed, **adapter.options} if seed is not None else adapter.options
     try:
-        return CONFIGS[method.kind](
-            **method.fixed, **adapter.options, task_type=TASK_TYPES.get(task), revision=revision
-        )
+        return CONFIGS[method.kind](**method.fixed, **options, task_type=TASK_TYPES.get(task), revision=revision)
     except TypeError as error:
         raise ValueError(f"adapters.{name}: {error}") from error
 
 
 def attach(
-    base: nn.Module, configs: Mapping[str, PeftConfig], composition: str | None, new_head: bool = False
+    base: nn.Module,
+    configs: Mapping[str, PeftConfig],
+    composition: Any,
+    new_head: bool = False,
+    order: Sequence[str] | None = None,
 ) -> PeftModel:
     """A view of `base` with all adapters, of which `composition` (or their sum) is active.
 
-    `new_head`: the head is new, and trained along, whatever the configurations say of the task.
+    `new_head`: the head is new, and trained along, whatever the configurations say of the task. `order`: that in which
+    they are attached, each after the one that it starts from.
     """
     if new_head:
         configs = {name: train_head(config, base) for name, config in configs.items()}
-    (first, config), *others = configs.items()
-    view = get_peft_model(base, config, adapter_name=first)
-    for name, other in others:
-        view.add_adapter(name, other)
+    first, *others = order or configs
+    view = get_peft_model(base, configs[first], adapter_name=first)
+    for name in others:
+        view.add_adapter(name, configs[name])
     view.set_adapter(composition or (list(configs) if others else first))
-    left = [name for name in configs if name not in view.active_adapters]
-    if left:
-        raise ValueError(
-            f"composition={composition!r} leaves out {', '.join(left)}, which would not be trained. Name or remove it."
-        )
     return view
+
+
+def own_seed(seed: int, name: str) -> int:
+    """The seed of an adapter's start, whatever stands beside it; another for each name."""
+    return zlib.crc32(f"{seed} {name}".encode()) >> 1
 
 
 def rates(run: RunConfig, view: PeftModel) -> dict[str, Rates]:
@@ -212,6 +221,8 @@ def rates(run: RunConfig, view: PeftModel) -> dict[str, Rates]:
             warmup_steps=first(a.warmup_steps, run.warmup_steps),
             max_grad_norm=first(a.max_grad_norm, run.max_grad_norm),
             weight_decay=first(a.weight_decay, run.weight_decay),
+            start_step=a.start_step or 0,
+            stop_step=a.stop_step,
         )
         for name, a in run.adapters.items()
     }

@@ -142,7 +142,10 @@ def _ended(folder: Path, checkpoint: Path, before: Mapping[str, Any], run: RunCo
     steps = state["max_steps"] if same else run.max_steps
     if 0 < steps <= state["global_step"]:
         return True
-    stopping = state.get("stateful_callbacks", {}).get("EarlyStop", {}).get("attributes", {})
+    callbacks = state.get("stateful_callbacks", {})
+    if callbacks.get("Course", {}).get("attributes", {}).get("ended"):
+        return True
+    stopping = callbacks.get("EarlyStop", {}).get("attributes", {})
     enough = run.early_stopping_patience is not None and (
         stopping.get("early_stopping_patience_counter", 0) >= run.early_stopping_patience
     )
@@ -211,7 +214,7 @@ def same_run(folder: Path, run: RunConfig) -> Mapping[str, Any]:
         before = yaml.safe_load(file.read_text("utf-8"))
         lost = [name for name in now if name not in before]
         # Settings that there were not yet when it was written.
-        left_open = {name: RunConfig.model_fields[name].default for name in lost}
+        left_open = {name: RunConfig.model_fields[name].get_default(call_default_factory=True) for name in lost}
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(
             f"resume: {file} is damaged: {error}. Mend it, or begin anew (--overwrite-output-dir)."
@@ -266,6 +269,7 @@ def write_card(
     with aside(folder / CARD) as file:
         text = _CARD.format(
             run=run,
+            data=", ".join(f"`{one.data}`" for one in run.sources.values()),
             adapters=adapters,
             rows=rows,
             asked=f"Prompts were put to the model in the style `{prompt_style}`. " if prompt_style else "",
@@ -290,7 +294,7 @@ tags: [adapter]
 
 # An adapter for {run.model}
 
-Trained by coadapt on `{run.data}`.
+Trained by coadapt on {data}.
 
 | adapter | method | learning rate | options |
 |---|---|---|---|

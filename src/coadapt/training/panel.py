@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from coadapt.training import memory
 from coadapt.training.monitor import Figures, Stillness, figures_in, values_in
 from coadapt.training.palette import HELD_OUT, TRAIN, adapter_colors
-from coadapt.training.record import Interrupt
+from coadapt.training.record import Interrupt, held_out_losses
 
 POINTS, WIDEST, ROWS = 40, 96, 12
 """Points of the small loss curve, columns of the panel, and its rows without those of the adapters."""
@@ -100,6 +100,7 @@ class Panel(Screen):
         self.losses: deque[float] = deque(maxlen=POINTS)
         self.held_out: list[tuple[int, float]] = []
         self.accuracy: float | None = None
+        self.apart: dict[str, float] = {}
         self.speed: str | None = None
         self.memory = ""
         self.figures: Figures = {}
@@ -149,6 +150,7 @@ class Panel(Screen):
         if "eval_loss" in line:
             self.held_out.append((line["step"], line["eval_loss"]))
             self.accuracy = line.get("eval_accuracy")
+            self.apart = held_out_losses(line)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.phase = "stopped" if self.interrupt.asked else "done"
@@ -178,7 +180,7 @@ class Panel(Screen):
         doing = f"step {self.step:,} of {self.last:,} · epoch {self.epoch:.2f} · {self._doing()}"
         title = Text(doing, "not dim bold", overflow="ellipsis", no_wrap=True)
         # The last state may be longer than the terminal: nothing is drawn over it any more.
-        fits = bool(self.ended) or self.console.height >= ROWS + len(self.figures)
+        fits = bool(self.ended) or self.console.height >= ROWS + len(self.figures) + bool(self.apart)
         parts: list[RenderableType] = [line, "", self._facts(inner)] if fits else [line, self._facts(inner, short=True)]
         if fits and self.figures:
             parts += ["", self._adapters(inner)]
@@ -210,6 +212,8 @@ class Panel(Screen):
             accuracy = "" if self.accuracy is None else f"  accuracy {self.accuracy:.1%}"
             latest = (f"{self.held_out[-1][1]:<8.4f}", f"bold {HELD_OUT}")
             facts.add_row("held out", Text.assemble(latest, accuracy, (f"  best {best:.4f} at step {step:,}", "dim")))
+        if self.apart and not short:
+            facts.add_row("", Text(" · ".join(f"{name} {loss:.4f}" for name, loss in self.apart.items()), HELD_OUT))
         facts.add_row("speed", self.speed or "…")
         facts.add_row("time", self._time())
         if not short:
@@ -255,7 +259,8 @@ def screen(console: Console, stillness: Stillness, interrupt: Interrupt) -> Scre
 
 def held_out(logs: Mapping[str, Any]) -> list[str]:
     """What an evaluation found."""
-    figures = [f"held-out loss {logs['eval_loss']:.4f}"]
+    apart = ", ".join(f"{name} {loss:.4f}" for name, loss in held_out_losses(logs).items())
+    figures = [f"held-out loss {logs['eval_loss']:.4f}" + (f" ({apart})" if apart else "")]
     return figures + ([f"accuracy {logs['eval_accuracy']:.1%}"] if "eval_accuracy" in logs else [])
 
 

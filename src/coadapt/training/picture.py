@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from coadapt.training.monitor import figures_in, values_in
 from coadapt.training.palette import GREY, HELD_OUT, INK, SPIKE, TRAIN, adapter_colors
+from coadapt.training.record import held_out_losses
 
 Points = list[tuple[int, float]]
 End = tuple[float, float, str, str]
@@ -112,10 +113,14 @@ def _loss(axes: Any, log: Sequence[Mapping[str, Any]], title: str) -> list[End]:
         steps, losses = zip(*held_out, strict=True)
         axes.plot(steps, losses, color=HELD_OUT, linewidth=1, linestyle=":", marker="o", markersize=5)
         ends.append((steps[-1], losses[-1], f"held out {losses[-1]:.3g}", HELD_OUT))
+    apart = _apart(log)
+    for name, points in apart.items():
+        axes.plot(*zip(*points, strict=True), color=HELD_OUT, linewidth=0.8, alpha=0.6, marker="o", markersize=2.5)
+        ends.append((*points[-1], f"{_shortened(name)} {points[-1][1]:.3g}", HELD_OUT))
     if spikes := [(line["step"], line["loss"]) for line in log if line.get("event") == "loss_spike"]:
         axes.scatter(*zip(*spikes, strict=True), s=70, facecolors="none", edgecolors=SPIKE, linewidths=1.4, zorder=3)
         ends.append((*spikes[-1], "spike", SPIKE))
-    losses = [loss for _, loss in (*train, *held_out)]
+    losses = [loss for _, loss in (*train, *held_out, *(point for points in apart.values() for point in points))]
     # Where a linear axis would show a cliff and a floor.
     if losses and min(losses) > 0 and max(losses) > 20 * min(losses):
         _logarithmic(axes, losses)
@@ -123,6 +128,15 @@ def _loss(axes: Any, log: Sequence[Mapping[str, Any]], title: str) -> list[End]:
     axes.set_ylabel("loss", color=GREY)
     _plain(axes)
     return ends
+
+
+def _apart(log: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
+    """Of several data sets, each one's held-out loss."""
+    found: dict[str, Points] = {}
+    for line in log:
+        for name, loss in held_out_losses(line).items():
+            found.setdefault(name, []).append((line["step"], loss))
+    return found
 
 
 def _panel(

@@ -32,6 +32,12 @@ def named(logs: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def held_out_losses(line: Mapping[str, Any]) -> dict[str, float]:
+    """Data set -> its held-out loss, where there are several: `eval/NAME/loss`, with Trainer `eval_NAME/loss`."""
+    found = {key: key.removeprefix("eval").removesuffix("/loss") for key in line if key.startswith(("eval/", "eval_"))}
+    return {name[1:]: line[key] for key, name in found.items() if key.endswith("/loss") and len(name) > 1}
+
+
 class MetricsLog(TrainerCallback):
     """Appends each line of the log to a JSON-lines file; after a resume, to those up to the checkpoint."""
 

@@ -1,7 +1,7 @@
 """A training run from its settings to the finished folder."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
+from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from coadapt.core.base import fingerprint
-from coadapt.data.collate import Collator
-from coadapt.data.columns import Told
-from coadapt.data.images import ImageCollator, prepare_images
-from coadapt.data.prepare import CLASSIFYING, Plan, Prepared, has_tags, plan, prepare
-from coadapt.data.show import describe, one_image, one_sample
-from coadapt.data.source import read
+from coadapt.data.prepare import CLASSIFYING
 from coadapt.data.tokens import IGNORED
 from coadapt.formats.files import aside, saving
 from coadapt.model import PeftModel
@@ -30,26 +25,27 @@ from coadapt.training.assemble import (
     Processor,
     adapter_config,
     attach,
-    check_sight,
     check_vocabulary,
     load_base,
-    load_config,
-    load_processor,
-    longest,
-    pad_token,
+    own_seed,
     rates,
     seed_everything,
-    task_of_model,
 )
+from coadapt.training.course import Course, Patience
+from coadapt.training.datasets import init_from, starts_from
+from coadapt.training.joint import JointTrainer
+from coadapt.training.material import Material, gather
 from coadapt.training.memory import Forecast, size
 from coadapt.training.memory import total as device_memory
+from coadapt.training.mixing import Mixture, shares, streams
 from coadapt.training.monitor import Stillness, teller
 from coadapt.training.panel import screen
 from coadapt.training.picture import draw
+from coadapt.training.proof import prove
 from coadapt.training.recommend import parameters
 from coadapt.training.record import EarlyStop, Interrupt, MetricsLog, Watch, check_tracker, read_log
-from coadapt.training.settings import RunConfig, Task
-from coadapt.training.trainer import AdapterTrainer
+from coadapt.training.settings import RunConfig
+from coadapt.training.timetable import Timetable, timetable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,23 +63,6 @@ class Outcome:
     processor: Processor
 
 
-def prove(view: PeftModel, batch: Mapping[str, Any], console: Console) -> None:
-    """Tries one step, and says what it found.
-
-    Raises:
-        ValueError: an adapter would not train, or something frozen would.
-    """
-    report = view.verify(batch, merge=False)
-    if in_vain := [str(f) for f in report.failed if f.grave]:
-        raise ValueError(
-            "\n".join(["One step was tried, and training would be in vain (verify=false goes on):", *in_vain])
-        )
-    for finding in report.failed:
-        console.print(Text(str(finding), "yellow"))
-    told = "one step was tried: every adapter changes the output, gets a gradient and moves; nothing else does"
-    console.print(Text(told if report else "one step was tried; the rest of it is well", "dim"), "")
-
-
 def train(run: RunConfig, console: Console) -> Outcome:
     """Reads the data, attaches the adapters, trains, and writes the folder; says on `console` what it does.
 
@@ -92,49 +71,119 @@ def train(run: RunConfig, console: Console) -> Outcome:
         FileNotFoundError: the data or the model is not there.
     """
     check_tracker(run.report_to)
-    writes = processes.first()  # of several processes the others compute along, and leave no trace
-    console = console if writes else Console(quiet=True)
+    if not processes.first():
+        console = Console(quiet=True)  # of several processes the others compute along, and leave no trace
+    table = timetable(run)
     out = folder.output_dir(run)
     start = folder.claim(out, run)
-    checkpoint = start.checkpoint
-    task, found, made, processor = _data(run)
-    if run.early_stopping_patience is not None and made.held_out is None:
-        raise ValueError(
-            f"early_stopping_patience={run.early_stopping_patience} watches the held-out loss, and nothing is held "
-            f"out: eval_split={run.eval_split:g} of {made.tally.rows} rows. Give eval_data, or a larger eval_split."
-        )
-    console.print(describe(found, made))
-    if isinstance(processor, PreTrainedTokenizerBase):
-        console.print(Text("\none example, trained tokens between ⟦ and ⟧:", "dim"))
-        console.print(one_sample(made.train[0], processor, found.classes), "")
-    else:
-        console.print(Text("\none example, its class between ⟦ and ⟧:", "dim"))
-        console.print(one_image(made.train[0], found.classes), "")
-    seed_everything(run.seed)
-    configs = {name: adapter_config(name, a, task, run.revision) for name, a in run.adapters.items()}
-    base = load_base(run.model, task, processor, dtype=run.dtype, revision=run.revision, classes=found.classes)
-    check_vocabulary(base, made.train, processor)
-    run = run.with_rates(parameters(base))
-    run = run.model_copy(update={"task": task, "output_dir": str(out), "max_length": made.max_length})
-    if checkpoint is not None:
-        folder.same_run(out, run)  # now with what was open
-    view = attach(base, configs, run.composition, new_head=task == "image-classification")
-    trainer = _trainer(run, view, made, processor, out, resuming=checkpoint is not None)
-    console.print(settings_table(run, view, trainer.forecast()), "")
+    material = gather(run, table)
+    material.tell(console)
+    run, view = _attached(run, material, out, start)
+    trainer = _trainer(run, view, table, material, out, resuming=start.checkpoint is not None)
+    console.print(settings_table(run, view, trainer.forecast(), trainer.told()), "")
     if run.resume:
         console.print(Text(_resumed(start)), soft_wrap=True)
-    if run.verify and checkpoint is None:
-        prove(view, trainer.data_collator([made.train[i] for i in range(min(len(made.train), 2))]), console)
-    if writes:
+    if run.verify and start.checkpoint is None:
+        prove(view, table, material, console)
+    if processes.first():
         _begin(run, out, start)
-    log = out / folder.METRICS
+    interrupted = _fit(run, trainer, start, console)
+    done = _finish(run, trainer, view, material, out, interrupted)
+    for line in _stopped(run, done, trainer):
+        console.print(Text(line), soft_wrap=True)
+    return done
+
+
+def _attached(run: RunConfig, material: Material, out: Path, start: folder.Start) -> tuple[RunConfig, PeftModel]:
+    """The run with what was open, and the base with its adapters."""
+    task = material.task
+    seed_everything(run.seed)
+    configs = {
+        # With one data set by itself, starts are drawn one after another, as they always were.
+        name: adapter_config(name, a, task, run.revision, own_seed(run.seed, name) if run.datasets else None)
+        for name, a in run.adapters.items()
+    }
+    base = load_base(
+        run.model, task, material.processor, dtype=run.dtype, revision=run.revision, classes=material.classes
+    )
+    for part in material.parts.values():
+        check_vocabulary(base, part.made.train, material.processor)
+    run = run.with_rates(parameters(base))
+    found = {"task": task, "output_dir": str(out)}
+    run = run.model_copy(update=found if run.datasets else {**found, "max_length": material.first.made.max_length})
+    if start.checkpoint is not None:
+        folder.same_run(out, run)  # now with what was open
+    # As text: gates and routers that are new draw their start now, after the seed.
+    active = run.composition if len(material.parts) > 1 else material.first.settings.composition
+    view = attach(base, configs, active, new_head=task == "image-classification", order=starts_from(run))
+    return run, view
+
+
+def _trainer(
+    run: RunConfig, view: PeftModel, table: Timetable, material: Material, out: Path, resuming: bool
+) -> JointTrainer:
+    classes = run.task in CLASSIFYING
+    held_out = {name: part.made.held_out for name, part in material.parts.items() if part.made.held_out is not None}
+    weights = material.weights(run.mixing_temperature)
+    rows = {name: part.made.train for name, part in material.parts.items()}
+    trainer = JointTrainer(
+        model=view,
+        rates=rates(run, view),
+        weights=weights,
+        course=Course(view, table, patience=_patience(run), init_from=init_from(run)),
+        task=material.task,
+        args=training_arguments(
+            run, out, material.evaluates, resuming, length(run, table, [len(r) for r in rows.values()], weights)
+        ),
+        train_dataset=Mixture(rows),
+        eval_dataset=held_out if len(rows) > 1 and held_out else next(iter(held_out.values()), None),
+        data_collator=material.collator(),
+        compute_metrics=_accuracy if classes else None,
+        preprocess_logits_for_metrics=_chosen if classes else None,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def _patience(run: RunConfig) -> dict[str, Patience]:
+    """Of the adapters that stop by themselves."""
+    found = {name: a.early_stopping_patience or run.early_stopping_patience for name, a in run.adapters.items()}
+    return {
+        name: Patience(evaluations=evaluations, threshold=run.early_stopping_threshold)
+        for name, evaluations in found.items()
+        if evaluations is not None and run.stops_by_adapter
+    }
+
+
+def length(run: RunConfig, table: Timetable, rows: Sequence[int], weights: Sequence[float]) -> int:
+    """The steps of the run, or -1 where Trainer finds them itself: it passes over one data set, from end to end.
+
+    Otherwise until each data set has been passed over `num_train_epochs` times, or its adapters have stopped.
+    """
+    if run.max_steps > 0 or (len(rows) == 1 and not table.staged):
+        return run.max_steps
+    found = streams(
+        rows,
+        shares(run.per_device_train_batch_size, weights),
+        run.gradient_accumulation_steps,
+        run.seed,
+        list(table.datasets.values()),
+    )
+    return max(stream.end(run.num_train_epochs) for stream in found)
+
+
+def _fit(run: RunConfig, trainer: JointTrainer, start: folder.Start, console: Console) -> bool:
+    """Trains to the end; whether a person stopped it before."""
+    log = Path(trainer.args.output_dir or ".") / folder.METRICS
+    checkpoint = start.checkpoint
     trainer.monitor.tell = teller(console, log)
-    stillness = Stillness(view, trainer.monitor.tell)
+    stillness = Stillness(trainer.view, trainer.monitor.tell)
     with Interrupt() as interrupt:
         shown = screen(console, stillness, interrupt)
-        if run.early_stopping_patience is not None:
+        if run.early_stopping_patience is not None and not run.stops_by_adapter:
             trainer.add_callback(EarlyStop(run.early_stopping_patience, run.early_stopping_threshold))
-        for callback in (Watch(), *((MetricsLog(log), stillness, shown) if writes else ()), interrupt):
+        for callback in (Watch(), *((MetricsLog(log), stillness, shown) if processes.first() else ()), interrupt):
             trainer.add_callback(callback)
         try:
             if checkpoint is not None and start.ended:
@@ -143,10 +192,7 @@ def train(run: RunConfig, console: Console) -> Outcome:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             shown.stop()
-    done = _finish(run, trainer, view, processor, found, made, out, interrupt.asked)
-    if done.best_step is not None:
-        console.print(Text(f"\n{_stopped(run, done, trainer.state.max_steps)}"), soft_wrap=True)
-    return done
+    return interrupt.asked
 
 
 def _begin(run: RunConfig, out: Path, start: folder.Start) -> None:
@@ -158,71 +204,13 @@ def _begin(run: RunConfig, out: Path, start: folder.Start) -> None:
     folder.write_run(out, run)
 
 
-def _data(run: RunConfig) -> tuple[Task, Plan, Prepared, Processor]:
-    told = Told(
-        text=run.text_column,
-        prompt=run.prompt_column,
-        completion=run.completion_column,
-        label=run.label_column,
-        image=run.image_column,
-    )
-    source = read(run.data, run.dataset_config)
-    held_out = read(run.eval_data, run.dataset_config) if run.eval_data else None
-    config = load_config(run.model, run.revision)
-    task = run.task or task_of_model(config)
-    if run.task is None and task == "sequence-classification" and has_tags(source):
-        task = "token-classification"  # an encoder can be either
-    found = plan(source, held_out, told, task)
-    decided: dict[str, Task] = {
-        "labelled": "sequence-classification",
-        "tagged": "token-classification",
-        "pictured": "image-classification",
-    }
-    task = task or decided.get(found.form.kind, "causal-lm")
-    check_sight(run.model, config, task)
-    processor = load_processor(run.model, task, run.revision)
-    if not isinstance(processor, PreTrainedTokenizerBase):
-        if run.max_length is not None:
-            raise ValueError(f"max_length={run.max_length} has no effect on images. Leave it out.")
-        return task, found, prepare_images(found, eval_split=run.eval_split, seed=run.seed), processor
-    made = prepare(
-        found,
-        processor,
-        task=task,
-        max_length=longest(run, config, processor),
-        eval_split=run.eval_split,
-        seed=run.seed,
-        completion_only_loss=run.completion_only_loss,
-        separator=run.prompt_separator,
-    )
-    return task, found, made, processor
+def training_arguments(
+    run: RunConfig, out: Path, evaluates: bool, resuming: bool = False, steps: int | None = None
+) -> TrainingArguments:
+    """transformers' own arguments: the fields of the same name, and what follows from the others.
 
-
-def _trainer(
-    run: RunConfig, view: PeftModel, made: Prepared, processor: Processor, out: Path, resuming: bool
-) -> AdapterTrainer:
-    classes = run.task in CLASSIFYING
-    trainer = AdapterTrainer(
-        model=view,
-        rates=rates(run, view),
-        args=training_arguments(run, out, evaluates=made.held_out is not None, resuming=resuming),
-        train_dataset=made.train,
-        eval_dataset=made.held_out,
-        data_collator=(
-            Collator(pad_token_id=pad_token(processor))
-            if isinstance(processor, PreTrainedTokenizerBase)
-            else ImageCollator(processor=processor)
-        ),
-        compute_metrics=_accuracy if classes else None,
-        preprocess_logits_for_metrics=_chosen if classes else None,
-    )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    return trainer
-
-
-def training_arguments(run: RunConfig, out: Path, evaluates: bool, resuming: bool = False) -> TrainingArguments:
-    """transformers' own arguments: the fields of the same name, and what follows from the others."""
+    `steps` in place of `max_steps`.
+    """
     known = TrainingArguments.__dataclass_fields__
     same = {
         name: value for name, value in run if name in known and name not in ("output_dir", "gradient_checkpointing")
@@ -236,9 +224,10 @@ def training_arguments(run: RunConfig, out: Path, evaluates: bool, resuming: boo
             "output_dir": str(out),
             "learning_rate": max(run.peak_rates().values()),
             "max_grad_norm": 0.0,
+            "max_steps": run.max_steps if steps is None else steps,
             "eval_strategy": run.eval_strategy if evaluates else "no",
             "eval_on_start": run.eval_on_start and evaluates and not resuming,
-            "load_best_model_at_end": run.early_stopping_patience is not None,
+            "load_best_model_at_end": run.early_stopping_patience is not None and not run.stops_by_adapter,
             "metric_for_best_model": "eval_loss" if evaluates and run.eval_strategy != "no" else None,
             "greater_is_better": False,
             "include_num_input_tokens_seen": "no" if run.task == "image-classification" else "non_padding",
@@ -262,7 +251,7 @@ def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(np.mean(np.equal(prediction.predictions, labels)[labels != IGNORED]))}
 
 
-def settings_table(run: RunConfig, view: PeftModel, needed: Forecast) -> Table:
+def settings_table(run: RunConfig, view: PeftModel, needed: Forecast, told: Mapping[str, str]) -> Table:
     """Every setting of the run, those that were left at their default dimmed, what trains, and what memory it needs."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -270,6 +259,9 @@ def settings_table(run: RunConfig, view: PeftModel, needed: Forecast) -> Table:
     plain = run.plain()
     for name, adapter in plain.pop("adapters").items():
         table.add_row(f"adapters.{name}", Text(", ".join(f"{k}={v}" for k, v in adapter.items())))
+    for name, settings in plain.pop("datasets").items():
+        shown = ", ".join(f"{k}={v}" for k, v in settings.items())
+        table.add_row(f"datasets.{name}", Text(f"{shown} ({told[name]})" if name in told else shown))
     defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
     chosen = {k: v for k, v in plain.items() if v is not None and v != defaults[k]}
     for name, value in chosen.items():
@@ -283,37 +275,26 @@ def settings_table(run: RunConfig, view: PeftModel, needed: Forecast) -> Table:
 
 
 def _finish(
-    run: RunConfig,
-    trainer: AdapterTrainer,
-    view: PeftModel,
-    processor: Processor,
-    found: Plan,
-    made: Prepared,
-    out: Path,
-    interrupted: bool,
+    run: RunConfig, trainer: JointTrainer, view: PeftModel, material: Material, out: Path, interrupted: bool
 ) -> Outcome:
     state = trainer.state
     log = read_log(out / folder.METRICS)
     held_out = [line["eval/loss"] for line in log if "eval/loss" in line]
     best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-    best_step = state.best_global_step if best and run.early_stopping_patience is not None and not interrupted else None
+    whole = run.early_stopping_patience is not None and not run.stops_by_adapter
+    best_step = state.best_global_step if best and whole and not interrupted else None
     if processes.first():
         folder.link(out, "last", out / f"checkpoint-{state.global_step}")
         folder.link(out, "best", best)
     if not interrupted and processes.first():
         with saving(out) as new:
-            processor.save_pretrained(new.folder)
+            material.processor.save_pretrained(new.folder)
         with aside(out / folder.PICTURE) as file:
             draw(log, file, title(run))
-        figures = _figures(state.global_step, log, made, best_step)
-        folder.write_card(out, run, figures, made.framing and made.framing.style, found.classes)
-        facts = {
-            "data": {"name": run.data, "sha256": made.fingerprint, "format": found.form.name, "classes": found.classes}
-        }
-        facts |= {"base": {"name": run.model, "fingerprint": fingerprint(view.get_base_model())}}
-        if made.framing is not None:
-            facts["prompt"] = {"style": made.framing.style, "separator": made.framing.separator}
-        folder.write_provenance(out, **facts, figures=figures)
+        figures = _figures(trainer, log, material, best_step)
+        folder.write_card(out, run, figures, material.framing and material.framing.style, material.classes)
+        base = {"name": run.model, "fingerprint": fingerprint(view.get_base_model())}
+        folder.write_provenance(out, **material.facts(), base=base, figures=figures)
         view.save_pretrained(out)  # last: where an adapter is found, all that belongs to it is there
     return Outcome(
         folder=out,
@@ -322,7 +303,7 @@ def _finish(
         held_out_loss=state.best_metric if best_step is not None else held_out[-1] if held_out else None,
         best_step=best_step,
         view=view,
-        processor=processor,
+        processor=material.processor,
     )
 
 
@@ -337,29 +318,45 @@ def _resumed(start: folder.Start) -> str:
 def title(run: RunConfig) -> str:
     """Base, methods and data, for the picture."""
     methods = " + ".join(a.method for a in run.adapters.values())
-    return f"{Path(run.model).name} · {methods} · {Path(run.data).name}"
+    data = ", ".join(run.datasets) or Path(str(run.data)).name
+    return f"{Path(run.model).name} · {methods} · {data}"
 
 
-def _stopped(run: RunConfig, done: Outcome, steps: int) -> str:
+def _stopped(run: RunConfig, done: Outcome, trainer: JointTrainer) -> list[str]:
+    """Of which step the saved adapters are, where that is not the last."""
+    if done.interrupted:
+        return []
+    if done.best_step is None:
+        return [f"{name}: {said}" for name, said in trainer.course.told().items()]
     early = (
-        f"Stopped early, at step {done.step} of {steps}: no better held-out loss in "
+        f"Stopped early, at step {done.step} of {trainer.state.max_steps}: no better held-out loss in "
         f"{run.early_stopping_patience} evaluations."
-        if done.step < steps
+        if done.step < trainer.state.max_steps
         else f"Trained to the end, step {done.step}."
     )
-    return f"{early} Saved are the best adapters, of step {done.best_step} (held-out loss {done.held_out_loss:.4f})."
+    return [
+        f"\n{early} Saved are the best adapters, of step {done.best_step} (held-out loss {done.held_out_loss:.4f})."
+    ]
 
 
-def _figures(step: int, log: list[dict[str, Any]], made: Prepared, best: int | None) -> Mapping[str, Any]:
+def _figures(
+    trainer: JointTrainer, log: list[dict[str, Any]], material: Material, best: int | None
+) -> Mapping[str, Any]:
     held_out = {line["step"]: line["eval/loss"] for line in log if "eval/loss" in line}
     train = [line["train/loss"] for line in log if "train/loss" in line]
+    tallies = [part.made.tally for part in material.parts.values()]
     figures: dict[str, Any] = {
-        "steps": step,
-        "training rows": made.tally.rows,
+        "steps": trainer.state.global_step,
+        "training rows": sum(tally.rows for tally in tallies),
     }
-    figures |= {"tokens of training data": made.tally.tokens} if made.tally.tokens else {}
+    tokens = sum(tally.tokens for tally in tallies)
+    figures |= {"tokens of training data": tokens} if tokens else {}
     figures |= {"last training loss": round(train[-1], 4)} if train else {}
     figures |= {} if best is None else {"saved": f"the best adapters, of step {best}"}
+    figures |= trainer.course.told()
+    for name in trainer.mixture.sets if trainer.several else ():
+        if losses := [line[f"eval/{name}/loss"] for line in log if f"eval/{name}/loss" in line]:
+            figures[f"held-out loss of {name}"] = f"{losses[0]:.4f} → {losses[-1]:.4f}"
     if not held_out:
         return figures
     first, last = next(iter(held_out.values())), list(held_out.values())[-1]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from coadapt.config import check_name
+from coadapt.training.datasets import DatasetSettings, check_adapters, check_datasets, datasets_of
 from coadapt.training.options import default_options, default_rate, method_named, methods
 from coadapt.training.vocabulary import adapters_of, plain_value, refuse_unknown, renamed
 
@@ -30,6 +31,13 @@ class AdapterSettings(BaseModel):
     """Its own clipping, else the run's."""
     weight_decay: float | None = Field(default=None, ge=0)
     """Its own weight decay, else the run's."""
+    start_step: int | None = Field(default=None, ge=0)
+    """The step at which it begins to train; until then it stands as it started. Left out: the first."""
+    stop_step: int | None = Field(default=None, ge=1)
+    """The step at which it has trained enough, and is frozen. Left out: the run's last."""
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+    """Its own early stopping: frozen at its best held-out loss, while the others go on. With `datasets`, else the
+    run's."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -70,9 +78,15 @@ class RunConfig(BaseModel):
     """Type that the base is loaded in; adapters are float32. auto: as it was saved."""
     task: Task | None = None
     """Left out, it is found from the model and the data."""
-    data: str
+    data: str | None = None
     """What to train on: a jsonl, json, csv, tsv, parquet or txt file, a folder of such files, or a hub id; for images
     also a folder with a sub-folder for each class."""
+    datasets: dict[str, DatasetSettings] = Field(default_factory=dict)
+    """Several data sets in place of `data`, each with the adapter or the composition that its rows train
+    (docs/joint_training.md)."""
+    mixing_temperature: float | None = Field(default=None, gt=0)
+    """T: of each batch, a data set of n rows has a share that goes as n^(1/T), temperature-scaled mixing
+    (arXiv:1910.10683). 1 (left out): by its rows; the larger T, the more equal."""
     dataset_config: str | None = None
     """Configuration of a dataset of the hub."""
     eval_data: str | None = None
@@ -101,7 +115,8 @@ class RunConfig(BaseModel):
     adapters: dict[str, AdapterSettings] = Field(default_factory=dict)
     """Named adapters, each with its method, its rate and its options; instead of `method`."""
     composition: str | None = None
-    """How the adapters take part, as in `task + 0.5*style`; left out, their sum."""
+    """How the adapters take part, as in `task + 0.5*style`; left out, their sum. With several `datasets`, which have
+    compositions of their own: what is active in the saved folder."""
     learning_rate: float | None = Field(default=None, gt=0)
     """For every adapter that has none of its own; left out, each method's tested one, larger for a
     base below 10 million parameters (docs/learning_rates.md)."""
@@ -184,6 +199,8 @@ class RunConfig(BaseModel):
         if "early_stopping_patience" in values and not {"save_strategy", "save_steps"} & set(values):
             values["save_strategy"] = values.get("eval_strategy", cls.model_fields["eval_strategy"].default)
             values["save_steps"] = values.get("eval_steps")
+        if "datasets" in values:
+            values["datasets"] = datasets_of(values["datasets"])
         known = {option for method in methods().values() for option in method.names()} - set(cls.model_fields)
         options = {name: values.pop(name) for name in sorted(known & set(values))}
         refuse_unknown(values, [*cls.model_fields, *known], "a run")
@@ -204,6 +221,8 @@ class RunConfig(BaseModel):
     def _fitting(self) -> Self:
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other")
+        check_datasets(self)
+        check_adapters(self)
         if self.resume and self.overwrite_output_dir:
             raise ValueError("resume goes on with output_dir, overwrite_output_dir replaces it: give one of them")
         for kind in ("eval", "save"):
@@ -215,7 +234,7 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _stopping(self) -> Self:
         if self.early_stopping_patience is None:
-            if self.early_stopping_threshold:
+            if self.early_stopping_threshold and not self.stops_by_adapter:
                 raise ValueError(
                     f"early_stopping_threshold={self.early_stopping_threshold:g} has no effect without "
                     "early_stopping_patience: give both, or neither"
@@ -225,13 +244,34 @@ class RunConfig(BaseModel):
                 f"early_stopping_patience={self.early_stopping_patience} counts evaluations, and eval_strategy=no "
                 "makes none: set eval_steps, or eval_strategy to epoch"
             )
-        elif (self.save_strategy, self.save_steps) != (self.eval_strategy, self.eval_steps):
+        elif not self.stops_by_adapter and (self.save_strategy, self.save_steps) != (
+            self.eval_strategy,
+            self.eval_steps,
+        ):
             raise ValueError(
                 f"early_stopping_patience={self.early_stopping_patience} keeps the best evaluation, so each one needs "
                 f"its checkpoint; save_strategy={self.save_strategy}, save_steps={self.save_steps} do not go with "
                 f"eval_strategy={self.eval_strategy}, eval_steps={self.eval_steps}: leave the first two out"
             )
         return self
+
+    @property
+    def sources(self) -> dict[str, DatasetSettings]:
+        """The data sets, those of `data` alone among them, with what they leave to the run filled in."""
+        names = DatasetSettings.model_fields
+        ours = {name: value for name, value in self if name in names and name != "composition"}
+        if not self.datasets:
+            return {"data": DatasetSettings.model_construct(**ours, composition=self.composition)}
+        return {
+            name: one.model_copy(update={k: v for k, v in ours.items() if getattr(one, k) is None})
+            for name, one in self.datasets.items()
+        }
+
+    @property
+    def stops_by_adapter(self) -> bool:
+        """Whether each adapter stops by itself; otherwise the whole run does, if anything."""
+        own = any(a.early_stopping_patience is not None for a in self.adapters.values())
+        return own or (self.early_stopping_patience is not None and bool(self.datasets))
 
     def with_rates(self, parameters: int) -> Self:
         """The run on a base of so many parameters: no learning rate is left open."""
@@ -255,7 +295,8 @@ class RunConfig(BaseModel):
     def plain(self) -> dict[str, Any]:
         """The run as plain values, defaults and all, which build the same run again."""
         values = self.model_dump(mode="json", exclude={"method", "resume", "overwrite_output_dir"})
-        values["adapters"] = {n: {k: v for k, v in a.items() if v is not None} for n, a in values["adapters"].items()}
+        for group in ("adapters", "datasets"):
+            values[group] = {n: {k: v for k, v in a.items() if v is not None} for n, a in values[group].items()}
         return values
 
 

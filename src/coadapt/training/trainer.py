@@ -29,6 +29,10 @@ class Rates:
     max_grad_norm: float = 0.0
     """0: not clipped."""
     weight_decay: float = 0.0
+    start_step: int = 0
+    """Its schedule begins there."""
+    stop_step: int | None = None
+    """And ends there; None: at the end of the run."""
 
     def group(self) -> dict[str, float]:
         """The options of its optimiser group."""
@@ -80,11 +84,15 @@ class AdapterTrainer(Trainer):
         return kind(groups, **options)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.monitor.before_step(optimizer.param_groups, self.state.global_step + 1, measure=self._will_log())
+        self.monitor.before_step(self._moving(optimizer), self.state.global_step + 1, measure=self._will_log())
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.monitor.after_step(optimizer.param_groups)
+        self.monitor.after_step(self._moving(optimizer))
         self._measured = self.state.global_step + 1
+
+    def _moving(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """The groups that train in this step."""
+        return optimizer.param_groups
 
     def _will_log(self) -> bool:
         """Whether the step that is about to be made is logged: at intervals, at the ends of epochs, at both ends."""
@@ -100,18 +108,23 @@ class AdapterTrainer(Trainer):
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
             assert optimizer is not None
-            factors = [self._factor(group["warmup_steps"], num_training_steps) for group in optimizer.param_groups]
+            factors = [self._factor(self.rates[group["name"]], num_training_steps) for group in optimizer.param_groups]
             self.lr_scheduler = LambdaLR(optimizer, factors)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _factor(self, warmup: float, steps: int) -> Any:
-        """Step -> share of the peak rate, from transformers' own schedule of this type."""
-        length = int(warmup) if warmup >= 1 else round(warmup * steps)
+    def _factor(self, rates: Rates, steps: int) -> Any:
+        """Step -> share of the peak rate, from transformers' own schedule of this type; 0 where it does not train."""
+        start, stop = rates.start_step, steps if rates.stop_step is None else min(rates.stop_step, steps)
+        warmup, length = rates.warmup_steps, stop - start
         stand_in = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        schedule = get_scheduler(self.args.lr_scheduler_type, stand_in, length, steps)
+        first = int(warmup) if warmup >= 1 else round(warmup * length)
+        schedule = get_scheduler(self.args.lr_scheduler_type, stand_in, first, length)
         assert isinstance(schedule, LambdaLR)
-        return schedule.lr_lambdas[0]
+        factor = schedule.lr_lambdas[0]
+        if length == steps:
+            return factor
+        return lambda step: factor(step - start) if start <= step < stop else 0.0
 
     def take_up(self, checkpoint: Path) -> None:
         """Weights and state become those with which training ended at `checkpoint`; the best weights, where kept."""

@@ -1,0 +1,230 @@
+"""What a run trains on: each of its data sets read, recognised and made into examples."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from coadapt.data.collate import Collator
+from coadapt.data.columns import Told
+from coadapt.data.images import ImageCollator, prepare_images
+from coadapt.data.prepare import Plan, Prepared, has_tags, plan, prepare
+from coadapt.data.segments import Framing
+from coadapt.data.show import describe, one_image, one_sample
+from coadapt.data.source import Source, read
+from coadapt.training.assemble import (
+    Processor,
+    check_sight,
+    load_config,
+    load_processor,
+    longest,
+    pad_token,
+    task_of_model,
+)
+from coadapt.training.datasets import DatasetSettings
+from coadapt.training.mixing import temperature_weights
+from coadapt.training.settings import RunConfig, Task
+from coadapt.training.timetable import Timetable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One data set, ready to be trained on."""
+
+    settings: DatasetSettings
+    found: Plan
+    made: Prepared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """All data sets of a run, by name; one that has `data` alone has one."""
+
+    task: Task
+    processor: Processor
+    parts: Mapping[str, Part]
+
+    @property
+    def first(self) -> Part:
+        """Of one data set, that one."""
+        return next(iter(self.parts.values()))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Of a classification; the same in all data sets."""
+        return self.first.found.classes
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether there are held-out rows."""
+        return any(part.made.held_out is not None for part in self.parts.values())
+
+    @property
+    def framing(self) -> Framing | None:
+        """How prompts are put to the model, where that is the same in all data sets; None: it is not, or images."""
+        framings = [part.made.framing for part in self.parts.values()]
+        return framings[0] if all(framing == framings[0] for framing in framings) else None
+
+    def facts(self) -> dict[str, Any]:
+        """What stands of the data beside the adapters."""
+        each = {
+            name: {
+                "name": part.settings.data,
+                "sha256": part.made.fingerprint,
+                "format": part.found.form.name,
+                "classes": part.found.classes,
+            }
+            for name, part in self.parts.items()
+        }
+        several = {"classes": self.classes, "datasets": each}
+        facts: dict[str, Any] = {"data": several if len(each) > 1 else next(iter(each.values()))}
+        if self.framing is not None:
+            facts["prompt"] = {"style": self.framing.style, "separator": self.framing.separator}
+        return facts
+
+    def weights(self, temperature: float | None) -> list[float]:
+        """What the rows of a batch are shared out by."""
+        given = [part.settings.weight for part in self.parts.values()]
+        if any(weight is not None for weight in given):
+            return [1.0 if weight is None else weight for weight in given]
+        return temperature_weights([len(part.made.train) for part in self.parts.values()], temperature or 1.0)
+
+    def collator(self) -> Collator | ImageCollator:
+        """Examples to a batch."""
+        if isinstance(self.processor, PreTrainedTokenizerBase):
+            return Collator(pad_token_id=pad_token(self.processor))
+        return ImageCollator(processor=self.processor)
+
+    def tell(self, console: Console) -> None:
+        """Describes each data set, and shows one example of each."""
+        for name, part in self.parts.items():
+            if len(self.parts) > 1:
+                console.print(Text(f"\n{name}", "bold"), Text(f"trains {part.settings.composition}", "dim"))
+            console.print(describe(part.found, part.made))
+            if isinstance(self.processor, PreTrainedTokenizerBase):
+                console.print(Text("\none example, trained tokens between ⟦ and ⟧:", "dim"))
+                console.print(one_sample(part.made.train[0], self.processor, part.found.classes), "")
+            else:
+                console.print(Text("\none example, its class between ⟦ and ⟧:", "dim"))
+                console.print(one_image(part.made.train[0], part.found.classes), "")
+
+
+def gather(run: RunConfig, table: Timetable) -> Material:
+    """Reads all data sets, and makes their examples.
+
+    Raises:
+        ValueError: one cannot be read, has no known format, or does not go with the others or with the model.
+    """
+    rows = {name: _read(settings) for name, settings in run.sources.items()}
+    config = load_config(run.model, run.revision)
+    seen = {name: _seen(run, config, settings, *rows[name]) for name, settings in run.sources.items()}
+    _check_alike(config, seen)
+    task = next(iter(seen.values()))[0]
+    check_sight(run.model, config, task)
+    processor = load_processor(run.model, task, run.revision)
+    parts = {
+        name: Part(
+            settings=settings,
+            found=seen[name][1],
+            made=_made(run, config, processor, task, settings, seen[name][1], table.uses(name)),
+        )
+        for name, settings in run.sources.items()
+    }
+    material = Material(task=task, processor=processor, parts=parts)
+    _check_held_out(run, table, material)
+    return material
+
+
+def _read(settings: DatasetSettings) -> tuple[Source, Source | None]:
+    """The rows of a data set, and those to evaluate on, where they are said."""
+    rows = read(settings.data, settings.dataset_config)
+    return rows, read(settings.eval_data, settings.dataset_config) if settings.eval_data else None
+
+
+def _seen(
+    run: RunConfig, config: PreTrainedConfig, settings: DatasetSettings, source: Source, held_out: Source | None
+) -> tuple[Task, Plan]:
+    """The task and the format of one data set."""
+    told = Told(
+        text=settings.text_column,
+        prompt=settings.prompt_column,
+        completion=settings.completion_column,
+        label=settings.label_column,
+        image=settings.image_column,
+    )
+    task = run.task or task_of_model(config)
+    if run.task is None and task == "sequence-classification" and has_tags(source):
+        task = "token-classification"  # an encoder can be either
+    found = plan(source, held_out, told, task)
+    decided: dict[str, Task] = {
+        "labelled": "sequence-classification",
+        "tagged": "token-classification",
+        "pictured": "image-classification",
+    }
+    return task or decided.get(found.form.kind, "causal-lm"), found
+
+
+def _check_alike(config: PreTrainedConfig, seen: Mapping[str, tuple[Task, Plan]]) -> None:
+    """Raises a ValueError where the rows of data sets cannot go through one forward."""
+    (first, (task, found)), *others = seen.items()
+    for name, (other, its) in others:
+        if other != task:
+            raise ValueError(
+                f"datasets: {first!r} is for {task}, {name!r} for {other}, and one run has one task. Train them in two "
+                "runs, or say with task= (and the columns) what both are."
+            )
+        if its.classes != found.classes:
+            raise ValueError(
+                f"datasets: the rows of one run share the shape of the head, but {first!r} has the classes "
+                f"{', '.join(found.classes)}, {name!r} {', '.join(its.classes)}. Train them in two runs."
+            )
+    if others and getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "datasets: the model adds a loss over its routers (output_router_logits), which has no rows of its own. "
+            "Switch it off in the model's config, or train the data sets one after another."
+        )
+
+
+def _made(
+    run: RunConfig,
+    config: PreTrainedConfig,
+    processor: Processor,
+    task: Task,
+    settings: DatasetSettings,
+    found: Plan,
+    uses: list[str],
+) -> Prepared:
+    split = run.eval_split if settings.eval_split is None else settings.eval_split
+    if not isinstance(processor, PreTrainedTokenizerBase):
+        if settings.max_length is not None:
+            raise ValueError(f"max_length={settings.max_length} has no effect on images. Leave it out.")
+        return prepare_images(found, eval_split=split, seed=run.seed)
+    limit = longest(settings.max_length, [run.adapters[name] for name in uses], config, processor)
+    return prepare(
+        found,
+        processor,
+        task=task,
+        max_length=limit,
+        eval_split=split,
+        seed=run.seed,
+        completion_only_loss=bool(settings.completion_only_loss),
+        separator=run.prompt_separator if settings.prompt_separator is None else settings.prompt_separator,
+    )
+
+
+def _check_held_out(run: RunConfig, table: Timetable, material: Material) -> None:
+    """Raises a ValueError where early stopping has no rows to look at."""
+    for name, adapter in run.adapters.items():
+        patience = adapter.early_stopping_patience or run.early_stopping_patience
+        mine = [material.parts[d] for d in table.of(name)]
+        if patience is None or any(part.made.held_out is not None for part in mine):
+            continue
+        whose = f"adapters.{name}: " if run.stops_by_adapter else ""
+        of = " and ".join(f"{part.made.tally.rows}" for part in mine)
+        raise ValueError(
+            f"{whose}early_stopping_patience={patience} watches the held-out loss, and nothing is held out: "
+            f"eval_split={mine[0].settings.eval_split:g} of {of} rows. Give eval_data, or a larger eval_split."
+        )
