@@ -170,7 +170,8 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
 
 
 # After a few steps at this rate the held-out loss gets worse.
-TOO_FAR: dict[str, Any] = {"learning_rate": 0.5, "num_train_epochs": 8, "eval_steps": 2, "early_stopping_patience": 3}
+TOO_FAR: dict[str, Any] = {"learning_rate": 0.5, "num_train_epochs": 24, "eval_steps": 2, "early_stopping_patience": 3}
+"""A rate at which the loss goes up and down, so that a best one is passed, wherever that is on this processor."""
 
 
 def test_a_run_that_gets_no_better_stops_and_saves_the_best(base: str, rows: str, out: Path) -> None:
@@ -178,7 +179,7 @@ def test_a_run_that_gets_no_better_stops_and_saves_the_best(base: str, rows: str
     done = go(base, rows, out, Console(file=text, width=200), **TOO_FAR)
     losses = {line["step"]: line["eval/loss"] for line in read_log(out / "metrics.jsonl") if "eval/loss" in line}
     best = min(losses, key=lambda step: losses[step])
-    assert 0 < best < done.step == best + 2 * 3 < 24
+    assert 0 < best < done.step == best + 2 * 3 < 72
     assert (done.best_step, done.held_out_loss) == (best, losses[best])
     assert (out / "best").resolve().name == f"checkpoint-{best}"
     saved = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).state_dict()
@@ -187,7 +188,7 @@ def test_a_run_that_gets_no_better_stops_and_saves_the_best(base: str, rows: str
     assert len(tensors) == 28
     assert all(torch.equal(saved[name], kept[name]) for name in tensors)
     assert not any(torch.equal(saved[name], last[name]) for name in tensors)
-    assert f"Stopped early, at step {done.step} of 24" in text.getvalue()
+    assert f"Stopped early, at step {done.step} of 72" in text.getvalue()
     assert f"Saved are the best adapters, of step {best} (held-out loss {losses[best]:.4f})" in text.getvalue()
     assert f"the best adapters, of step {best}" in (out / "README.md").read_text()
     with pytest.raises(ValueError, match=r"stopped at step .* Raise early_stopping_patience to go on"):
