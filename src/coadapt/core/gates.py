@@ -230,8 +230,7 @@ def per_token(values: Tensor, at: Reading) -> Tensor:
         return per_row(values, shape[0])
     raise ValueError(
         f"A gate per token was given for {tuple(values.shape)} tokens, and {at.site!r} has {tuple(shape)} in this "
-        "call. It goes with one call over whole rows, without a cache, virtual tokens or another stack; a router can do "
-        "more."
+        "call. It goes with whole rows, without a cache, virtual tokens or another stack; a router can do more."
     )
 
 
