@@ -179,7 +179,7 @@ def ratios(found: dict[int, dict[str, Cost]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=25)
+    parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -188,7 +188,8 @@ def main() -> None:
     text = "\n".join(
         [
             f"# Several LoRAs in parallel and in series, {date.today()}\n",
-            f"`python benchmarks/parallel_serial.py` with coadapt {coadapt.__version__}, torch {torch.__version__}, "
+            f"`python benchmarks/parallel_serial.py --repetitions {given.repetitions}` with coadapt "
+            f"{coadapt.__version__}, torch {torch.__version__}, "
             f"transformers {transformers.__version__}, on {machine()}. A Llama with {sizes}, fp32; LoRAs of rank 8 on "
             f"all linear layers. Forward and backward, without the optimiser. Medians of {given.repetitions} "
             "repetitions in which the ways take turns. ms: time of the processor; times: that of one LoRA alone; MiB "

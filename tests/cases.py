@@ -5,6 +5,7 @@ from coadapt import (
     BottleneckConfig,
     FullCopyConfig,
     IA3Config,
+    InvertibleConfig,
     LNTuningConfig,
     LoraConfig,
     PrefixTuningConfig,
@@ -21,6 +22,7 @@ CASES: dict[str, PeftConfig] = {
     "dora": LoraConfig(r=4, use_dora=True, init_lora_weights=False),
     "full-copy": FullCopyConfig(target_modules=r".*(v_proj|c_proj|dense|SelfAttention\.v|value|second|fc1)"),
     "ia3": IA3Config(),
+    "invertible": InvertibleConfig(),
     "ln-tuning": LNTuningConfig(),
     "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8),
     "prefix": PrefixTuningConfig(num_virtual_tokens=3),
@@ -38,6 +40,7 @@ VARIANTS: dict[str, PeftConfig] = {
     "lora-bias": LoraConfig(r=4, bias="lora_only", init_lora_weights=False),
     "bottleneck-pfeiffer": BottleneckConfig(bottleneck_size=4, adapter_layer_norm="before"),
     "bottleneck-parallel": BottleneckConfig(bottleneck_size=4, placement="parallel", scaling="learned"),
+    "language": BottleneckConfig(bottleneck_size=4, inv_adapter="nice"),
     "dora-all-linear": LoraConfig(r=4, use_dora=True, target_modules="all-linear", init_lora_weights=False),
     "p-tuning-lstm": PromptEncoderConfig(
         num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=8

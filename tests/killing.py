@@ -4,8 +4,9 @@ import itertools
 import multiprocessing
 import os
 import resource
+import signal
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -19,6 +20,7 @@ import coadapt.training.run  # noqa: F401  imported once, by the server
 from coadapt import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from coadapt.cli.group import run
 from coadapt.core.composition import Sum
+from coadapt.training.folder import damage
 from models import llama, stir
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -65,4 +67,26 @@ def command(log: Path, *args: str) -> None:
 def command_without_room(log: Path, most: int, *args: str) -> None:
     """The same where no file can have more than `most` bytes: what a full disk is to a program."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    command(log, *args)
+
+
+def command_that_is_cut_off(log: Path, out: Path, touch: int, *args: str) -> None:
+    """The same, killed at the `touch`-th time that it turns to a file while a checkpoint in `out` is not whole.
+
+    So the kill is within the writing of a checkpoint, or its removal, however fast or busy the machine is.
+    """
+    left, looking = touch, False
+
+    def hear(event: str, _: Any) -> None:
+        nonlocal left, looking
+        if looking or not event.startswith(("open", "os.", "shutil.")):
+            return
+        looking = True  # which opens files itself
+        with suppress(OSError):  # of another thread's
+            left -= any(damage(path) for path in out.glob("checkpoint-*"))
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        looking = False
+
+    sys.addaudithook(hear)
     command(log, *args)

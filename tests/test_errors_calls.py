@@ -248,7 +248,7 @@ def test_adapter_names_of_another_length(names: list[str]) -> None:
 
 def test_adapter_names_that_are_no_list() -> None:
     view = get_peft_model(llama(), CASES["lora"], adapter_name="task")
-    with pytest.raises(TypeError, match=r"'task' is one string.*adapters="):
+    with pytest.raises(TypeError, match=r"got a str: 'task'.*adapters="):
         logits(view, adapter_names="task")
     with pytest.raises(ValueError, match="not both"):
         logits(view, adapters="task", adapter_names=["task"] * 3)

@@ -5,6 +5,7 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +48,31 @@ def test_importing_loads_nothing_heavy(code: str) -> None:
 def test_what_is_loaded_is_seen() -> None:
     """The probe above can fail."""
     assert "json" in loaded_by("import json")
+
+
+EACH_FIRST = """
+import importlib, os, sys
+import torch, transformers
+for name in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        try:
+            importlib.import_module(name)
+        except BaseException as error:
+            print(name, error, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.full
+def test_any_module_can_be_the_first_that_is_imported() -> None:
+    """No name depends on what was imported before it: modules import each other one way."""
+    package = Path(coadapt.__file__).parent
+    modules = sorted({f"coadapt.{home}" for home in coadapt._HOMES.values()})
+    modules += sorted(f"coadapt.core.{file.stem}" for file in (package / "core").glob("[a-z]*.py"))
+    ran = subprocess.run([sys.executable, "-c", EACH_FIRST, *modules], capture_output=True, text=True, check=True)
+    assert ran.stdout == ""
 
 
 CALLS: dict[str, list[str]] = {

@@ -1,9 +1,10 @@
 """What hypothesis draws: configurations of any method, gates, compositions, batches; and what of that must be refused.
 
-A new kind of gate (a router) is one more row of GATES; where it belongs to one batch, `of_row` says what one row sees.
+A new kind of gate is one more row of GATES, or of ROUTERS if it chooses those of all children of a Sum; where it
+belongs to one batch, `of_row` says what one row sees of it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,20 +13,27 @@ import torch
 from torch import Tensor
 
 from coadapt import (
+    Arrow,
     BottleneckConfig,
+    Fusion,
     Learned,
     LoraConfig,
     PeftModel,
+    PooledRouter,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     Seq,
     Sum,
+    TaskRouter,
+    TokenRouter,
 )
 from coadapt.config import PeftConfig
 from coadapt.core.backbone import counts_alone
-from coadapt.core.gates import is_zero
+from coadapt.core.composition import routers
+from coadapt.core.gates import Routed, is_zero
 from coadapt.core.method import AttentionMethod, InputMethod
+from coadapt.core.router import Router
 from coadapt.methods.dora import DoRA
 from laws.setting import EVERY, config_of, fits
 from models import ids
@@ -90,12 +98,32 @@ def _varied(config: PeftConfig) -> st.SearchStrategy[PeftConfig]:
 # ---- gates and compositions ------------------------------------------------------------------------------------------
 
 NUMBERS = st.one_of(st.sampled_from([1.0, 0.0, -1.0, 0.5, 2.0]), st.floats(-2, 2, width=32))
+STARTS = st.floats(0.125, 2, width=32)
 GATES: dict[str, Callable[[int], st.SearchStrategy[Any]]] = {
     "number": lambda rows: NUMBERS,
-    "learned": lambda rows: st.floats(0.125, 2, width=32).map(Learned),
+    "learned": lambda rows: STARTS.map(Learned),
+    "learned per layer": lambda rows: STARTS.map(lambda start: Learned(start, per_layer=True)),
     "per row": lambda rows: st.lists(NUMBERS, min_size=rows, max_size=rows).map(torch.tensor),
 }
-"""Kinds of gates: rows of the batch -> what is drawn."""
+"""Kinds of gates: rows of the batch -> what stands before one child."""
+
+CHOICE: dict[str, st.SearchStrategy[Any]] = {
+    "activation": st.sampled_from(["softmax", "sigmoid"]),
+    "top_k": st.sampled_from([None, 1]),
+    "temperature": st.sampled_from([1.0, 0.5]),
+}
+ROUTERS: dict[str, Callable[[], st.SearchStrategy[Router]]] = {
+    "token": lambda: st.builds(TokenRouter, hidden=st.sampled_from([None, 3]), **CHOICE),
+    "pooled": lambda: st.builds(PooledRouter, **CHOICE),
+    "task": lambda: st.builds(TaskRouter, num_tasks=st.just(TASKS), **CHOICE),
+    "arrow": lambda: st.builds(Arrow, top_k=CHOICE["top_k"], temperature=CHOICE["temperature"]),
+    "fusion": lambda: st.builds(Fusion, dim=st.sampled_from([None, 3]), values=st.booleans()),
+}
+"""Kinds of routers: what chooses the gates of all children of a Sum."""
+TASKS = 2
+LASTING = ("number", "learned", "learned per layer", *ROUTERS)
+"""Gates that can be kept in a file."""
+EVERY_GATE = (*LASTING, "per row")
 
 
 def of_row(node: Any, b: int) -> Any:
@@ -105,30 +133,45 @@ def of_row(node: Any, b: int) -> Any:
     children = [of_row(c, b) for c in node.children]
     if isinstance(node, Seq):
         return Seq(*children)
-    return Sum(*children, weights=[w[b : b + 1] if isinstance(w, Tensor) else w for w in node.weights])
+    return Sum(*children, weights=node.router or [w[b : b + 1] if isinstance(w, Tensor) else w for w in node.weights])
 
 
-def nodes(names: st.SearchStrategy[str], gates: st.SearchStrategy[Any], depth: int = DEPTH) -> st.SearchStrategy[Any]:
+def tasks(nodes: Sequence[Any], rows: Sequence[int]) -> dict[str, Any]:
+    """What a call is told where some router goes by the task: that of these rows."""
+    asked = any(router.by_task for node in nodes if node is not None for router, _ in routers(node))
+    return {"task_ids": [b % TASKS for b in rows]} if asked else {}
+
+
+def nodes(
+    names: st.SearchStrategy[str],
+    gates: st.SearchStrategy[Any],
+    chosen: st.SearchStrategy[Router] | None,
+    depth: int = DEPTH,
+) -> st.SearchStrategy[Any]:
     """Names, Seqs and Sums of up to three children, at most `depth` deep; a name more than once, too."""
     if not depth:
         return names
-    inner = nodes(names, gates, depth - 1)
-    children = st.lists(inner, max_size=3 if depth > DEPTH - 2 else 2)
-    sums = st.lists(st.tuples(inner, gates), max_size=3 if depth > DEPTH - 2 else 2)
-    return st.one_of(
+    inner = nodes(names, gates, chosen, depth - 1)
+    most = 3 if depth > DEPTH - 2 else 2
+    found = [
         names,
-        children.map(lambda c: Seq(*c)),
-        sums.map(lambda pairs: Sum(*[c for c, _ in pairs], weights=[w for _, w in pairs])),
-    )
+        st.lists(inner, max_size=most).map(lambda c: Seq(*c)),
+        st.lists(st.tuples(inner, gates), max_size=most).map(
+            lambda pairs: Sum(*[c for c, _ in pairs], weights=[w for _, w in pairs])
+        ),
+    ]
+    if chosen is not None:
+        several = st.lists(inner, min_size=2, max_size=most)
+        found.append(st.tuples(several, chosen).map(lambda pair: Sum(*pair[0], weights=pair[1])))
+    return st.one_of(found)
 
 
-def compositions(
-    names: Mapping[str, Any] | list[str], rows: int = 1, kinds: tuple[str, ...] = ("number", "learned")
-) -> st.SearchStrategy[Any]:
+def compositions(names: Mapping[str, Any], rows: int, kinds: Sequence[str] = EVERY_GATE) -> st.SearchStrategy[Any]:
     """Compositions of these adapters, with gates of these kinds. Few names at a time, so that they meet."""
-    gates = st.one_of(*[GATES[kind](rows) for kind in kinds])
+    gates = st.one_of([GATES[kind](rows) for kind in kinds if kind in GATES])
+    chosen = [ROUTERS[kind]() for kind in kinds if kind in ROUTERS]
     few = st.lists(st.sampled_from(sorted(names)), min_size=1, max_size=4, unique=True)
-    return few.flatmap(lambda chosen: nodes(st.sampled_from(chosen), gates))
+    return few.flatmap(lambda some: nodes(st.sampled_from(some), gates, st.one_of(chosen) if chosen else None))
 
 
 def shuffled(node: Any, reverse: Callable[[], bool]) -> Any:
@@ -138,6 +181,8 @@ def shuffled(node: Any, reverse: Callable[[], bool]) -> Any:
     children = [shuffled(c, reverse) for c in node.children]
     if isinstance(node, Seq):
         return Seq(*children)
+    if node.router is not None:  # its scores go by the order
+        return Sum(*children, weights=node.router)
     pairs = list(zip(children, node.weights, strict=True))
     pairs = pairs[::-1] if reverse() else pairs[1:] + pairs[:1]
     return Sum(*[c for c, _ in pairs], weights=[w for _, w in pairs])
@@ -205,7 +250,7 @@ def mixed(
     draw: st.DrawFn,
     model: str,
     names: Mapping[str, Any],
-    kinds: tuple[str, ...] = ("number", "learned", "per row"),
+    kinds: Sequence[str] = EVERY_GATE,
 ) -> tuple[Batch, list[Any]]:
     """A batch, and a composition for each of its rows; some have none, some the same."""
     batch = draw(batches(model))
@@ -220,7 +265,12 @@ UNEQUAL = r"A Sum adds prompts token by token; these have \[.*\] tokens"
 PROMPT_PER_ROW = "A prompt cannot have a gate per row"
 ONE_LENGTH = "The rows of a batch need prompts of one length"
 BELOW_ZERO = "A joint prefix cannot have a gate below 0"
-WEIGHT_PER_ROW = "a gate per row"
+WEIGHT_PER_ROW = "a gate per row|a router"
+ROUTING = (
+    "nothing to choose: no two|cannot weigh the prompt|cannot weigh prompts|cannot weigh .* a parameter"
+    "|weighs tokens, and|reads the factors|attends to what each adapter adds"
+)
+"""Of routers, when their parameters are made."""
 
 Methods = dict[str, list[Any]]
 """Adapter name -> its methods at one place."""
@@ -286,10 +336,10 @@ def _number(weight: Any, b: int) -> float:
     match weight:
         case Tensor():
             return float(weight[b])
-        case Learned():
-            return float(weight().detach())
-        case _:
+        case float():
             return weight
+        case _:
+            return 1.0  # learned and chosen ones are above 0
 
 
 def _per_row(node: Any, methods: Methods, below: bool, found: set[str]) -> bool:
@@ -304,7 +354,7 @@ def _per_row(node: Any, methods: Methods, below: bool, found: set[str]) -> bool:
         return below
     there = [(c, w) for c, w in zip(node.children, node.weights, strict=True) if _has(c, methods) and not is_zero(w)]
     inside = [_per_row(c, methods, below, found) for c, _ in there]
-    return below or any(inside) or any(isinstance(w, Tensor) for _, w in there)
+    return below or any(inside) or any(isinstance(w, Tensor | Routed) for _, w in there)
 
 
 def _has(node: Any, methods: Methods) -> bool:

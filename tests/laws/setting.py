@@ -16,7 +16,7 @@ from models import FAMILIES, MODELS, conv, ids, logits, plain, stir
 
 EVERY: dict[str, PeftConfig] = {**CASES, **VARIANTS}
 MAKE = {**MODELS, **FAMILIES, "plain": plain, "conv": conv}
-VIRTUAL = ("prompt", "p-tuning", "prefix")
+OF_TRANSFORMERS = ("prompt", "p-tuning", "prefix", "invertible", "language")
 """Methods of these cases need a transformers model."""
 
 WITHOUT_BIAS: dict[str, list[str]] = {
@@ -48,8 +48,8 @@ def fits(case: str, model: str) -> bool:
     if case.endswith("all-linear") and model == "mixtral":
         return False  # says in a warning what it leaves out: tests/test_coverage.py
     if model in ("plain", "conv"):
-        return not case.startswith(VIRTUAL) and not (model == "conv" and case == "ln-tuning")
-    embedded = case.startswith(("prompt", "p-tuning"))
+        return not case.startswith(OF_TRANSFORMERS) and not (model == "conv" and case == "ln-tuning")
+    embedded = case.startswith(("prompt", "p-tuning", "invertible", "language"))
     return not (model == "bloom" and case.startswith("prefix")) and not (model == "vit" and embedded)
 
 
@@ -149,6 +149,6 @@ def recompute(model: Any, reentrant: bool) -> None:
 
 
 __all__ = [
-    "EVERY", "MAKE", "VIRTUAL", "WITHOUT_BIAS", "attach", "close", "config_of", "far", "few", "fits", "gradients",
+    "EVERY", "MAKE", "WITHOUT_BIAS", "attach", "close", "config_of", "far", "few", "fits", "gradients",
     "ids", "logits", "loss", "pairs", "recompute", "rest", "same_gradients", "stir", "view_on",
 ]  # fmt: skip

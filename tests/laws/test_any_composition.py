@@ -5,6 +5,7 @@ says how to draw its case again.
 """
 
 import functools
+import re
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -15,23 +16,40 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from coadapt import PeftModel, Seq, Sum
+from coadapt import Learned, PeftModel, Seq, Sum
 from coadapt.core.base import base_of
-from coadapt.core.composition import names, trained_gates
+from coadapt.core.composition import names, routers, trained_gates
 from coadapt.core.frame import current
-from laws.drawing import Batch, batches, compositions, configurations, every, mixed, of_row, refusals, shuffled
+from laws.drawing import (
+    LASTING,
+    ROUTING,
+    Batch,
+    batches,
+    compositions,
+    configurations,
+    every,
+    mixed,
+    of_row,
+    refusals,
+    shuffled,
+    tasks,
+)
 from laws.setting import MAKE, close, gradients, logits, recompute, same_gradients, stir
 from laws.test_generation import HOW, WRITERS, writer, written
 from steps import no_checkpointing, traces
 
 QUICK = ("llama", "gpt2", "t5", "bert")
+OTHERS = ("bloom", "gemma2", "mixtral")
+"""Left out: padding alone moves the first two by more than WITHIN, with no adapter in any row; the experts of the last
+are not computed in double precision."""
+DRAWN = tuple(model for model in MAKE if model not in OTHERS)
 WITHIN = 1e-5
 """Norms compute in single precision even where all else is double."""
 
 Law = Callable[[str, st.DataObject], None]
 
 
-def law(quick: int, full: int, models: tuple[str, ...] = tuple(MAKE)) -> Callable[[Law], Any]:
+def law(quick: int, full: int, models: tuple[str, ...] = DRAWN) -> Callable[[Law], Any]:
     """A test that draws so many cases for each model: in the quick run, and in the full run."""
     common = {"deadline": None, "database": None, "print_blob": True, "suppress_health_check": list(HealthCheck)}
     runs = {
@@ -70,22 +88,38 @@ def view_of(model: str) -> PeftModel:
 def together(view: PeftModel, batch: Batch, rows: list[Any]) -> list[Tensor]:
     """What each row of a batch gives, each with its composition."""
     tokens, more = batch.inputs()
-    out = logits(view, tokens, adapter_names=rows, **more)
+    out = logits(view, tokens, adapter_names=rows, **more, **tasks(rows, range(len(rows))))
     return [batch.real(out, b) for b in range(len(rows))]
 
 
 def alone(view: PeftModel, batch: Batch, node: Any, b: int) -> Tensor:
     """What row b gives alone."""
     tokens, more = batch.row(b)
-    return logits(view, tokens, adapters=[] if node is None else of_row(node, b), **more)[0]
+    return logits(view, tokens, adapters=[] if node is None else of_row(node, b), **more, **tasks([node], [b]))[0]
 
 
 def score(out: Tensor) -> Tensor:
     return (out * torch.linspace(-1, 1, out.shape[-1])).pow(2).sum()
 
 
+def cannot_be(view: PeftModel, rows: list[Any]) -> bool:
+    """Whether a router of these cannot stand where it stands, which it says; the others are ready then, and stirred."""
+    torch.manual_seed(0)
+    try:
+        for i, node in enumerate(rows):
+            for gate in trained_gates(view.checked(node)):
+                if not isinstance(gate, Learned):
+                    stir(gate, seed=i, by=0.5)
+    except ValueError as error:
+        assert re.search(ROUTING, str(error)), error
+        return True
+    return False
+
+
 def refused(view: PeftModel, rows: list[Any], call: Callable[[], Any]) -> bool:
     """Whether `rows` cannot be: then `call` says so, by the documented message, and leaves nothing behind."""
+    if cannot_be(view, rows):
+        return True
     messages = refusals(view, rows)
     if messages:
         with pytest.raises(ValueError, match="|".join(messages)):
@@ -94,7 +128,7 @@ def refused(view: PeftModel, rows: list[Any], call: Callable[[], Any]) -> bool:
     return bool(messages)
 
 
-@law(quick=60, full=200)
+@law(quick=40, full=200)
 def test_a_row_of_a_batch_equals_it_alone(model: str, data: st.DataObject) -> None:
     view = view_of(model)
     batch, rows = data.draw(mixed(model, every(model)))
@@ -136,11 +170,11 @@ def test_adapters_trained_in_one_batch_get_the_gradients_that_they_get_alone(mod
     assert all(mixture[n] is None for n in mixture if n.startswith("adapters.") and unused(rows)(n))
 
 
-@law(quick=15, full=100, models=tuple(model for model in MAKE if model not in ("plain", "conv")))
+@law(quick=15, full=100, models=tuple(model for model in DRAWN if model not in ("plain", "conv")))
 def test_checkpointing_changes_nothing(model: str, data: st.DataObject) -> None:
     view = view_of(model)
     batch, rows = data.draw(mixed(model, every(model)))
-    if refusals(view, rows):
+    if cannot_be(view, rows) or refusals(view, rows):
         return
     found: list[tuple[list[Tensor], dict[str, Tensor | None]]] = []
     view.train()
@@ -161,23 +195,23 @@ def test_checkpointing_changes_nothing(model: str, data: st.DataObject) -> None:
         same_gradients(slopes, found[0][1], WITHIN)
 
 
-@law(quick=40, full=150)
+@law(quick=25, full=150)
 def test_what_a_sum_is(model: str, data: st.DataObject) -> None:
     """Sum(e; 1) = e, Sum(e; 0) = base, Sum commutes, Seq() = Sum() = base, and nothing beside something is nothing."""
     view = view_of(model)
     batch = data.draw(batches(model))
-    node = data.draw(compositions(every(model), len(batch.lengths), ("number", "learned", "per row")))
+    node = data.draw(compositions(every(model), len(batch.lengths)))
     tokens, more = batch.inputs()
 
     @torch.no_grad()
     def given_by(node: Any) -> Tensor:
-        return logits(view, tokens, adapters=node, **more)
+        return logits(view, tokens, adapters=node, **more, **tasks([node], range(len(tokens))))
 
     base = logits(view.base, tokens, **more)
-    for nothing in (Sum(), Seq(), Sum(node, weights=[0]), Seq(Sum(), Sum(node, weights=[0]), Seq())):
-        assert torch.equal(given_by(nothing), base)
     if refused(view, [node] * len(batch.lengths), lambda: given_by(node)):
         return
+    for nothing in (Sum(), Seq(), Sum(node, weights=[0]), Seq(Sum(), Sum(node, weights=[0]), Seq())):
+        assert torch.equal(given_by(nothing), base)
     once = given_by(node)
     for same in (Sum(node), Seq(node), Sum(node, Sum()), Seq(Sum(), node, Seq()), Sum(Sum(node, weights=[1.0]))):
         close(given_by(same), once, WITHIN)
@@ -189,11 +223,11 @@ class Broken(Exception):
     pass
 
 
-@law(quick=15, full=60)
+@law(quick=12, full=60)
 def test_an_exception_in_a_forward_leaves_nothing_behind(model: str, data: st.DataObject) -> None:
     view = view_of(model)
     batch, rows = data.draw(mixed(model, every(model)))
-    if refusals(view, rows):
+    if cannot_be(view, rows) or refusals(view, rows):
         return
     called = [m for m in view.base.modules() if not list(m.children())]
     broken = called[data.draw(st.integers(0, len(called) - 1))]
@@ -224,32 +258,35 @@ def bare(model: str, which: str) -> Any:
     return MAKE[model]().double()
 
 
-@law(quick=15, full=60)
+@law(quick=12, full=60)
 def test_saved_loaded_and_taken_away(model: str, data: st.DataObject) -> None:
     """Any configurations. Loaded on another base it is the same; taken away, both bases are as they were."""
     one, two = bare(model, "one"), bare(model, "two")
     before, base = (traces(one), traces(two)), logits(one)
     configs = dict(zip("abc", data.draw(st.lists(configurations(model), min_size=1, max_size=3)), strict=False))
-    node, order = data.draw(compositions(configs)), data.draw(st.permutations(list(configs)))
+    node, order = data.draw(compositions(configs, 1, LASTING)), data.draw(st.permutations(list(configs)))
     view, loaded = PeftModel(one), None
     try:
         for i, (name, config) in enumerate(configs.items()):
             view.add_adapter(name, config)
             stir(view.get_adapter(name), seed=i, by=0.2)
         view.double()
-        view.set_adapter(node)
-        if not refused(view, [node], lambda: logits(view)):
+        told = tasks([node], range(3))
+        if not refused(view, [node], lambda: logits(view, **told)):
+            view.set_adapter(node)
             with tempfile.TemporaryDirectory() as where:
                 view.save_pretrained(where)
                 loaded = PeftModel.from_pretrained(two, where, is_trainable=True)
             assert repr(loaded.composition) == repr(view.composition)
-            close(logits(loaded), logits(view), WITHIN)
-            for ours, theirs in zip(view.gates, loaded.gates, strict=True):
-                assert torch.equal(ours.log_gate, theirs.log_gate)
-            backward(score(logits(view)))
-            backward(score(logits(loaded)))
+            close(logits(loaded, **told), logits(view, **told), WITHIN)
+            for ours, theirs in zip(view.gates.parameters(), loaded.gates.parameters(), strict=True):
+                assert torch.equal(ours, theirs)
+            backward(score(logits(view, **told)))
+            backward(score(logits(loaded, **told)))
             same_gradients(gradients(loaded), gradients(view), WITHIN)
     finally:
+        if list(routers(view.composition)):
+            view.set_adapter(None)
         for name in order:
             view.delete_adapter(name)
         left = (names(view.composition), list(view.gates), list(view.parameters()), logits(view))
@@ -276,13 +313,17 @@ def writing_view_of(model: str) -> PeftModel:
     return view.double()
 
 
-@law(quick=8, full=40, models=WRITERS)
+@law(quick=8, full=40, models=tuple(model for model in WRITERS if model in DRAWN))
 def test_cached_generation_equals_uncached(model: str, data: st.DataObject) -> None:
     view = writing_view_of(model)
     batch, rows = data.draw(mixed(model, every(model)))
-    how = HOW[data.draw(st.sampled_from(["greedy", "beams"]))]
+    how = HOW[data.draw(st.sampled_from(["greedy", "beams"]))] | tasks(rows, range(len(rows)))
     tokens, mask = Batch(model, batch.lengths, "left").padded()
-    if refusals(view, rows):
+    if cannot_be(view, rows) or refusals(view, rows):
+        return
+    if "num_beams" in how and any(r.pools for node in rows if node is not None for r, _ in routers(node)):
+        with pytest.raises(ValueError, match="num_beams=3 with a cache"):
+            written(view, tokens, mask, adapter_names=rows, **how)
         return
     cached = written(view, tokens, mask, adapter_names=rows, **how)
     assert torch.equal(cached, written(view, tokens, mask, adapter_names=rows, use_cache=False, **how))

@@ -16,6 +16,8 @@ NEUTRAL = [
     "bottleneck-pfeiffer",
     "bottleneck-parallel",
     "bitfit",
+    "invertible",
+    "language",
     "prefix-decoupled",
 ]
 

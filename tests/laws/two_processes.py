@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from coadapt import Learned, PeftModel, Sum
+from coadapt import Learned, PeftModel, PooledRouter, Seq, Sum, TokenRouter
 from laws.setting import MAKE, attach, ids, recompute
 
 ROWS = 4
@@ -54,6 +54,11 @@ class Case:
         view = attach(base.bfloat16() if self.precision == "bf16" else base, self.model, *self.cases, by=0.3).train()
         if self.active == "gated":
             view.set_adapter(Sum("a", "b", Sum("b", "c"), weights=[Learned(0.7), Learned(1.3), Learned(0.4)]))
+        elif self.active == "routed":
+            torch.manual_seed(9)
+            view.set_adapter(
+                Seq(Sum("a", "d", weights=TokenRouter()), Sum("b", "a", weights=PooledRouter(activation="sigmoid")))
+            )
         elif self.active is not None:
             view.set_adapter(self.active)
         if self.reentrant is not None:
@@ -102,6 +107,7 @@ CHANGING = [[[MIXED]], [[ONE_SIDE]], [[every("c")]], [[[None, "a", "b", "c"]]]]
 SERIAL = [[[every("a"), every("b")]], [[every("b"), every("a"), every("c")]], [[every("d"), MIXED]]]
 ACCUMULATED = [[[ONE_SIDE], [["c", None, "b", "b"]], [every("b")]], [[every("c")], [every("b")]]]
 SAME = [[[every("a + 0.5*b >> c")]]] * 2
+ROUTED = ("lora", "bottleneck", "prompt", "lora-all-linear")
 SAME_SERIAL = [[[every("a"), every("b"), every("a")]]] * 2
 
 QUICK: dict[str, Case] = {
@@ -111,6 +117,7 @@ QUICK: dict[str, Case] = {
     "serial": Case(steps=SERIAL),
     "accumulated": Case(steps=ACCUMULATED),
     "gates": Case(steps=[[[ACTIVE]], [[ACTIVE, MIXED]], [[MIXED]]], active="gated"),
+    "routers": Case(steps=[[[ACTIVE]], [[ACTIVE, MIXED]], [[MIXED]]], active="routed", cases=ROUTED, reentrant=False),
     "rows-checkpointed": Case(steps=CHANGING, reentrant=False),
     "serial-checkpointed": Case(steps=SERIAL, reentrant=False),
     "serial-reentrant-fixed": Case(steps=SAME_SERIAL, reentrant=True, wrapped=FIXED),

@@ -153,7 +153,15 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     assert len(one) > 4
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
-    figures = ("step", "train/loss", "eval/loss", "train/grad_norm/lora", "train/learning_rate/prompt", "warning")
+    figures = (
+        "step",
+        "train/loss",
+        "eval/loss",
+        "train/grad_norm.A/lora",
+        "train/effective_rank/lora",
+        "train/learning_rate/prompt",
+        "warning",
+    )
     figures += ("train/update_norm/lora", "train/update_ratio/prompt")
     logs = [
         [{k: line[k] for k in figures if k in line} for line in read_log(o / "metrics.jsonl")] for o in (whole, broken)

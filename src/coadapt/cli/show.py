@@ -7,11 +7,14 @@ import click
 from coadapt.cli.completion import paths
 
 
-def _invoke(folder: Path | None, model: str | None) -> int:
+def _invoke(folder: Path | None, model: str | None, picture: Path | None) -> int:
     if folder is None and model is None:
         raise click.UsageError("Give an adapter folder, or --model.")
+    if picture is not None and folder is None:
+        raise click.UsageError("--picture draws what the routers of an adapter folder used: give the folder.")
     from coadapt.cli.output import console, quiet
-    from coadapt.training import inspect
+    from coadapt.formats.files import aside
+    from coadapt.training import inspect, usage
 
     quiet()
     out = console()
@@ -21,8 +24,13 @@ def _invoke(folder: Path | None, model: str | None) -> int:
         for table in (inspect.layers_table(base), *inspect.coverage_tables(base)):
             out.print(table)
         return 0
-    for table in inspect.folder_tables(folder, model):
+    used = usage.read_usage(folder)
+    for table in (*inspect.folder_tables(folder, model), *usage.usage_tables(used)):
         out.print(table)
+    if picture is not None:
+        with aside(picture) as file:
+            usage.draw_usage(used, file)
+        out.print(f"\ndrawn in {picture}", highlight=False)
     return 0
 
 
@@ -32,7 +40,7 @@ command = click.Command(
     help="""What an adapter folder, or a model, is made of.
 
     \b
-    coadapt show DIR            which adapters at which sites, their share of the base, sizes
+    coadapt show DIR            which adapters at which sites, their share of the base, sizes, what routers used
     coadapt show --model M      the layers of a model, their roles, and where each method has a place
     """,
     params=[
@@ -41,6 +49,12 @@ command = click.Command(
             ["--model"],
             shell_complete=paths,
             help="The base: a folder or a hub id; with DIR, in place of the one that it names.",
+        ),
+        click.Option(
+            ["--picture"],
+            type=click.Path(path_type=Path, dir_okay=False),
+            shell_complete=paths,
+            help="Draw how much each adapter was used, layer by layer, as a PNG (where DIR has a router).",
         ),
     ],
 )

@@ -132,11 +132,11 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False) ->
 
 
 def _share(adapter: Adapter, base: nn.Module) -> None:
-    """Tells methods at tied weights of one another."""
+    """Tells methods at tied weights of one another, and those that have one set of parameters for all places."""
     seen: dict[tuple[int, type[Method]], Method] = {}
     weights = roles.weights(base, [part.place.module for part in adapter.parts])
     for part in adapter.parts:
-        weight = weights[part.place.module]
+        weight = adapter if part.method.one_for_all else weights[part.place.module]
         if weight is not None:
             earlier = seen.setdefault((id(weight), type(part.method)), part.method)
             if earlier is not part.method:

@@ -91,9 +91,15 @@ class _Fused(_Summed):
 
 def _number(gate: Gate, site: str) -> float | Tensor:
     if gate.routed:
-        raise ValueError("A composition with a router cannot be merged: its gates depend on what goes in.")
+        raise ValueError(
+            "A composition with a router cannot be merged, nor can DoRA stand on it: its gates depend on what goes in, "
+            "so there is no one weight to read."
+        )
     if any(isinstance(f, Tensor) for f in gate.factors):
-        raise ValueError("A composition with a gate per row cannot be merged: its rows would need different weights.")
+        raise ValueError(
+            "A composition with a gate per row cannot be merged, nor can DoRA stand on it: its rows have different "
+            "weights. Say with adapter_names which rows use what."
+        )
     return gate.number if not gate.factors else gate.value(Reading(site, torch.empty(0), torch.empty(0)))
 
 

@@ -35,7 +35,7 @@ def backbones(base: Any) -> list[Backbone]:
     tokens = [Backbone(paths[id(m)], m, role=role) for role, m in found if _embeds_tokens(m)]
     if not tokens:
         raise ValueError(
-            f"Virtual tokens need an embedding of tokens to stand beside; in {type(base).__name__} "
+            f"Virtual tokens, and what sits at an embedding of tokens, need one; in {type(base).__name__} "
             f"{' and '.join(_input_of(m) for _, m in found)} makes the input. Use a prefix, or a method that sits at "
             "layers or modules (LoraConfig, BottleneckConfig)."
         )
@@ -61,8 +61,9 @@ def _stacks(base: Any) -> list[tuple[str, Any]]:
     config = getattr(base, "config", None)
     if config is None or not hasattr(base, "get_input_embeddings"):
         raise ValueError(
-            f"Virtual tokens need a transformers model, whose input embedding can be found; this is a "
-            f"{type(base).__name__}. Use a method that sits at layers or modules (LoraConfig, BottleneckConfig)."
+            f"Virtual tokens, and what sits at the embedding of tokens, need a transformers model, in which that is "
+            f"found; this is a {type(base).__name__}. Use a method that sits at layers or modules (LoraConfig, "
+            "BottleneckConfig)."
         )
     if getattr(config, "is_encoder_decoder", False):
         return [("encoder", base.get_encoder()), ("decoder", base.get_decoder())]

@@ -1,14 +1,13 @@
 """A view inside of `DistributedDataParallel`: which of its settings a call needs, and what the wrapper has to see."""
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
-
-from .composition import Node, terms, trained_gates
 
 RECIPE = (
     "Wrap it as DistributedDataParallel(model, find_unused_parameters=True); of transformers' Trainer that is "
@@ -22,12 +21,24 @@ def _wrapper() -> DistributedDataParallel | None:
     return wrapper if torch.is_grad_enabled() and not torch.compiler.is_compiling() else None
 
 
-def check(members: Mapping[str, nn.Module], nodes: Sequence[Node]) -> None:
+_AVERAGED: "weakref.WeakKeyDictionary[DistributedDataParallel, list[Tensor]]" = weakref.WeakKeyDictionary()
+
+
+def _averaged(wrapper: DistributedDataParallel) -> list[Tensor]:
+    """The parameters that trained when the wrapper was made: it knows no others."""
+    if wrapper not in _AVERAGED:
+        buckets = wrapper.reducer._get_zeros_like_grad_buckets()
+        _AVERAGED[wrapper] = [p for bucket in buckets for p in bucket.parameters()]
+    return _AVERAGED[wrapper]
+
+
+def check(members: Mapping[str, nn.Module], names: Iterable[str], gates: Iterable[nn.Module]) -> None:
     """Refuses a call whose gradients would hang, or differ between the processes.
 
     Args:
         members: what a view owns, by name: its adapters, and "gates".
-        nodes: the compositions of the call's rows.
+        names: the adapters that take part in this call.
+        gates: the trained gates that do.
 
     Raises:
         RuntimeError: the wrapper does not know a parameter that will get a gradient, or waits for one that will not.
@@ -35,10 +46,9 @@ def check(members: Mapping[str, nn.Module], nodes: Sequence[Node]) -> None:
     wrapper = _wrapper()
     if wrapper is None:
         return
-    names = {name for node in nodes for name, _ in terms(node, lambda _: True)}
     used = {name: trained(members[name]) for name in names}
-    used["gates"] = [p for node in nodes for gate in trained_gates(node) for p in trained(gate)]
-    known = {id(p) for p in wrapper._module_parameters}  # pyright: ignore[reportPrivateUsage]
+    used["gates"] = [p for gate in gates for p in trained(gate)]
+    known = {id(p) for p in _averaged(wrapper)}
     if late := sorted(name for name, own in used.items() if not all(id(p) in known for p in own)):
         raise RuntimeError(
             f"{', '.join(late)}: attached, unfrozen or made active after the model was wrapped in "
@@ -68,7 +78,7 @@ def joined(output: Any) -> Any:
     wrapper = _wrapper()
     if wrapper is None or not wrapper.find_unused_parameters or wrapper.static_graph:
         return output
-    own = [p for p in wrapper._module_parameters if p.requires_grad]  # pyright: ignore[reportPrivateUsage]
+    own = [p for p in _averaged(wrapper) if p.requires_grad]
     return tree_map_only(Tensor, lambda t: _Join.apply(t, *own) if t.is_floating_point() else t, output)
 
 
@@ -79,7 +89,7 @@ class _Join(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, *parameters: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.count = len(parameters)
-        return output.view_as(output) if output.dim() else output.clone()  # losses are often divided in place
+        return output.view_as(output)  # the wrapper copies outputs itself, so that they may be changed in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -240,10 +240,10 @@ class Adapted(Around):
 
     def __call__(self, x: Tensor) -> Tensor:
         own = next((p.dtype for p in self.method.parameters() if p.is_floating_point()), None)
-        if own is None or not x.is_floating_point():
+        if not x.is_floating_point():
             y = self.method(x, self.inner)
             return y.to(self.module_dtype(y))
-        z = x.to(own)
+        z = x if own is None else x.to(own)
         inner = Cast(self.inner, z, x)
         y = self.method(z, inner)
         return y.to(inner.dtype)

@@ -61,6 +61,8 @@ class Method(nn.Module, ABC):
     """Around one call. `base` is that call: frozen, or already adapted by what stands below it."""
 
     config_class: ClassVar[type[PeftConfig]]
+    one_for_all: ClassVar[bool] = False
+    """Whether all places of an adapter use the parameters of the first: then each later one is told by `share`."""
 
     @classmethod
     @abstractmethod
@@ -78,7 +80,8 @@ class Method(nn.Module, ABC):
         return {}
 
     def share(self, earlier: "Method") -> None:
-        """Called where an earlier place of the same adapter holds the very same (tied) weight. Default: nothing."""
+        """Called where an earlier place of the same adapter holds the very same (tied) weight, or at all later places
+        if `one_for_all`. Default: nothing."""
 
     @classmethod
     def companions(cls, config: Any, base: nn.Module, places: list[Place]) -> list[Companion]:

@@ -81,7 +81,7 @@ class Router(Chooser):
             beside = () if spot.module is None else spot.module.parameters()
             like = next((p for p in beside if p.is_floating_point()), torch.empty(0))
             wide = like.dtype if like.dtype == torch.float64 else torch.float32
-            site = RoutedSite(self.network(spot), len(spot.children))
+            site = RoutedSite(self.network(spot), spot.children)
             self.sites[key_of(spot.site)] = site.to(device=like.device, dtype=wide)
 
     def refuse(self, spot: Spot) -> None:
@@ -180,10 +180,11 @@ class RoutedSite(nn.Module):
     used: Tensor
     count: Tensor
 
-    def __init__(self, network: nn.Module, children: int) -> None:
+    def __init__(self, network: nn.Module, children: Sequence[int]) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("used", torch.zeros(children))  # (C,) sum of gates
+        self.register_buffer("of", torch.tensor(children))  # (C,) which children these are, for whoever reads the file
+        self.register_buffer("used", torch.zeros(len(children)))  # (C,) sum of gates
         self.register_buffer("count", torch.zeros(()))  # of the tokens or rows
 
     @torch.no_grad()

@@ -47,7 +47,7 @@ def prepare(node: Node, adapters: Mapping[str, Adapter], base: nn.Module) -> Non
 
 def _before(gate: TrainedGate, node: Node) -> Iterator[Node]:
     """The children that a gate stands before."""
-    for child, weight in zip(getattr(node, "children", ()), getattr(node, "weights", node), strict=False):
+    for child, weight in zip(getattr(node, "children", ()), getattr(node, "weights", ()), strict=False):
         if weight is gate:
             yield child
     for child in getattr(node, "children", ()):

@@ -259,10 +259,15 @@ class View(nn.Module, ABC):
             _check_rows(names, args, kwargs)
             nodes = [self._of_row(i, node) for i, node in enumerate(names)]
             plan, rows = self._plans.rows(nodes, self._merged)
-        distributed.check({**self._names, "gates": self.gates}, plan.nodes)
+        self._check_wrapper(plan.nodes)
         _check_gates(plan, args, kwargs)
         frame = entered(plan.frame(rows, _tasks(task_ids, plan, args, kwargs)), plan=plan)
         return frame if torch.compiler.is_compiling() else _Running(record, id(self), frame)
+
+    def _check_wrapper(self, nodes: Sequence[Node]) -> None:
+        members = {**self._names, "gates": self.gates}
+        names = (name for node in nodes for name, _ in composition.terms(node, lambda _: True))
+        distributed.check(members, names, (gate for node in nodes for gate in composition.trained_gates(node)))
 
     def _of_row(self, row: int, node: Any) -> Node:
         if node is None or node == "__base__":

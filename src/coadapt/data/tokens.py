@@ -1,6 +1,7 @@
 """Segments, pairs, labelled texts and tagged words as token ids with labels."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -40,17 +41,33 @@ class Tally:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalEncoder:
-    """Text for a language model: a text is cut into blocks, everything else into one example per row."""
+class _Encoder(ABC):
+    """Rows of one format as tokens of one tokenizer, at most so many an example."""
 
     tokenizer: PreTrainedTokenizerBase
     form: Format
-    framing: Framing
     max_length: int
-    completion_only_loss: bool = True
 
     def __call__(self, row: Mapping[str, Any], tally: Tally) -> Iterator[Example]:
         tally.rows += 1
+        yield from self.examples(row, tally)
+
+    @abstractmethod
+    def examples(self, row: Mapping[str, Any], tally: Tally) -> Iterator[Example]: ...
+
+    def cells(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What the row has for each role of the format."""
+        return {role: row[column] for role, column in self.form.columns.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalEncoder(_Encoder):
+    """Text for a language model: a text is cut into blocks, everything else into one example per row."""
+
+    framing: Framing
+    completion_only_loss: bool = True
+
+    def examples(self, row: Mapping[str, Any], tally: Tally) -> Iterator[Example]:
         pieces = segments(row, self.form, self.framing, self.tokenizer)
         if not pieces:
             tally.drop("empty")
@@ -80,16 +97,11 @@ class CausalEncoder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairEncoder:
+class PairEncoder(_Encoder):
     """A source text for the encoder, a target text for the decoder."""
 
-    tokenizer: PreTrainedTokenizerBase
-    form: Format
-    max_length: int
-
-    def __call__(self, row: Mapping[str, Any], tally: Tally) -> Iterator[Example]:
-        tally.rows += 1
-        cells = {role: row[column] for role, column in self.form.columns.items()}
+    def examples(self, row: Mapping[str, Any], tally: Tally) -> Iterator[Example]:
+        cells = self.cells(row)
         source, target = as_prompt(cells), cells["completion"]
         if not source or not target:
             tally.drop("empty")
@@ -108,17 +120,13 @@ class PairEncoder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelEncoder:
+class LabelEncoder(_Encoder):
     """A text, or two, and its class."""
 
-    tokenizer: PreTrainedTokenizerBase
-    form: Format
     classes: Sequence[str]
-    max_length: int
 
-    def __call__(self, row: Mapping[str, Any], tally: Tally) -> Iterator[Example]:
-        tally.rows += 1
-        cells = {role: row[column] for role, column in self.form.columns.items()}
+    def examples(self, row: Mapping[str, Any], tally: Tally) -> Iterator[Example]:
+        cells = self.cells(row)
         if not cells["text"] or cells["label"] is None or cells["label"] == "":
             tally.drop("empty")
             return
@@ -137,17 +145,14 @@ class LabelEncoder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TagEncoder:
+class TagEncoder(_Encoder):
     """Words and the tag of each: a word's first token has its tag, all others are ignored."""
 
-    tokenizer: PreTrainedTokenizerBase
-    form: Format
     classes: Sequence[str]
-    max_length: int
 
-    def __call__(self, row: Mapping[str, Any], tally: Tally) -> Iterator[Example]:
-        tally.rows += 1
-        words, tags = (row[self.form.columns[role]] or [] for role in ("tokens", "tags"))
+    def examples(self, row: Mapping[str, Any], tally: Tally) -> Iterator[Example]:
+        cells = self.cells(row)
+        words, tags = cells["tokens"] or [], cells["tags"] or []
         if not words:
             tally.drop("empty")
             return

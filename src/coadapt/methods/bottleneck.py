@@ -8,9 +8,10 @@ from transformers.activations import ACT2FN
 from ..config import TargetedConfig
 from ..core import roles, target
 from ..core.layer import Layer, kind_of
-from ..core.method import ModuleMethod, register
+from ..core.method import Companion, ModuleMethod, register
 from ..core.mixture import mixtures
 from ..core.roles import Place
+from .invertible import Invertible, InvertibleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,10 @@ class BottleneckConfig(TargetedConfig):
     """A trained LayerNorm "before" the first layer, or "after" the second."""
     adapter_dropout: float = 0.0
     """Share of the adapter's outputs that are dropped while training."""
+    inv_adapter: str | None = None
+    """"nice": an invertible adapter at the embeddings beside it (InvertibleConfig): MAD-X's language adapter."""
+    inv_adapter_reduction_factor: float | None = None
+    """The `reduction_factor` of that; 2 if left out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,7 +46,10 @@ class BottleneckConfig(TargetedConfig):
         self.choice("placement", ("houlsby", "pfeiffer", "parallel"))
         self.choice("adapter_layer_norm", (None, "before", "after"))
         self.choice("non_linearity", tuple(ACT2FN))
+        self.choice("inv_adapter", (None, "nice"))
         self.probability("adapter_dropout")
+        if self.inv_adapter_reduction_factor is not None and self.inv_adapter is None:
+            raise ValueError("BottleneckConfig: inv_adapter_reduction_factor has no effect without inv_adapter='nice'.")
         if self.bottleneck_size is not None and self.reduction_factor is not None:
             raise ValueError("BottleneckConfig: give bottleneck_size or reduction_factor, not both.")
         if self.reduction_factor is not None and not self.reduction_factor > 0:
@@ -56,8 +64,9 @@ class Bottleneck(ModuleMethod):
 
     Parameter-Efficient Transfer Learning for NLP, Houlsby et al. 2019, arXiv:1902.00751; after the feed-forward part
     only: AdapterFusion, Pfeiffer et al. 2020, arXiv:2005.00247; parallel and scaled: Towards a Unified View of
-    Parameter-Efficient Transfer Learning, He et al. 2021, arXiv:2110.04366. Serial ones sit right at the projection
-    that ends the part, before the block's residual. U starts at zero. Parameters per site: 2 D m + D + m.
+    Parameter-Efficient Transfer Learning, He et al. 2021, arXiv:2110.04366; with an invertible adapter: MAD-X, Pfeiffer
+    et al. 2020, arXiv:2005.00052. Serial ones sit right at the projection that ends the part, before the block's
+    residual. U starts at zero. Parameters per site: 2 D m + D + m.
     """
 
     def __init__(
@@ -100,6 +109,17 @@ class Bottleneck(ModuleMethod):
         apart = [(first, last) for first, last in ends if first != last]
         reads = {last[0]: first for first, last in apart} if config.placement == "parallel" else {}
         return [Place(path, module, reads.get(path)) for path, module in target.modules(config, base, paths)]
+
+    @classmethod
+    def companions(cls, config: BottleneckConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
+        if config.inv_adapter is None:
+            return []
+        own = InvertibleConfig(
+            reduction_factor=2.0 if (given := config.inv_adapter_reduction_factor) is None else given,
+            non_linearity=config.non_linearity,
+            modules_to_save=config.modules_to_save,
+        )
+        return [Companion(Invertible, own, Invertible.places(own, base))]
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         y = base(x)

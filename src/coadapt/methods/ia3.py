@@ -49,7 +49,9 @@ class IA3(WeightMethod):
     def places(cls, config: IA3Config, base: nn.Module) -> list[Place]:
         last = [block.feed_forward[1] for block in roles.blocks(base) if block.feed_forward]
         ends = [path for path, module in last if kind_of(module) is not None]  # a mixture of experts is no layer
-        found = target.layers(config, base, [*roles.keys_and_values(base), *ends])
+        chosen = {*roles.keys_and_values(base), *ends}
+        usual = [path for path, _ in base.named_modules() if path in chosen]  # as when it is loaded, for optimisers
+        found = target.layers(config, base, usual)
         target.check_transposed(config, [module for _, module in found])
         inputs = target.among(config, "feedforward_modules", [path for path, _ in found], ends)
         return [Place(path, module, role=FEED_FORWARD if path in inputs else "") for path, module in found]
