@@ -66,8 +66,8 @@ def timetable(run: RunConfig) -> Timetable:
     """
     if len(run.sources) > 1 and processes.count() > 1:
         raise ValueError(
-            f"datasets: {len(run.sources)} data sets train in one process, and here are {processes.count()}. Start one, "
-            "or train the data sets one after another."
+            f"datasets: {len(run.sources)} data sets train in one process, and here are {processes.count()}. Start one"
+            ", or train the data sets one after another."
         )
     nodes = {
         name: as_node(list(run.adapters) if one.composition is None else one.composition)
