@@ -217,6 +217,18 @@ def test_fusion_by_hand(configs: Any, values: bool) -> None:
     close(view(x), expected, 1e-5)
 
 
+@pytest.mark.parametrize("case", ["prefix", "prompt"])
+def test_fusion_leaves_what_has_a_site_to_itself(case: str) -> None:
+    """There is nothing to attend to there, so it takes part as it is."""
+    view = routed("llama", Fusion(dim=4), "lora", case, "lora")
+    with torch.no_grad():
+        for name in "ac":
+            for part in view.get_adapter(name).parts:
+                part.method.B.zero_()
+    close(logits(view), logits(view, adapters="b"), 1e-5)
+    far(logits(view), logits(view.base))
+
+
 def test_gates_multiply_down_a_tree() -> None:
     """A router in a Sum in a Seq, before a learned gate and a number: the changes of LoRAs just add up."""
     view, x, y, changes = one_layer(LORA, LORA, LORA)

@@ -185,7 +185,9 @@ class Fusion(Router):
         return Attending(spot.outputs, self.dim or spot.outputs, self.values)
 
     def choose(self, at: Reading) -> Mapping[int, Tensor | float]:
-        raise AssertionError("it needs the children's outputs: see `fused`")
+        """Of a child that has a site to itself; where there are several, `fused` needs their outputs."""
+        assert key_of(at.site) not in self.sites
+        return dict.fromkeys(self.spots[at.site].children, 1.0)
 
     def fused(self, at: Reading, changes: Mapping[int, Tensor]) -> Tensor:
         """What is added to y, like y. changes: child -> e_i(f) - f."""
