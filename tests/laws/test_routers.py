@@ -578,6 +578,8 @@ def test_tasks_must_be_told_and_fit() -> None:
             logits(view, task_ids=tasks)
     with pytest.raises(ValueError, match="task_ids has no effect"):
         logits(view, adapters="a", task_ids=[0, 1, 1])
+    with view.disable_adapter():  # a batch goes with and without
+        assert torch.equal(logits(view, task_ids=[0, 1, 1]), logits(view.base))
 
 
 def test_a_pooled_router_refuses_what_it_cannot_average() -> None:
