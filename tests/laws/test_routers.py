@@ -338,6 +338,22 @@ def test_cached_generation_equals_uncached(kind: str, model: str) -> None:
         assert torch.equal(plain, written(view, tokens, mask, **beams))
 
 
+def test_the_mean_of_a_long_row_in_half_precision() -> None:
+    """A cache goes on from sums and counts; 400 tokens are more than bf16 can count."""
+    base = MAKE["llama"](num_hidden_layers=1, max_position_embeddings=512).bfloat16()
+    view = routed("llama", PooledRouter(), "lora", "lora", base=base).eval()
+    site: Any = view.gates[0].sites["/model/layers/0/self_attn/q_proj"]
+    means: list[Tensor] = []
+    site.network.register_forward_hook(lambda m, i, out: means.append(i[0]))
+    tokens = ids(1).repeat(1, 60)[:, :400]
+    with torch.no_grad(), view.running(None, None, (), {}):
+        cache = view.base(tokens[:, :300], use_cache=True).past_key_values
+        for t in range(300, 400):
+            view.base(tokens[:, t : t + 1], past_key_values=cache)
+        states = view.base.model.layers[0].input_layernorm(view.base.model.embed_tokens(tokens)).double()
+    close(torch.cat(means, dim=1).double(), states.cumsum(1) / torch.arange(1, 401)[:, None], 1e-5)
+
+
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_rows_with_and_without_a_router(kind: str) -> None:
     """adapter_names: one row uses the router, the others do not."""
