@@ -61,6 +61,19 @@ def test_a_mix_on_other_models(make: Any) -> None:
     assert str(report).count("ok ") == len(report.findings)
 
 
+@pytest.mark.parametrize("router", ["token_router", "fusion", "task_router"])
+def test_what_a_router_chooses_from(router: str) -> None:
+    view = get_peft_model(llama(), LoraConfig(r=2), adapter_name="a")
+    view.add_adapter("b", LoraConfig(r=2) if router == "fusion" else PrefixTuningConfig(num_virtual_tokens=2))
+    view.add_adapter("c", LoraConfig(r=2))
+    tasks = {"task_ids": [0, 1, 1]} if router == "task_router" else {}
+    view.set_adapter(f"{router}(a, b, c{', num_tasks=2' if tasks else ''})")
+    report = view.verify(batch(**tasks))
+    assert report, str(report)
+    assert [f.adapter for f in report.findings if f.what == OUTPUT] == ["a", "b", "c"]
+    assert "depend on what goes in" in report.skipped[MERGED]
+
+
 def test_masked_labels() -> None:
     view = get_peft_model(llama(), LoraConfig(r=2), adapter_name="a")
     report = view.verify(batch(labels=torch.full((3, 7), -100)))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .core import composition
 from .core.adapter import Adapter, ModuleCopy, Part
 from .core.method import AttentionMethod, InputMethod, WeightMethod
+from .core.view import View
 
 OUTPUT, GRADIENT, STEP, FROZEN, BASE, MERGED, SAVED = (
     "changes the output",
@@ -123,7 +124,7 @@ def _each_changes_the_output(view: Any, names: Sequence[str], call: Any) -> list
     found: list[Finding] = []
     whole = _output(call, view)
     for name in names:
-        with view.using(composition.without(view.composition, name)):
+        with view.using(composition.muted(view.composition, name)):
             changed = not torch.equal(_output(call, view), whole)
         reason = "" if changed else _why_unused(view.get_adapter(name), view, call)
         found.append(Finding(OUTPUT, name, changed, "the same with and without it", reason))
@@ -165,6 +166,8 @@ def _step(
 
 
 def _unmergeable(view: Any) -> str:
+    if composition.routers(view.composition):
+        return f"the gates of {view.composition!r} depend on what goes in"
     parts = [(n, p) for n in composition.names(view.composition) for p in view.get_adapter(n).parts]
     kept = [p for _, p in parts if not isinstance(p.method, AttentionMethod | InputMethod)]
     other = [f"{n!r} is a {type(p.method).__name__}" for n, p in parts if p in kept and not _is_map(p)]
@@ -258,7 +261,8 @@ def _trains(adapter: Adapter) -> bool:
 def _caller(view: Any, batch: Any) -> Callable[[Any], Any]:
     if isinstance(batch, Mapping):
         given = {k: v.to(_device(view)) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return lambda model: model(**given)
+        plain = {k: v for k, v in given.items() if k != "task_ids"}  # the base has no routers that ask for them
+        return lambda model: model(**(given if isinstance(model, View) else plain))
     if not isinstance(batch, Tensor):
         raise TypeError(
             f"verify needs a batch: a dict of the model's inputs, or a tensor; got a {type(batch).__name__}."

@@ -291,7 +291,7 @@ def told(kind: str, tasks: list[int]) -> dict[str, Any]:
 @pytest.mark.parametrize("model", ["llama", "gpt2", "t5", "bert", pytest.param("bart", marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_a_row_of_a_batch_equals_it_alone_whatever_its_padding(kind: str, model: str) -> None:
-    view = made(kind, model).eval()
+    view = made(kind, model).eval().double()  # scores of an attention over changes are steep
     tokens, mask = ids(3), torch.ones(3, ids(3).shape[1], dtype=torch.long)
     tokens[1, 3:], mask[1, 3:] = 9, 0
     decoder = {"decoder_input_ids": tokens} if model in ("t5", "bart") else {}
@@ -336,6 +336,22 @@ def test_cached_generation_equals_uncached(kind: str, model: str) -> None:
             written(view, tokens, mask, **beams)
     else:
         assert torch.equal(plain, written(view, tokens, mask, **beams))
+
+
+def test_the_mean_of_a_long_row_in_half_precision() -> None:
+    """A cache goes on from sums and counts; 400 tokens are more than bf16 can count."""
+    base = MAKE["llama"](num_hidden_layers=1, max_position_embeddings=512).bfloat16()
+    view = routed("llama", PooledRouter(), "lora", "lora", base=base).eval()
+    site: Any = view.gates[0].sites["/model/layers/0/self_attn/q_proj"]
+    means: list[Tensor] = []
+    site.network.register_forward_hook(lambda m, i, out: means.append(i[0]))
+    tokens = ids(1).repeat(1, 60)[:, :400]
+    with torch.no_grad(), view.running(None, None, (), {}):
+        cache = view.base(tokens[:, :300], use_cache=True).past_key_values
+        for t in range(300, 400):
+            view.base(tokens[:, t : t + 1], past_key_values=cache)
+        states = view.base.model.layers[0].input_layernorm(view.base.model.embed_tokens(tokens)).double()
+    close(torch.cat(means, dim=1).double(), states.cumsum(1) / torch.arange(1, 401)[:, None], 1e-5)
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
@@ -578,6 +594,8 @@ def test_tasks_must_be_told_and_fit() -> None:
             logits(view, task_ids=tasks)
     with pytest.raises(ValueError, match="task_ids has no effect"):
         logits(view, adapters="a", task_ids=[0, 1, 1])
+    with view.disable_adapter():  # a batch goes with and without
+        assert torch.equal(logits(view, task_ids=[0, 1, 1]), logits(view.base))
 
 
 def test_a_pooled_router_refuses_what_it_cannot_average() -> None:
@@ -585,5 +603,22 @@ def test_a_pooled_router_refuses_what_it_cannot_average() -> None:
     cache = view(ids(1), use_cache=True).past_key_values
     with pytest.raises(RuntimeError, match="only `generate` of a view keeps"):
         view(ids(1)[:, :1], past_key_values=cache)
-    with pytest.raises(ValueError, match="rows are packed"):
-        view(ids(1), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4][: ids(1).shape[1]]]))
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
+    square = {"attention_mask": torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()}
+    for call, match in ((packed, "rows are packed"), (square, r"mask \(\(1, 1, 7, 7\)\)")):
+        with pytest.raises(ValueError, match=match):
+            view(ids(1), **call)
+    by_token = made("token", "llama").eval()
+    close(logits(by_token, ids(1), **square), logits(by_token, ids(1)), 1e-6)
+    close(logits(by_token, ids(1), **packed)[:, :3], logits(by_token, ids(1)[:, :3]), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["token", "task", "arrow"])
+def test_a_static_cache(kind: str) -> None:
+    view = routed("llama", ROUTERS[kind](), "lora", "lora", base=writer("llama")).eval()
+    tokens = ids(2)
+    how: dict[str, Any] = {"attention_mask": torch.ones_like(tokens), "do_sample": False, "max_new_tokens": 5}
+    how |= told(kind, [0, 1])
+    expected = view.generate(tokens, **how)
+    assert torch.equal(view.generate(tokens, cache_implementation="static", **how), expected)
+    assert not torch.equal(expected, view.base.generate(tokens, **{k: v for k, v in how.items() if k != "task_ids"}))

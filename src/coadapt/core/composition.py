@@ -323,6 +323,14 @@ def terms(node: Node, has: Callable[[str], bool], gate: Gate | None = None) -> I
             yield from terms(child, has, gate.times(weight))
 
 
+def muted(node: Node, name: str) -> Node:
+    """The composition with one adapter at gate 0; what chooses among adapters still knows it."""
+    if isinstance(node, str):
+        return Sum(node, weights=[0.0]) if node == name else node
+    children = [muted(child, name) for child in node.children]
+    return Seq(*children) if isinstance(node, Seq) else Sum(*children, weights=node.router or node.weights)
+
+
 def without(node: Node, name: str) -> Node:
     """The composition with one adapter taken out, and every gate that then has nothing behind it.
 

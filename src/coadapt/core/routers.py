@@ -57,7 +57,8 @@ class PooledRouter(TokenRouter):
     by_token = False
 
     def scores(self, at: Reading, spot: Spot, network: nn.Module) -> Tensor:
-        return network(as_parameters(pooled(at.features, spot, (id(self), at.site)), network))
+        # First in the parameters' dtype: in half precision a running count of tokens stands still at 256.
+        return network(pooled(as_parameters(at.features, network), spot, (id(self), at.site)))
 
 
 class TaskRouter(Router):

@@ -261,8 +261,14 @@ class View(nn.Module, ABC):
             plan, rows = self._plans.rows(nodes, self._merged)
         self._check_wrapper(plan.nodes)
         _check_gates(plan, args, kwargs)
+        if task_ids is not None and not plan.by_task and self._sets_by_task_aside(adapters, names):
+            task_ids = None
         frame = entered(plan.frame(rows, _tasks(task_ids, plan, args, kwargs)), plan=plan)
         return frame if torch.compiler.is_compiling() else _Running(record, id(self), frame)
+
+    def _sets_by_task_aside(self, adapters: Any, names: Any) -> bool:
+        """Whether `using` or `disable_adapter` stands for a composition that would read the batch's `task_ids`."""
+        return adapters is None and names is None and routing.by_task([self._node])
 
     def _check_wrapper(self, nodes: Sequence[Node]) -> None:
         members = {**self._names, "gates": self.gates}
