@@ -47,9 +47,9 @@ class Sizes:
     rows: int | None = None  # sentences of each file that are used; None: all
     vocabulary: int = 4000
     width: int = 256
-    pretraining: int = 6
+    pretraining: int = 8
     language: int = 3
-    task: int = 8
+    task: int = 10
     seeds: int = 3
 
 
@@ -103,14 +103,15 @@ def tokenizer_of(sentences: Iterable[str], size: int) -> PreTrainedTokenizerFast
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", mask_token="<mask>")
 
 
-def train(model: Any, groups: Any, texts: Texts, make: Callable[..., dict[str, Tensor]], epochs: int) -> None:
-    """AdamW, a rate that rises and falls; batches of 16, drawn anew in each epoch, of sentences of about one length."""
+def train(model: Any, groups: Any, texts: Texts, make: Callable[..., Any], epochs: int, size: int = 32) -> None:
+    """AdamW, a rate that rises and falls; batches of sentences of about one length, drawn anew in each epoch."""
     draw = torch.Generator().manual_seed(torch.initial_seed())
     order: list[list[int]] = []
     for _ in range(epochs):
-        for some in torch.randperm(len(texts.ids), generator=draw).split(128):
+        for some in torch.randperm(len(texts.ids), generator=draw).split(8 * size):
             alike = sorted(some.tolist(), key=lambda row: len(texts.ids[row]))
-            order += [alike[i : i + 16] for i in range(0, len(alike), 16)]
+            batches = [alike[i : i + size] for i in range(0, len(alike), size)]
+            order += [batches[i] for i in torch.randperm(len(batches), generator=draw)]
     optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [g["lr"] for g in groups], len(order), pct_start=0.06)
     model.train()
@@ -179,7 +180,7 @@ def tasks(base: str, out: Path, data: Data, sizes: Sizes, seed: int) -> Scores:
         model.set_adapter(composition)
         model.trainable(name)
         own = data[language, "train"]
-        train(model, model.param_groups({name: 3e-3}), own, own.labelled, sizes.task)
+        train(model, model.param_groups({name: 3e-3}), own, own.labelled, sizes.task, size=16)
     scores: Scores = {}
     for of in FOLDERS:
         used = ("alone", "en >> task-en", f"{of} >> task-en", f"{of} >> task-{of}")
