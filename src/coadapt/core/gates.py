@@ -226,6 +226,10 @@ class Gate:
         return replace(self, factors=(*self.factors, weight))
 
     @property
+    def is_number(self) -> bool:
+        return len(self.factors) == 0  # torch.compile cannot trace `not` of a tuple
+
+    @property
     def routed(self) -> bool:
         """Whether it depends on the input."""
         return any(isinstance(f, Routed) for f in self.factors)
@@ -277,7 +281,7 @@ class Gates:
     @property
     def is_one(self) -> bool:
         """Whether it is the number 1 in every row."""
-        return all(g is not None and g.number == 1.0 and not g.factors for g in self.each)
+        return all(g is not None and g.number == 1.0 and g.is_number for g in self.each)
 
     @property
     def routed(self) -> bool:
@@ -289,7 +293,7 @@ class Gates:
             assert self.each[0] is not None
             return self.each[0].value(at)
         chosen = per_row(rows, len(at.y)).to(at.y.device)
-        if all(g is None or not g.factors for g in self.each):
+        if all(g is None or g.is_number for g in self.each):
             return torch.tensor([0.0 if g is None else g.number for g in self.each], device=at.y.device)[chosen]
         out = torch.zeros(len(chosen), device=at.y.device)
         for c, gate in enumerate(self.each):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import did_you_mean
+from .frame import in_backward
 from .gates import Chooser, Reading, Spot
 from .pooling import counted
 
@@ -190,6 +191,8 @@ class RoutedSite(nn.Module):
     @torch.no_grad()
     def record(self, gates: Tensor, real: Tensor | None) -> None:
         """gates: (..., C). real: gates.shape[:-1], which count."""
+        if in_backward():
+            return
         if real is not None:
             self.used += (gates * real[..., None]).flatten(0, -2).sum(0)
             self.count += real.sum()
