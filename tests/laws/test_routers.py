@@ -200,6 +200,27 @@ def test_arrow_by_hand() -> None:
     assert not list(view.gates.parameters())
 
 
+def test_arrow_reads_the_adapters_that_are_there() -> None:
+    """Parameters whose memory is another one now (moved to a device and back), and other adapters of the same name."""
+    view, x, _, _ = one_layer(LORA, LORA)
+    view.set_adapter(Sum("a", "b", weights=Arrow()))
+    node = view.composition
+    view(x)
+    for p in view.get_adapter("a").parameters():
+        p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(7))
+    close(view(x), view(x, adapters=Sum("a", "b", weights=Arrow())))
+    view.set_adapter("b")
+    view.delete_adapter("a")
+    view.add_adapter("a", LORA)
+    with pytest.raises(ValueError, match="made for other adapters"):
+        view.set_adapter(node)
+    copied = copy.deepcopy(view)
+    copied.set_adapter(Sum("a", "b", weights=Arrow()))
+    again = copy.deepcopy(copied)
+    stir(again.get_adapter("a"), seed=3, by=1.0)
+    close(again(x), again(x, adapters=Sum("a", "b", weights=Arrow())))
+
+
 @pytest.mark.parametrize("values", [True, False])
 @pytest.mark.parametrize("configs", [(LORA, LORA), (LORA, SERIAL), (SERIAL, SERIAL)])
 def test_fusion_by_hand(configs: Any, values: bool) -> None:
@@ -599,6 +620,10 @@ def test_places_that_cannot_be() -> None:
         view.merge_adapter()
     with pytest.raises(ValueError, match="cannot become one adapter"):
         view.combine(view.composition, adapter_name="both")
+    for name in ("e", "e2"):
+        view.add_adapter(name, LoraConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(ValueError, match="one word or another"):
+        view.set_adapter(Sum("e", "e2", weights=Arrow()))
     conv = view_on("conv", "lora", "lora")
     with pytest.raises(ValueError, match="a convolution"):
         conv.set_adapter(Sum("a", "b", weights=TokenRouter()))

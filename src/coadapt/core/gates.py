@@ -60,6 +60,8 @@ class Spot:
     """What each of them has here."""
     kind: str
     """"layer", "attention" or "input"."""
+    embeds: bool
+    """Whether it is an embedding, which is given ids."""
     tokens: bool
     """Whether features stand last: (B, ..., D)."""
     stream: str

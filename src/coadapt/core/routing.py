@@ -93,6 +93,7 @@ def _spot(site: str, part: Part, methods: Mapping[int, Sequence[nn.Module]], str
         children=tuple(methods),
         methods=methods,
         kind=next((name for cls, name in kind.items() if isinstance(part.method, cls)), "layer"),
+        embeds=embeds,
         tokens=not (shape is not None and shape.channel == 1),
         stream="" if stack is None else stack.path,
         causal=stack is not None and stack.role == "decoder",
