@@ -49,7 +49,6 @@ class Spot:
 
     site: str
     path: str
-    module: nn.Module | None
     width: int
     """D of the features that are read there."""
     outputs: int
@@ -70,8 +69,8 @@ class Spot:
     """Whether a token must not know of later ones there."""
 
     def described(self) -> "Spot":
-        """The same without what belongs to the model."""
-        return replace(self, module=None, methods={})
+        """The same without the adapters themselves."""
+        return replace(self, methods={})
 
 
 def attention_site(path: str) -> str:

@@ -79,7 +79,7 @@ class Router(Chooser):
         new = not self.spots
         self.spots = {site: spot.described() for site, spot in found.items()}
         for spot in useful if new else ():
-            beside = () if spot.module is None else spot.module.parameters()
+            beside = (p for own in spot.methods.values() for method in own for p in method.parameters())
             like = next((p for p in beside if p.is_floating_point()), torch.empty(0))
             wide = like.dtype if like.dtype == torch.float64 else torch.float32
             site = RoutedSite(self.network(spot), spot.children)
