@@ -200,6 +200,27 @@ def test_arrow_by_hand() -> None:
     assert not list(view.gates.parameters())
 
 
+def test_arrow_reads_the_adapters_that_are_there() -> None:
+    """Parameters whose memory is another one now (moved to a device and back), and other adapters of the same name."""
+    view, x, _, _ = one_layer(LORA, LORA)
+    view.set_adapter(Sum("a", "b", weights=Arrow()))
+    node = view.composition
+    view(x)
+    for p in view.get_adapter("a").parameters():
+        p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(7))
+    close(view(x), view(x, adapters=Sum("a", "b", weights=Arrow())))
+    view.set_adapter("b")
+    view.delete_adapter("a")
+    view.add_adapter("a", LORA)
+    with pytest.raises(ValueError, match="made for other adapters"):
+        view.set_adapter(node)
+    copied = copy.deepcopy(view)
+    copied.set_adapter(Sum("a", "b", weights=Arrow()))
+    again = copy.deepcopy(copied)
+    stir(again.get_adapter("a"), seed=3, by=1.0)
+    close(again(x), again(x, adapters=Sum("a", "b", weights=Arrow())))
+
+
 @pytest.mark.parametrize("values", [True, False])
 @pytest.mark.parametrize("configs", [(LORA, LORA), (LORA, SERIAL), (SERIAL, SERIAL)])
 def test_fusion_by_hand(configs: Any, values: bool) -> None:
@@ -402,16 +423,18 @@ def _double_loss(view: Any, **options: Any) -> Tensor:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_checkpointing_changes_nothing(kind: str, reentrant: bool) -> None:
-    view = made(kind, "llama")
+    view = made(kind, "llama").train()
     own = told(kind, [0, 1, 1])
     expected = loss(view, **own)
     expected.backward()
-    before = gradients(view)
+    before, used = gradients(view), copy.deepcopy(dict(view.gates.named_buffers()))
     recompute(view, reentrant)
     again = loss(view, **own)
     again.backward()
     close(again, expected)
     same_gradients(gradients(view), before)
+    for name, buffer in view.gates.named_buffers():  # what is recomputed was counted already
+        close(buffer, used[name] if name.endswith("of") else 2 * used[name])
 
 
 def test_routers_train_alone_and_learn_whom_to_choose() -> None:
@@ -500,15 +523,30 @@ def test_what_was_used() -> None:
     assert view.gates[0].shares() == {}  # counted while training
 
 
-def test_one_graph_whatever_is_chosen() -> None:
+@pytest.mark.parametrize(
+    ("kind", "cases"),
+    [
+        ("top-1", ("lora", "prefix", "lora")),
+        ("pooled", ("lora", "prefix", "lora")),
+        ("task", ("lora", "prefix", "lora")),
+        pytest.param("task", ("prompt", "prompt"), marks=pytest.mark.full),
+        pytest.param("arrow", ("lora", "lora"), marks=pytest.mark.full),
+        pytest.param("fusion", ("lora-all-linear", "lora-all-linear"), marks=pytest.mark.full),
+    ],
+)
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_one_graph_whatever_is_chosen(kind: str, cases: Any, train: bool) -> None:
     torch.compiler.reset()
-    view = routed("llama", TokenRouter(top_k=1), "lora", "lora", base=MAKE["llama"](num_hidden_layers=1)).eval()
+    view = routed("llama", ROUTERS[kind](), *cases, base=MAKE["llama"](num_hidden_layers=1)).train(train)
     counter = CompileCounter()
     compiled = torch.compile(view, fullgraph=True, backend=counter)
-    with torch.no_grad():
-        for seed in range(3):
-            tokens = ids(3, seed=seed)
-            close(logits(compiled, tokens), logits(view, tokens), 1e-5)
+    for seed in range(3):
+        tokens, mask = ids(3, seed=seed), torch.ones_like(ids(3))
+        mask[seed, 4:] = 0
+        own: Any = {"task_ids": torch.tensor([seed % 2, 1, 0])} if kind == "task" else {}
+        with torch.set_grad_enabled(train):
+            expected = logits(view, tokens, attention_mask=mask, **own)
+            close(logits(compiled, tokens, attention_mask=mask, **own), expected, 1e-5)
     assert counter.frame_count == 1
     torch.compiler.reset()
 
@@ -582,6 +620,10 @@ def test_places_that_cannot_be() -> None:
         view.merge_adapter()
     with pytest.raises(ValueError, match="cannot become one adapter"):
         view.combine(view.composition, adapter_name="both")
+    for name in ("e", "e2"):
+        view.add_adapter(name, LoraConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(ValueError, match="one word or another"):
+        view.set_adapter(Sum("e", "e2", weights=Arrow()))
     conv = view_on("conv", "lora", "lora")
     with pytest.raises(ValueError, match="a convolution"):
         conv.set_adapter(Sum("a", "b", weights=TokenRouter()))

@@ -49,7 +49,6 @@ class Spot:
 
     site: str
     path: str
-    module: nn.Module | None
     width: int
     """D of the features that are read there."""
     outputs: int
@@ -60,6 +59,8 @@ class Spot:
     """What each of them has here."""
     kind: str
     """"layer", "attention" or "input"."""
+    embeds: bool
+    """Whether it is an embedding, which is given ids."""
     tokens: bool
     """Whether features stand last: (B, ..., D)."""
     stream: str
@@ -68,8 +69,8 @@ class Spot:
     """Whether a token must not know of later ones there."""
 
     def described(self) -> "Spot":
-        """The same without what belongs to the model."""
-        return replace(self, module=None, methods={})
+        """The same without the adapters themselves."""
+        return replace(self, methods={})
 
 
 def attention_site(path: str) -> str:
@@ -247,6 +248,10 @@ class Gate:
         return replace(self, factors=(*self.factors, weight))
 
     @property
+    def is_number(self) -> bool:
+        return len(self.factors) == 0  # torch.compile cannot trace `not` of a tuple
+
+    @property
     def routed(self) -> bool:
         """Whether it depends on the input."""
         return any(isinstance(f, Routed) for f in self.factors)
@@ -298,7 +303,7 @@ class Gates:
     @property
     def is_one(self) -> bool:
         """Whether it is the number 1 in every row."""
-        return all(g is not None and g.number == 1.0 and not g.factors for g in self.each)
+        return all(g is not None and g.number == 1.0 and g.is_number for g in self.each)
 
     @property
     def reads(self) -> bool:
@@ -312,7 +317,7 @@ class Gates:
             assert self.each[0] is not None
             return self.each[0].value(at)
         chosen = per_row(rows, len(at.y)).to(at.y.device)
-        if all(g is None or not g.factors for g in self.each):
+        if all(g is None or g.is_number for g in self.each):
             return torch.tensor([0.0 if g is None else g.number for g in self.each], device=at.y.device)[chosen]
         out = torch.zeros(len(chosen), device=at.y.device)
         for c, gate in enumerate(self.each):
