@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from coadapt import Learned, Seq, Sum
-from laws.setting import close, few, gradients, ids, logits, loss, pairs, view_on
+from coadapt import Learned, LoraConfig, PeftModel, Seq, Sum
+from laws.setting import MAKE, close, few, gradients, ids, logits, loss, pairs, view_on
 
 GATED = ["lora", "lora-all-linear", "lora-bias", "bottleneck", "bottleneck-parallel", "bitfit", "prefix-decoupled"]
 
@@ -30,6 +30,13 @@ def test_one_hot_rows_equal_adapter_names(case: str, model: str) -> None:
     chosen = torch.tensor([1.0, 0.0, 0.0])
     by_gate = logits(view, adapters=Sum("a", "b", weights=[chosen, 1 - chosen]))
     close(by_gate, logits(view, adapter_names=["a", "b", "b"]), 5e-6)
+
+
+def test_one_adapter_twice_with_dropout() -> None:
+    view = PeftModel(MAKE["llama"](), LoraConfig(r=2, lora_dropout=1e-9, init_lora_weights=False), "a").train()
+    rows = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 0.0, -1.0])]
+    twice = logits(view, adapters=Sum("a", "a", weights=rows))
+    close(twice, logits(view, adapters=Sum("a", weights=[rows[0] + rows[1]])), 1e-5)
 
 
 @few
