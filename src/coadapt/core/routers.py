@@ -194,7 +194,9 @@ class Fusion(Router):
     def __init__(self, temperature: float = 1.0, dim: int | None = None, values: bool = True) -> None:
         super().__init__("softmax", None, temperature)
         whole(self, "dim", dim)
-        self.dim, self.values = dim, bool(values)
+        if not isinstance(values, bool):
+            raise ValueError(f"Fusion: values={values!r} must be true or false.")
+        self.dim, self.values = dim, values
 
     def refuse(self, spot: Spot) -> None:
         if spot.kind != "layer" or not spot.tokens:

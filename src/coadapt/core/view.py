@@ -233,7 +233,7 @@ class View(nn.Module, ABC):
             kwargs["assistant_model"] = Bare(base)
         with self.running(adapters, adapter_names, args, kwargs, task_ids) as plan:
             if plan.keeps_sums:
-                _refuse_beams(base, kwargs)
+                _refuse_beams(base, args, kwargs)
             return base.generate(*args, **kwargs)
 
     def running(
@@ -356,8 +356,8 @@ def _tasks(task_ids: Any, plan: Any, args: tuple[Any, ...], kwargs: Mapping[str,
     return tasks
 
 
-def _refuse_beams(base: Any, kwargs: Mapping[str, Any]) -> None:
-    config = kwargs.get("generation_config") or base.generation_config
+def _refuse_beams(base: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or base.generation_config
     beams = kwargs.get("num_beams") or getattr(config, "num_beams", 1) or 1
     cached = kwargs.get("use_cache", getattr(config, "use_cache", True))
     if beams > 1 and cached is not False:
