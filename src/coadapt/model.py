@@ -211,14 +211,22 @@ class PeftModel(View):
     # ---- what trains -------------------------------------------------------------------------------------------------
 
     def freeze(self, *adapter_names: str) -> None:
-        """These adapters (all, if none is named) get no gradients from now on."""
+        """These adapters (all, if none is named) get no gradients from now on. "gates" names the trained gates."""
         for name in adapter_names or self._names:
-            self.get_adapter(name).requires_grad_(False)
+            self._member(name).requires_grad_(False)
 
     def unfreeze(self, *adapter_names: str) -> None:
-        """These adapters (all, if none is named) get gradients from now on."""
+        """These adapters (all, if none is named) get gradients from now on. "gates" names the trained gates."""
         for name in adapter_names or self._names:
-            self.get_adapter(name).requires_grad_(True)
+            self._member(name).requires_grad_(True)
+
+    def _member(self, name: str) -> nn.Module:
+        """An adapter, or what "gates" stands for. Raises ValueError where there is none."""
+        if name != "gates":
+            return self.get_adapter(name)
+        if not len(self.gates):
+            raise ValueError(f"There are no trained gates in {self._node!r}; learned*a or token_router(a, b) has them.")
+        return self.gates
 
     def trainable(self, *adapter_names: str) -> list[str]:
         """The adapters that train; given names, exactly those train from now on."""
@@ -245,11 +253,11 @@ class PeftModel(View):
         trained = {name: [p for p in m.parameters() if p.requires_grad] for name, m in members.items()}
         given = {n: o if isinstance(o, Mapping) else {"lr": o} for n, o in (options or {}).items()}
         for name in given:
-            if name != "gates":
-                self.get_adapter(name)
+            self._member(name)
             if not trained[name]:
                 raise ValueError(
-                    f"param_groups: {name!r} has nothing that trains, so its options would have no effect. Unfreeze it."
+                    f"param_groups: {name!r} has nothing that trains, so its options would have no effect. "
+                    f"Call unfreeze({name!r})."
                 )
         for name, adapter in self._names.items():
             adapter.learning_rate = given.get(name, {}).get("lr", adapter.learning_rate)
@@ -465,7 +473,14 @@ class BaseModel:
         view: PeftModel = self.__dict__["_view"]
         return getattr(view if hasattr(PeftModel, name) else view.base, name)
 
-    def __call__(self, *args: Any, adapters: Any = None, adapter_names: Sequence[Any] | None = None, **kw: Any) -> Any:
+    def __call__(
+        self,
+        *args: Any,
+        adapters: Any = None,
+        adapter_names: Sequence[Any] | None = None,
+        task_ids: Any = None,
+        **kw: Any,
+    ) -> Any:
         """Hidden states; the whole of a model that has no body of its own.
 
         Raises:
@@ -475,7 +490,7 @@ class BaseModel:
         base = view.base
         body = base.base_model if hasattr(base, "base_model_prefix") else base
         if body is base:
-            return view(*args, adapters=adapters, adapter_names=adapter_names, **kw)
+            return view(*args, adapters=adapters, adapter_names=adapter_names, task_ids=task_ids, **kw)
         inside = set(body.modules())
         asked = adapter_names or [view.composition if adapters is None else adapters]
         for name in {n for a in asked if a not in (None, "__base__") for n in composition.names(view.checked(a))}:
@@ -485,7 +500,7 @@ class BaseModel:
                     f"base_model gives hidden states, without the head; the adapter {name!r} at {out[0]!r} would have "
                     "no part in them, nor in what reads the head's weight itself. Call the view, or leave the head out."
                 )
-        with view.running(adapters, adapter_names, args, kw):
+        with view.running(adapters, adapter_names, args, kw, task_ids):
             return body(*args, **kw)
 
     def __repr__(self) -> str:

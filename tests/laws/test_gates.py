@@ -73,6 +73,13 @@ def test_one_hot_rows_equal_adapter_names(case: str, model: str) -> None:
     close(by_gate, logits(view, adapter_names=["a", "b", "b"]), 5e-6)
 
 
+def test_one_adapter_twice_with_dropout() -> None:
+    view = PeftModel(MAKE["llama"](), LoraConfig(r=2, lora_dropout=1e-9, init_lora_weights=False), "a").train()
+    rows = [torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 0.0, -1.0])]
+    twice = logits(view, adapters=Sum("a", "a", weights=rows))
+    close(twice, logits(view, adapters=Sum("a", weights=[rows[0] + rows[1]])), 1e-5)
+
+
 @few
 @given(gates=st.lists(st.floats(0, 3, width=32), min_size=4, max_size=4), data=st.data())
 def test_gates_inside_of_rows(gates: list[float], data: st.DataObject) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from transformers import GenerationConfig
 
 from coadapt import (
     Arrow,
@@ -355,6 +356,8 @@ def test_cached_generation_equals_uncached(kind: str, model: str) -> None:
     if kind in ("pooled", "sigmoid"):
         with pytest.raises(ValueError, match="num_beams=3 with a cache"):
             written(view, tokens, mask, **beams)
+        with pytest.raises(ValueError, match="num_beams=3 with a cache"):
+            view.generate(tokens, GenerationConfig(num_beams=3), attention_mask=mask)
     else:
         assert torch.equal(plain, written(view, tokens, mask, **beams))
 
@@ -478,6 +481,12 @@ def test_saved_and_loaded(kind: str, tmp_path: Any) -> None:
     if kind != "per-layer":
         assert again.gates[0].usage() == view.gates[0].usage() != {}
     assert not any(p.requires_grad for p in again.parameters())
+    if kind != "arrow":
+        with pytest.raises(ValueError, match=r"Call unfreeze\('gates'\)"):
+            again.param_groups({"gates": 1e-3})
+        again.unfreeze("gates")
+        assert [g["name"] for g in again.param_groups({"gates": 1e-3})] == ["gates"]
+        again.freeze("gates")
     copied = copy.deepcopy(view)
     stir(view.gates, seed=3, by=1.0)
     close(logits(copied, **own), expected)
@@ -561,6 +570,7 @@ def test_bad_options() -> None:
         (lambda: TokenRouter(temperature=0.0), "temperature=0.0"),
         (lambda: TokenRouter(hidden=-1), "hidden=-1"),
         (lambda: TaskRouter(0), "num_tasks=0"),
+        (lambda: Fusion(values="no"), "values='no'"),  # type: ignore[arg-type]
         (lambda: Sum("a", weights=TokenRouter()), "its Sum has 1"),
         (lambda: Sum("a", "b", weights=TokenRouter(top_k=2)), "top_k=2 of 2 children"),
         (lambda: Learned(0.0), "above 0"),
@@ -638,6 +648,8 @@ def test_tasks_must_be_told_and_fit() -> None:
         logits(view, adapters="a", task_ids=[0, 1, 1])
     with view.disable_adapter():  # a batch goes with and without
         assert torch.equal(logits(view, task_ids=[0, 1, 1]), logits(view.base))
+    states = view.base_model(ids(3), task_ids=[0, 1, 1]).last_hidden_state
+    close(view.base.lm_head(states), logits(view, task_ids=[0, 1, 1]), 1e-6)
 
 
 def test_a_pooled_router_refuses_what_it_cannot_average() -> None:

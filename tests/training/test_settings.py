@@ -175,7 +175,7 @@ def test_names_are_those_of_transformers_where_it_has_one() -> None:
         "completion_only_loss",
         "max_length",
     }
-    ours |= {"method", "adapters", "composition", "overwrite_output_dir", "resume", "verify"}
+    ours |= {"method", "adapters", "composition", "gates_learning_rate", "overwrite_output_dir", "resume", "verify"}
     ours |= {"datasets", "mixing_temperature"}
     ours |= set(signature(EarlyStoppingCallback).parameters)
     assert set(RunConfig.model_fields) - ours <= set(TrainingArguments.__dataclass_fields__)

@@ -25,9 +25,9 @@ def tasks(task_ids: Any, plan: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
     return tasks
 
 
-def refuse_beams(base: Any, kwargs: Mapping[str, Any]) -> None:
+def refuse_beams(base: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Raises ValueError where `generate` would put rows in another order, which running means do not follow."""
-    config = kwargs.get("generation_config") or base.generation_config
+    config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or base.generation_config
     beams = kwargs.get("num_beams") or getattr(config, "num_beams", 1) or 1
     cached = kwargs.get("use_cache", getattr(config, "use_cache", True))
     if beams > 1 and cached is not False:

@@ -54,10 +54,12 @@ def added(layer: Layer, x: Tensor, y: Tensor, terms: Sequence[Term], rows: Tenso
         rows: (B,) which composition each row uses, or None.
     """
     at = Reading(layer.path, x, y)
-    wet = [t for t in terms if t.method.training and t.method.dropout > 0 and x.is_floating_point()]
-    for term in wet:  # each adapter drops inputs of its own
-        y = _added(layer, F.dropout(x, term.method.dropout), y, [term], rows, at)
-    dry = [t for t in terms if t not in wet]
+    dry: list[Term] = []
+    for term in terms:
+        if term.method.training and term.method.dropout > 0 and x.is_floating_point():  # drops inputs of its own
+            y = _added(layer, F.dropout(x, term.method.dropout), y, [term], rows, at)
+        else:
+            dry.append(term)
     return _added(layer, x, y, dry, rows, at) if dry else y
 
 

@@ -11,7 +11,7 @@ from .adapter import Adapter, Part
 from .around import Methods, NodeCall, NotingCall, SpanCall
 from .attention import AttentionCall, AttentionTerm
 from .backbone import Backbone, backbones, stacks
-from .composition import Node, check_known, key, names, row_gates, terms
+from .composition import Node, check_known, key, names, routers, row_gates, terms
 from .frame import Frame, SiteCall
 from .gates import Gate, Gates
 from .input import EmbeddingCall, InputCall
@@ -96,9 +96,10 @@ class Plan:
 
     def _note_tokens(self, base: nn.Module) -> None:
         """Routers average over real tokens: those are noted where a stack is called."""
+        pools = any(router.pools for node in self.nodes for router, _ in routers(node))
         encoder: str | None = None
         for stack in stacks(base):
-            self.calls[stack.module] = SeenCall(stack.path, stack.module, encoder, self.calls.get(stack.module))
+            self.calls[stack.module] = SeenCall(stack.path, stack.module, encoder, self.calls.get(stack.module), pools)
             encoder = stack.path
 
     def _terms(self, methods: Mapping[str, Any]) -> list[tuple[Any, Gates]]:

@@ -51,25 +51,29 @@ class Seen:
 
 
 class SeenCall:
-    """What a plan has at a stack where routers pool: notes its real tokens in the frame."""
+    """What a plan has at a stack where there are routers: notes its real tokens in the frame.
 
-    def __init__(self, path: str, stack: Any, encoder: str | None, inner: SiteCall | None) -> None:
-        self.path, self.encoder, self.inner = path, encoder, inner
+    Args:
+        pools: whether one averages them, and goes on from what a cache holds; the others count what they used.
+    """
+
+    def __init__(self, path: str, stack: Any, encoder: str | None, inner: SiteCall | None, pools: bool) -> None:
+        self.path, self.encoder, self.inner, self.pools = path, encoder, inner, pools
         self.names = [n for n in inspect.signature(stack.forward).parameters if n not in ("self", "args", "kwargs")]
 
     def __call__(self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
         told = next((call[n] for n in ("input_ids", "inputs_embeds") if call.get(n) is not None), None)
-        cache = call.get("past_key_values")
-        past = 0 if cache is None else int(cache.get_seq_length())
         if told is not None:
-            mask = call.get("attention_mask")
-            flat = mask[:, -told.shape[1] :] if isinstance(mask, Tensor) and mask.dim() == 2 else None
-            seen = Seen(len(told), told.shape[1], past, flat)
-            if flat is None:
-                positions = call.get("position_ids")
-                seen.unclear = functools.partial(_packed, positions) if mask is None else functools.partial(_odd, mask)
-            frame.seen[self.path] = seen
+            cache, mask = call.get("past_key_values"), call.get("attention_mask")
+            past = int(cache.get_seq_length()) if self.pools and cache is not None else 0
+            seen = frame.seen[self.path] = Seen(len(told), told.shape[1], past)
+            if mask is None:
+                seen.unclear = functools.partial(_packed, call.get("position_ids"))
+            elif isinstance(mask, Tensor) and mask.dim() == 2:
+                seen.mask = mask[:, -told.shape[1] :]
+            else:
+                seen.unclear = functools.partial(_odd, mask)
         states = call.get("encoder_hidden_states")
         if self.encoder is not None and states is not None and self.encoder not in frame.seen:  # made before this call
             mask = call.get("encoder_attention_mask")

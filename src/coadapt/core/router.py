@@ -228,6 +228,12 @@ def whole(router: Router, name: str, value: Any) -> None:
         raise ValueError(f"{type(router).__name__}: {name}={value!r} must be a whole number of at least 1.")
 
 
+def yes_or_no(router: Router, name: str, value: Any) -> None:
+    """Raises ValueError for what is neither true nor false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{type(router).__name__}: {name}={value!r} must be true or false.")
+
+
 def above_zero(router: Router, temperature: Any) -> None:
     """Raises ValueError for what is no number above 0."""
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not temperature > 0:

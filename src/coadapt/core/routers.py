@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..config import did_you_mean
 from .gates import Reading, Spot, per_row, tasks_of_call
 from .pooling import counted, pooled
-from .router import Router, as_parameters, key_of, whole
+from .router import Router, as_parameters, key_of, whole, yes_or_no
 
 
 class TokenRouter(Router):
@@ -194,7 +194,8 @@ class Fusion(Router):
     def __init__(self, temperature: float = 1.0, dim: int | None = None, values: bool = True) -> None:
         super().__init__("softmax", None, temperature)
         whole(self, "dim", dim)
-        self.dim, self.values = dim, bool(values)
+        yes_or_no(self, "values", values)
+        self.dim, self.values = dim, values
 
     def refuse(self, spot: Spot) -> None:
         if spot.kind != "layer" or not spot.tokens:

@@ -233,7 +233,7 @@ class View(nn.Module, ABC):
             kwargs["assistant_model"] = Bare(base)
         with self.running(adapters, adapter_names, args, kwargs, task_ids) as plan:
             if plan.keeps_sums:
-                arguments.refuse_beams(base, kwargs)
+                arguments.refuse_beams(base, args, kwargs)
             return base.generate(*args, **kwargs)
 
     def running(

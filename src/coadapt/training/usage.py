@@ -27,6 +27,7 @@ class Used:
     """What one router did while it was trained."""
 
     router: str
+    """With the options that it has, and what it chooses from."""
     children: Sequence[str]
     sites: Mapping[str, Mapping[str, float]]
     """Site -> child -> mean gate over real tokens (or rows)."""
@@ -72,7 +73,7 @@ def _used(node: Node, tensors: Mapping[str, Tensor], prefix: str) -> list[Used]:
                 sites[key.replace("/", ".")] = {
                     names[c]: share for c, share in zip(own[f"{key}.of"].tolist(), shares, strict=True)
                 }
-        out.append(Used(router=repr(router), children=names, sites=sites))
+        out.append(Used(router=repr(found), children=names, sites=sites))
     return out
 
 
@@ -83,8 +84,8 @@ def usage_tables(used: Sequence[Used]) -> Iterable[Table | Text]:
         if not found.sites:
             yield Text(f"{found.router} was not in training yet, so nothing is known of what it uses.", "dim")
             continue
-        title = f"{found.router} · mean gate, by layer"
-        table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+        yield Text(f"{found.router} · mean gate, by layer", "bold")
+        table = Table(box=None, padding=(0, 2, 0, 0))
         table.add_column("layer", overflow="fold")
         for child in found.children:
             table.add_column(child, justify="right")
