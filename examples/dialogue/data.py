@@ -5,11 +5,12 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
-QUESTIONS = ("Tell me about {}.", "What is {} like?", "Do you know {}?")
+QUESTIONS = ("Tell me about {}.\n", "What is {} like?\n", "Do you know {}?\n")
 SLOTS = ("eatType", "food", "near")
 """What an answer is checked for: values that the sentences give word for word."""
 Row = dict[str, str]  # prompt, completion
@@ -28,9 +29,14 @@ class Restaurant:
         return sum(self.facts[slot].lower() in answer.lower() for slot in SLOTS) / len(SLOTS)
 
 
-def on_stage(words: str, speakers: tuple[str, str] = ("ROMEO", "JULIET")) -> str:
+def on_stage(words: str) -> str:
     """The words as a speech in a play, up to where the other one answers."""
-    return f"{speakers[0]}:\n{words}\n\n{speakers[1]}:\n"
+    return f"ROMEO:\n{words.strip()}\n\nJULIET:\n"
+
+
+def record(text: str) -> dict[str, str]:
+    """`name[Cotto], food[English]` as a dictionary."""
+    return dict(re.findall(r"(\w[\w ]*)\[(.*?)\]", text))
 
 
 def restaurants(folder: Path) -> list[Restaurant]:
@@ -46,21 +52,15 @@ def restaurants(folder: Path) -> list[Restaurant]:
     return [one for name in sorted(written) if (one := chosen(name, written[name])) is not None]
 
 
-def record(text: str) -> dict[str, str]:
-    """`name[Cotto], food[English]` as a dictionary."""
-    return dict(re.findall(r"(\w[\w ]*)\[(.*?)\]", text))
-
-
 def chosen(name: str, written: Mapping[str, Sequence[str]]) -> Restaurant | None:
     whole = {text: record(text) for text in written if set(SLOTS) <= set(record(text))}
     found: dict[str, list[str]] = {}
     for text, facts in whole.items():
         agreeing = [other for other in whole if whole[other].items() <= facts.items()]
         found[text] = [sentence for other in agreeing for sentence in written[other]]
-    enough = sorted(text for text in found if len(found[text]) >= 8)
-    if not enough:
+    if not (enough := sorted(text for text in found if len(found[text]) >= 8)):
         return None
-    text = random.Random(name).choice(enough)
+    text = random.Random(name).choice(enough)  # drawn: the records of which most was written are much alike
     return Restaurant(name, {slot: whole[text][slot] for slot in SLOTS}, found[text])
 
 
@@ -69,7 +69,7 @@ def replies(file: Path, longest: int = 160) -> list[Row]:
     speeches = [speech.split("\n", 1) for speech in file.read_text("utf-8").strip().split("\n\n")]
     return [
         {"prompt": f"{said[0]}\n{said[1]}\n\n{answer[0]}\n", "completion": answer[1]}
-        for said, answer in zip(speeches, speeches[1:], strict=False)
+        for said, answer in pairwise(speeches)
         if all(len(speech) == 2 and len(speech[1]) <= longest for speech in (said, answer))
     ]
 
@@ -80,21 +80,16 @@ def commonest(known: Sequence[Restaurant]) -> float:
     return sum(most) / len(known) / len(SLOTS)
 
 
-def facts(known: Iterable[Restaurant]) -> tuple[list[Row], list[Row]]:
-    """Questions and answers to train on, and of each restaurant every fourth sentence held out."""
-    parts: tuple[list[Row], list[Row]] = ([], [])
-    for one in known:
-        for number, sentence in enumerate(one.sentences):
-            question = QUESTIONS[number // 4 % len(QUESTIONS)].format(one.name)
-            parts[number % 4 == 3].append({"prompt": question, "completion": sentence})
-    return parts
-
-
 def write(assets: Path, out: Path) -> None:
     """The files that the runs read: facts of restaurants, replies in plays, and what is held out of both."""
     plays = replies(assets / "tinyshakespeare" / "input.txt")
     end = len(plays) * 9 // 10  # the last plays of the file: no scene of them is trained on
-    learnt, held_out = facts(restaurants(assets / "e2e_nlg"))
+    facts = [
+        (number, {"prompt": QUESTIONS[number // 4 % len(QUESTIONS)].format(one.name), "completion": sentence})
+        for one in restaurants(assets / "e2e_nlg")
+        for number, sentence in enumerate(one.sentences)
+    ]
+    learnt, held_out = ([row for n, row in facts if (n % 4 == 3) is held] for held in (False, True))
     staged = [{**row, "prompt": on_stage(row["prompt"])} for row in held_out]
     out.mkdir(parents=True, exist_ok=True)
     files = {"facts": learnt, "facts-held-out": held_out, "plays": plays[:end], "stage-held-out": staged}

@@ -1,4 +1,4 @@
-"""Knowledge of restaurants and the style of plays: two adapters, trained side by side or one on the other, and joined."""
+"""Knowledge of restaurants, the style of plays: two adapters, trained side by side or one on the other, and joined."""
 
 import argparse
 import json
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import yaml
-from data import QUESTIONS, Restaurant, commonest, on_stage, restaurants, write
 from matplotlib.figure import Figure
 from rich.console import Console
 from torch.nn.functional import cross_entropy
@@ -18,26 +17,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from coadapt import PeftModel
 from coadapt.training.run import train
 from coadapt.training.settings import RunConfig
+from data import QUESTIONS, Restaurant, commonest, on_stage, restaurants, write
 
 HERE = Path(__file__).parent
-BASE = "base"
-COMPOSITIONS = {
-    BASE: None,
-    "knowledge": "knowledge",
-    "style": "style",
-    "knowledge + style": "knowledge + style",
-    "knowledge + 0.5*style": "knowledge + 0.5*style",
-    "0.5*knowledge + 0.5*style": "0.5*knowledge + 0.5*style",
-    "later": "later",
-    "knowledge >> later": "knowledge >> later",
-    "one adapter, svd, rank 16": "svd",
-    "one adapter, ties": "ties",
-}
+MIXES = ("knowledge + style", "knowledge + 0.5*style", "0.5*knowledge + 0.5*style", "later", "knowledge >> later")
+MADE = ("svd", "ties")  # one adapter out of two
+COMPOSITIONS = {"base": None, **{text: text for text in ("knowledge", "style", *MIXES, *MADE)}}
 """What is compared -> what a row of a batch asks for."""
 LOSSES = {"facts": "loss, facts", "plays": "loss, plays", "stage": "loss, facts on stage"}
 ASKED = {"facts known": QUESTIONS[0], "facts known, on stage": on_stage(QUESTIONS[0])}
 COLUMNS = (*LOSSES.values(), *ASKED)
-TOLD = ("Tell me about Giraffe.\n", on_stage("Tell me about Giraffe."), on_stage("What say you of my lord?"))
+TOLD = (QUESTIONS[0].format("Giraffe"), on_stage(QUESTIONS[0].format("Giraffe")), on_stage("What says my lord?"))
 Scores = dict[tuple[str, str], float]  # (what is compared, column)
 
 
@@ -66,9 +56,8 @@ def losses(view: PeftModel, tokenizer: Any, rows: Sequence[Mapping[str, str]]) -
     """Mean loss, in nats, of the tokens of the rows' completions. A batch has each row once for each composition."""
     total, count = torch.zeros(len(COMPOSITIONS)), 0
     for row in rows:
-        gap = "" if row["prompt"].endswith("\n") else "\n"
-        asked = tokenizer(row["prompt"] + gap)["input_ids"]
-        ids = torch.tensor([tokenizer(row["prompt"] + gap + row["completion"])["input_ids"] + [tokenizer.eos_token_id]])
+        asked = tokenizer(row["prompt"])["input_ids"]
+        ids = torch.tensor([tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]])
         logits = view(ids.expand(len(COMPOSITIONS), -1), adapter_names=list(COMPOSITIONS.values())).logits
         wanted = ids[:, len(asked) :].expand(len(COMPOSITIONS), -1)
         each = cross_entropy(logits[:, len(asked) - 1 : -1].transpose(1, 2), wanted, reduction="none")
@@ -79,12 +68,9 @@ def losses(view: PeftModel, tokenizer: Any, rows: Sequence[Mapping[str, str]]) -
 @torch.no_grad()
 def answers(view: PeftModel, tokenizer: Any, prompt: str) -> dict[str, str]:
     """What each composition says, the likeliest token each time; all in one batch."""
-    asked = tokenizer([prompt] * len(COMPOSITIONS), return_tensors="pt")
+    asked = tokenizer([prompt] * len(COMPOSITIONS), return_tensors="pt", return_token_type_ids=False)
+    said = view.generate(**asked, max_new_tokens=110, do_sample=False, adapter_names=list(COMPOSITIONS.values()))
     length = asked["input_ids"].shape[1]
-    said = view.generate(
-        input_ids=asked["input_ids"], attention_mask=asked["attention_mask"], max_new_tokens=110, do_sample=False,
-        adapter_names=list(COMPOSITIONS.values()),
-    )  # fmt: skip
     return dict(zip(COMPOSITIONS, tokenizer.batch_decode(said[:, length:], skip_special_tokens=True), strict=True))
 
 
@@ -96,11 +82,9 @@ def measured(view: PeftModel, tokenizer: Any, known: Sequence[Restaurant], out: 
         found = losses(view, tokenizer, [json.loads(line) for line in lines])
         scores |= {(composition, column): loss for composition, loss in found.items()}
     for column, question in ASKED.items():
-        gap = "" if question.endswith("\n") else "\n"
-        said = [(one, answers(view, tokenizer, question.format(one.name) + gap)) for one in known[:rows]]
-        for composition in COMPOSITIONS:
-            right = (one.known(every[composition]) for one, every in said)
-            scores[composition, column] = 100 * statistics.fmean(right)
+        said = [(one, answers(view, tokenizer, question.format(one.name))) for one in known[:rows]]
+        for name in COMPOSITIONS:
+            scores[name, column] = 100 * statistics.fmean(one.known(every[name]) for one, every in said)
     return scores
 
 
@@ -123,23 +107,19 @@ def table(runs: Sequence[Scores], known: Sequence[Restaurant]) -> str:
 def draw(runs: Sequence[Scores], file: Path) -> None:
     """What is known against how well plays are foretold: a dot for each composition and seed."""
     axes = (figure := Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained")).subplots()
-    colors = ("#8a8a8a", "#2b6cb0", "#d9730d", "#0d9488", "#65a30d", "#b45309", "#f0abfc", "#7c3aed", "#be123c", "#444444")
-    for composition, color in zip(COMPOSITIONS, colors, strict=True):
+    for composition in COMPOSITIONS:
         x, y = ([scores[composition, column] for scores in runs] for column in ("loss, plays", "facts known"))
-        axes.plot(x, y, "o", color=color, markersize=6, alpha=0.8, label=composition)
+        axes.plot(x, y, "o", label=composition)
     axes.set(xlabel="loss on held-out plays, nats (better to the left)", ylabel="facts in the answers, %")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file)
 
 
 def transcript(view: PeftModel, tokenizer: Any) -> str:
-    """A few questions, and every composition's answer as it is."""
-    lines: list[str] = []
-    for prompt in TOLD:
-        lines += [prompt.strip(), ""]
-        lines += [f"[{name}] {' / '.join(said.split(chr(10)))}" for name, said in answers(view, tokenizer, prompt).items()]
-        lines.append("")
-    return "\n".join(lines)
+    """A few questions, and every composition's answer as it is; / for the end of a line."""
+    said = [(prompt, answers(view, tokenizer, prompt)) for prompt in TOLD]
+    shown = ([prompt, *(f"[{k}] {v.replace(chr(10), ' / ')}" for k, v in every.items()), ""] for prompt, every in said)
+    return "\n".join(line for lines in shown for line in lines)
 
 
 def main() -> None:
@@ -156,16 +136,14 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
     runs: list[Scores] = []
     for seed in range(1, (1 if chosen.quick else chosen.seeds) + 1):
-        folders = [
-            trained(name, chosen.model, chosen.out, seed, 25 if chosen.quick else 1) for name in ("joint", "staged")
-        ]
-        view = joined(chosen.model, *folders)
+        shorter = 25 if chosen.quick else 1
+        joint, staged = (trained(run, chosen.model, chosen.out, seed, shorter) for run in ("joint", "staged"))
+        view = joined(chosen.model, joint, staged)
         runs.append(measured(view, tokenizer, known, chosen.out, 2 if chosen.quick else None))
         print(f"seed {seed} is done", flush=True)
         if seed == 1:
             (chosen.out / "transcript.txt").write_text(transcript(view, tokenizer), encoding="utf-8")
-    report = table(runs, known)
-    print(report)
+    print(report := table(runs, known))
     (chosen.out / "table.md").write_text(report + "\n", encoding="utf-8")
     draw(runs, chosen.out / "dialogue.png")
 
