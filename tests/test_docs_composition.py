@@ -1,6 +1,7 @@
 """docs/composition.md and docs/routing.md say what is so: all of their Python runs, each line of the table too."""
 
 import ast
+import json
 import re
 import runpy
 from pathlib import Path
@@ -8,8 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
+from coadapt.cli.output import console
+from coadapt.cli.show import command as show
+from coadapt.demo import BASE
+from coadapt.demo.task import examples
+from coadapt.training.run import train
+from coadapt.training.settings import RunConfig
+from coadapt.training.usage import read_usage
 from models import stir
 
 ROOT = Path(__file__).parent.parent
@@ -88,9 +97,9 @@ def test_each_line_of_the_table_runs(scheme: str, line: str, names: dict[str, An
             model(**batch, adapters=names["Sum"]("task", "style", weights=names["best"])).logits, names["own"]
         )
     if line.startswith("model.generate"):
-        plain = names["base"].generate(**batch, max_new_tokens=4)
-        assert out.shape == plain.shape
-        assert not torch.equal(out, plain)
+        alone = [model.generate(**batch, adapters=name, max_new_tokens=4) for name in ("task", "style")]
+        assert not torch.equal(alone[0], alone[1])
+        assert torch.equal(out, torch.stack([alone[0][0], alone[1][1]]))
         return None
     if "backward" in line:
         assert all(p.grad.isfinite().all() for p in model.get_adapter("task").parameters())
@@ -102,6 +111,26 @@ def differs(logits: Tensor, own: Tensor) -> None:
     """In the first row, and finite everywhere."""
     assert logits.isfinite().all()
     assert not torch.allclose(logits[0], own[0], atol=1e-4)
+
+
+def test_a_run_may_have_a_router_and_show_draws_what_it_used(tmp_path: Path) -> None:
+    rows = [json.dumps(row) + "\n" for row in examples("train", 24, 0)]
+    (tmp_path / "rows.jsonl").write_text("".join(rows), "utf-8")
+    run_config = RunConfig(
+        model=str(BASE),
+        data=str(tmp_path / "rows.jsonl"),
+        adapters={"a": {"method": "lora", "r": 2}, "b": {"method": "lora", "r": 2}},  # type: ignore[arg-type]
+        composition="token_router(a, b)",
+        output_dir=str(tmp_path / "routed"),
+        max_steps=2,
+        use_cpu=True,
+    )
+    train(run_config, console())
+    (used,) = read_usage(tmp_path / "routed")
+    assert sum(used.overall().values()) == pytest.approx(1.0, abs=1e-4)
+    result = CliRunner().invoke(show, [str(tmp_path / "routed"), "--picture", str(tmp_path / "usage.png")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "usage.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_table_has_every_known_scheme() -> None:

@@ -8,7 +8,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cases import CASES
-from coadapt import BottleneckConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from coadapt import (
+    Arrow,
+    BottleneckConfig,
+    Fusion,
+    LoraConfig,
+    PeftModel,
+    PooledRouter,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    Seq,
+    Sum,
+    TaskRouter,
+    TokenRouter,
+    get_peft_model,
+)
 from coadapt.verifying import BASE, GRADIENT, MERGED, OUTPUT, SAVED, STEP
 from models import bert, gpt2, ids, llama, plain, t5
 from steps import traces
@@ -59,6 +73,43 @@ def test_a_mix_on_other_models(make: Any) -> None:
     report = view.check(given)
     assert report, str(report)
     assert str(report).count("ok ") == len(report.findings)
+
+
+@pytest.mark.parametrize("kind", ["token", "pooled", "task", "arrow", "fusion"])
+def test_routers_are_tried_too(kind: str) -> None:
+    makers: dict[str, Any] = {
+        "token": TokenRouter, "pooled": PooledRouter, "task": lambda: TaskRouter(2), "arrow": Arrow, "fusion": Fusion
+    }  # fmt: skip
+    view = PeftModel(llama())
+    for name in "abc":
+        view.add_adapter(name, LoraConfig(r=2))
+    view.set_adapter(Seq("a", Sum("b", "c", weights=makers[kind]())))
+    told = {"task_ids": [0, 1, 1]} if kind == "task" else {}
+    before = {name: value.clone() for name, value in view.state_dict().items()}
+    report = view.verify(batch(**told))
+    assert report, str(report)
+    assert {(f.what, f.adapter) for f in report.findings} >= {(w, n) for w in (OUTPUT, GRADIENT, STEP) for n in "abc"}
+    assert list(report.skipped) == [MERGED]
+    assert all(torch.equal(value, before[name]) for name, value in view.state_dict().items())
+
+
+def test_whom_a_router_never_chooses() -> None:
+    view = PeftModel(llama())
+    for name in "ab":
+        view.add_adapter(name, LoraConfig(r=2))
+    view.set_adapter(Sum("a", "b", weights=TokenRouter(top_k=1)))
+    with torch.no_grad():
+        for bias in (p for n, p in view.gates.named_parameters() if n.endswith("bias")):
+            bias.copy_(torch.tensor([9.0, -9.0]))
+    assert failures(view, batch()) == [(OUTPUT, "b"), (GRADIENT, "b"), (STEP, "b")]
+
+
+def test_a_gate_per_row_is_neither_merged_nor_saved() -> None:
+    view = get_peft_model(llama(), LoraConfig(r=2), adapter_name="a")
+    view.set_adapter(Sum("a", weights=[torch.tensor([1.0, 0.5, 0.0])]))
+    report = view.verify(batch())
+    assert report, str(report)
+    assert list(report.skipped) == [MERGED, SAVED]
 
 
 def test_masked_labels() -> None:

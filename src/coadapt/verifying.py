@@ -80,9 +80,11 @@ def verify(view: Any, batch: Any, loss: Callable[[Any], Tensor] | None = None, m
         merge: try merging as well, which needs room for the merged weights.
     """
     call = _caller(view, batch)
+    routed = isinstance(batch, Mapping) and "task_ids" in batch  # which only a router understands
+    plain = _caller(view, {k: v for k, v in batch.items() if k != "task_ids"}) if routed else call
     with _restored(view), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        findings = [_is_base_when_disabled(view, call)]
+        findings = [_is_base_when_disabled(view, plain)]
         names = [n for n in composition.names(view.composition) if _trains(view.get_adapter(n))]
         _move(view, names)  # away from starts at which a gradient is rightly zero (B = 0 in a LoRA)
         findings += _each_changes_the_output(view, names, call)
@@ -92,7 +94,7 @@ def verify(view: Any, batch: Any, loss: Callable[[Any], Tensor] | None = None, m
         expected = _output(call, view)
         for what, why, tried in (
             (MERGED, _unmergeable(view) if merge else "merge=False", _merged),
-            (SAVED, "", _saved),
+            (SAVED, "a gate per row belongs to one batch" if composition.row_gates(view.composition) else "", _saved),
         ):
             try:
                 if not why:
@@ -123,11 +125,26 @@ def _each_changes_the_output(view: Any, names: Sequence[str], call: Any) -> list
     found: list[Finding] = []
     whole = _output(call, view)
     for name in names:
-        with view.using(composition.without(view.composition, name)):
+        with _otherwise(view, name):
             changed = not torch.equal(_output(call, view), whole)
         reason = "" if changed else _why_unused(view.get_adapter(name), view, call)
         found.append(Finding(OUTPUT, name, changed, "the same with and without it", reason))
     return found
+
+
+@contextmanager
+def _otherwise(view: Any, name: str) -> Generator[None]:
+    """Context: an adapter is left out; moved, where a router chooses it, which can leave none out."""
+    if not any(name in composition.names(node) for _, node in composition.routers(view.composition)):
+        with view.using(composition.without(view.composition, name)):
+            yield
+        return
+    before = [(p, p.detach().clone()) for p in view.get_adapter(name).parameters()]
+    _move(view, [name])
+    yield
+    with torch.no_grad():
+        for p, value in before:
+            p.copy_(value)
 
 
 def _step(
@@ -165,6 +182,8 @@ def _step(
 
 
 def _unmergeable(view: Any) -> str:
+    if composition.routers(view.composition) or composition.row_gates(view.composition):
+        return "its gates depend on the call"
     parts = [(n, p) for n in composition.names(view.composition) for p in view.get_adapter(n).parts]
     kept = [p for _, p in parts if not isinstance(p.method, AttentionMethod | InputMethod)]
     other = [f"{n!r} is a {type(p.method).__name__}" for n, p in parts if p in kept and not _is_map(p)]
