@@ -9,17 +9,12 @@ from torch import Tensor, nn
 
 from cases import CASES
 from coadapt import (
-    Arrow,
     BottleneckConfig,
-    Fusion,
     LoraConfig,
     PeftModel,
-    PooledRouter,
     PrefixTuningConfig,
     PromptTuningConfig,
-    Seq,
     Sum,
-    TaskRouter,
     TokenRouter,
     get_peft_model,
 )
@@ -75,22 +70,17 @@ def test_a_mix_on_other_models(make: Any) -> None:
     assert str(report).count("ok ") == len(report.findings)
 
 
-@pytest.mark.parametrize("kind", ["token", "pooled", "task", "arrow", "fusion"])
-def test_routers_are_tried_too(kind: str) -> None:
-    makers: dict[str, Any] = {
-        "token": TokenRouter, "pooled": PooledRouter, "task": lambda: TaskRouter(2), "arrow": Arrow, "fusion": Fusion
-    }  # fmt: skip
-    view = PeftModel(llama())
-    for name in "abc":
-        view.add_adapter(name, LoraConfig(r=2))
-    view.set_adapter(Seq("a", Sum("b", "c", weights=makers[kind]())))
-    told = {"task_ids": [0, 1, 1]} if kind == "task" else {}
-    before = {name: value.clone() for name, value in view.state_dict().items()}
-    report = view.verify(batch(**told))
+@pytest.mark.parametrize("router", ["token_router", "fusion", "task_router"])
+def test_what_a_router_chooses_from(router: str) -> None:
+    view = get_peft_model(llama(), LoraConfig(r=2), adapter_name="a")
+    view.add_adapter("b", LoraConfig(r=2) if router == "fusion" else PrefixTuningConfig(num_virtual_tokens=2))
+    view.add_adapter("c", LoraConfig(r=2))
+    tasks = {"task_ids": [0, 1, 1]} if router == "task_router" else {}
+    view.set_adapter(f"{router}(a, b, c{', num_tasks=2' if tasks else ''})")
+    report = view.verify(batch(**tasks))
     assert report, str(report)
-    assert {(f.what, f.adapter) for f in report.findings} >= {(w, n) for w in (OUTPUT, GRADIENT, STEP) for n in "abc"}
-    assert list(report.skipped) == [MERGED]
-    assert all(torch.equal(value, before[name]) for name, value in view.state_dict().items())
+    assert [f.adapter for f in report.findings if f.what == OUTPUT] == ["a", "b", "c"]
+    assert "depend on what goes in" in report.skipped[MERGED]
 
 
 def test_whom_a_router_never_chooses() -> None:

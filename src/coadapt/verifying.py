@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .core import composition
 from .core.adapter import Adapter, ModuleCopy, Part
 from .core.method import AttentionMethod, InputMethod, WeightMethod
+from .core.view import View
 
 OUTPUT, GRADIENT, STEP, FROZEN, BASE, MERGED, SAVED = (
     "changes the output",
@@ -80,11 +81,9 @@ def verify(view: Any, batch: Any, loss: Callable[[Any], Tensor] | None = None, m
         merge: try merging as well, which needs room for the merged weights.
     """
     call = _caller(view, batch)
-    routed = isinstance(batch, Mapping) and "task_ids" in batch  # which only a router understands
-    plain = _caller(view, {k: v for k, v in batch.items() if k != "task_ids"}) if routed else call
     with _restored(view), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        findings = [_is_base_when_disabled(view, plain)]
+        findings = [_is_base_when_disabled(view, call)]
         names = [n for n in composition.names(view.composition) if _trains(view.get_adapter(n))]
         _move(view, names)  # away from starts at which a gradient is rightly zero (B = 0 in a LoRA)
         findings += _each_changes_the_output(view, names, call)
@@ -125,26 +124,11 @@ def _each_changes_the_output(view: Any, names: Sequence[str], call: Any) -> list
     found: list[Finding] = []
     whole = _output(call, view)
     for name in names:
-        with _otherwise(view, name):
+        with view.using(composition.muted(view.composition, name)):
             changed = not torch.equal(_output(call, view), whole)
         reason = "" if changed else _why_unused(view.get_adapter(name), view, call)
         found.append(Finding(OUTPUT, name, changed, "the same with and without it", reason))
     return found
-
-
-@contextmanager
-def _otherwise(view: Any, name: str) -> Generator[None]:
-    """Context: an adapter is left out; moved, where a router chooses it, which can leave none out."""
-    if not any(name in composition.names(node) for _, node in composition.routers(view.composition)):
-        with view.using(composition.without(view.composition, name)):
-            yield
-        return
-    before = [(p, p.detach().clone()) for p in view.get_adapter(name).parameters()]
-    _move(view, [name])
-    yield
-    with torch.no_grad():
-        for p, value in before:
-            p.copy_(value)
 
 
 def _step(
@@ -183,7 +167,7 @@ def _step(
 
 def _unmergeable(view: Any) -> str:
     if composition.routers(view.composition) or composition.row_gates(view.composition):
-        return "its gates depend on the call"
+        return f"the gates of {view.composition!r} depend on what goes in"
     parts = [(n, p) for n in composition.names(view.composition) for p in view.get_adapter(n).parts]
     kept = [p for _, p in parts if not isinstance(p.method, AttentionMethod | InputMethod)]
     other = [f"{n!r} is a {type(p.method).__name__}" for n, p in parts if p in kept and not _is_map(p)]
@@ -277,7 +261,8 @@ def _trains(adapter: Adapter) -> bool:
 def _caller(view: Any, batch: Any) -> Callable[[Any], Any]:
     if isinstance(batch, Mapping):
         given = {k: v.to(_device(view)) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return lambda model: model(**given)
+        plain = {k: v for k, v in given.items() if k != "task_ids"}  # the base has no routers that ask for them
+        return lambda model: model(**(given if isinstance(model, View) else plain))
     if not isinstance(batch, Tensor):
         raise TypeError(
             f"verify needs a batch: a dict of the model's inputs, or a tensor; got a {type(batch).__name__}."

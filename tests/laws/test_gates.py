@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from coadapt import Learned, Seq, Sum
-from laws.setting import close, few, gradients, ids, logits, loss, pairs, view_on
+from coadapt import BottleneckConfig, Learned, LoraConfig, PeftModel, Seq, Sum
+from laws.setting import MAKE, close, far, few, gradients, ids, logits, loss, pairs, stir, view_on
 
 GATED = ["lora", "lora-all-linear", "lora-bias", "bottleneck", "bottleneck-parallel", "bitfit", "prefix-decoupled"]
 
@@ -22,6 +22,47 @@ def test_a_gate_per_row_is_that_number_for_that_row(case: str, model: str) -> No
     for b in range(3):
         expected = logits(view, ids()[b : b + 1], adapters=Sum("a", "b", weights=[float(first[b]), float(second[b])]))
         close(mixed[b], expected[0], 5e-6)
+
+
+@pairs(3, cases=[*GATED, "prefix"], models=("llama", "gpt2", "bert", "qwen3"))
+def test_a_gate_per_token_that_is_the_same_for_a_row_is_a_gate_per_row(case: str, model: str) -> None:
+    view = view_on(model, case, "lora")
+    rows = torch.tensor([1.0, 0.25, 2.0])
+    tokens = rows[:, None].expand(3, ids().shape[1])
+    expected = logits(view, adapters=Sum("a", "b", weights=[rows, 0.5]))
+    close(logits(view, adapters=Sum("a", "b", weights=[tokens, 0.5])), expected, 5e-6)
+
+
+def test_a_sequence_split_between_adapters() -> None:
+    """What AdapterHub calls Split: no token mixes with others here, so each part is as its adapter alone makes it."""
+    view = PeftModel(MAKE["plain"]())
+    for name, config in (
+        ("a", LoraConfig(target_modules=["first"])),
+        ("b", BottleneckConfig(target_modules=["second"])),
+    ):
+        view.add_adapter(name, config)
+        stir(view.get_adapter(name), by=0.5)
+    first = torch.zeros(3, ids().shape[1])
+    first[:, :3] = 1.0
+    first[1, 3] = 1.0
+    split = logits(view, adapters=Sum("a", "b", weights=[first, 1 - first]))
+    expected = torch.where(first[..., None] == 1, logits(view, adapters="a"), logits(view, adapters="b"))
+    close(split, expected, 5e-6)
+    far(split, logits(view, adapters="a + b"))
+
+
+def test_a_causal_token_sees_what_earlier_ones_were_given() -> None:
+    """The first tokens equal the adapter alone; the later ones read keys and values that the other has made."""
+    view = view_on("llama", "lora-all-linear", "lora-all-linear", by=0.3)
+    first = torch.zeros(3, ids().shape[1])
+    first[:, :3] = 1.0
+    split = logits(view, adapters=Sum("a", "b", weights=[first, 1 - first]))
+    close(split[:, :3], logits(view, adapters="a")[:, :3], 5e-6)
+    far(split[:, 3:], logits(view, adapters="b")[:, 3:])
+    with pytest.raises(ValueError, match=r"was given for \(3, 7\) tokens, and .* has \(3, 1\)"):
+        view.generate(
+            ids(), adapters=Sum("a", weights=[first]), max_new_tokens=2, attention_mask=torch.ones_like(ids())
+        )
 
 
 @pairs(1, cases=GATED)
@@ -107,7 +148,7 @@ def test_learned_gates_are_parameters_of_the_view() -> None:
 
 
 def test_gates_that_cannot_be() -> None:
-    for wrong in (float("nan"), float("inf"), "much", True, torch.ones(2, 2)):
+    for wrong in (float("nan"), float("inf"), "much", True, torch.ones(2, 2, 2)):
         with pytest.raises(ValueError, match=r"[Gg]ate"):
             Sum("a", weights=[wrong])
     with pytest.raises(ValueError, match="2 children and 1 weights"):

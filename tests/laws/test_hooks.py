@@ -17,7 +17,7 @@ from accelerate.hooks import (
 from safetensors.torch import load_file
 from torch import nn
 
-from coadapt import LoraConfig, PeftModel
+from coadapt import LoraConfig, PeftModel, PooledRouter, Sum, TokenRouter
 from laws.setting import MAKE, attach, close, fits, gradients, logits, loss, pairs, rest, same_gradients
 from models import FAMILIES
 
@@ -116,6 +116,25 @@ def test_offloaded_weights(case: str, model: str, attach_first: bool) -> None:
     assert torch.equal(logits(base), plain)
     view.unload()
     assert torch.equal(logits(base), plain)
+    remove_hook_from_submodules(base)
+
+
+@pytest.mark.parametrize("router", [TokenRouter, PooledRouter])
+def test_routers_over_offloaded_weights(router: Any) -> None:
+    """Their parameters lie where the adapters' do, which is where the layers compute."""
+
+    def routed(base: nn.Module) -> Any:
+        view = attach(base, "gpt2", "lora", "prefix", "lora")
+        view.set_adapter(Sum("a", "b", "c", weights=router(activation="sigmoid")))
+        return view
+
+    expected = routed(MAKE["gpt2"]())
+    base = MAKE["gpt2"]()
+    cpu_offload(base, torch.device("cpu"))
+    view = routed(base)
+    assert all(p.is_meta for p in base.parameters())
+    view.load_state_dict(expected.state_dict())
+    close(logits(view), logits(expected))
     remove_hook_from_submodules(base)
 
 

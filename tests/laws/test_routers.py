@@ -200,6 +200,27 @@ def test_arrow_by_hand() -> None:
     assert not list(view.gates.parameters())
 
 
+def test_arrow_reads_the_adapters_that_are_there() -> None:
+    """Parameters whose memory is another one now (moved to a device and back), and other adapters of the same name."""
+    view, x, _, _ = one_layer(LORA, LORA)
+    view.set_adapter(Sum("a", "b", weights=Arrow()))
+    node = view.composition
+    view(x)
+    for p in view.get_adapter("a").parameters():
+        p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(7))
+    close(view(x), view(x, adapters=Sum("a", "b", weights=Arrow())))
+    view.set_adapter("b")
+    view.delete_adapter("a")
+    view.add_adapter("a", LORA)
+    with pytest.raises(ValueError, match="made for other adapters"):
+        view.set_adapter(node)
+    copied = copy.deepcopy(view)
+    copied.set_adapter(Sum("a", "b", weights=Arrow()))
+    again = copy.deepcopy(copied)
+    stir(again.get_adapter("a"), seed=3, by=1.0)
+    close(again(x), again(x, adapters=Sum("a", "b", weights=Arrow())))
+
+
 @pytest.mark.parametrize("values", [True, False])
 @pytest.mark.parametrize("configs", [(LORA, LORA), (LORA, SERIAL), (SERIAL, SERIAL)])
 def test_fusion_by_hand(configs: Any, values: bool) -> None:
@@ -215,6 +236,18 @@ def test_fusion_by_hand(configs: Any, values: bool) -> None:
         mixed = sum(g * c[b, t] for g, c in zip(scores.softmax(0), changes, strict=True))
         expected[b, t] += site.value(mixed) if values else mixed
     close(view(x), expected, 1e-5)
+
+
+@pytest.mark.parametrize("case", ["prefix", "prompt"])
+def test_fusion_leaves_what_has_a_site_to_itself(case: str) -> None:
+    """There is nothing to attend to there, so it takes part as it is."""
+    view = routed("llama", Fusion(dim=4), "lora", case, "lora")
+    with torch.no_grad():
+        for name in "ac":
+            for part in view.get_adapter(name).parts:
+                part.method.B.zero_()
+    close(logits(view), logits(view, adapters="b"), 1e-5)
+    far(logits(view), logits(view.base))
 
 
 def test_gates_multiply_down_a_tree() -> None:
@@ -279,7 +312,7 @@ def told(kind: str, tasks: list[int]) -> dict[str, Any]:
 @pytest.mark.parametrize("model", ["llama", "gpt2", "t5", "bert", pytest.param("bart", marks=pytest.mark.full)])
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_a_row_of_a_batch_equals_it_alone_whatever_its_padding(kind: str, model: str) -> None:
-    view = made(kind, model).eval()
+    view = made(kind, model).eval().double()  # scores of an attention over changes are steep
     tokens, mask = ids(3), torch.ones(3, ids(3).shape[1], dtype=torch.long)
     tokens[1, 3:], mask[1, 3:] = 9, 0
     decoder = {"decoder_input_ids": tokens} if model in ("t5", "bart") else {}
@@ -324,6 +357,22 @@ def test_cached_generation_equals_uncached(kind: str, model: str) -> None:
             written(view, tokens, mask, **beams)
     else:
         assert torch.equal(plain, written(view, tokens, mask, **beams))
+
+
+def test_the_mean_of_a_long_row_in_half_precision() -> None:
+    """A cache goes on from sums and counts; 400 tokens are more than bf16 can count."""
+    base = MAKE["llama"](num_hidden_layers=1, max_position_embeddings=512).bfloat16()
+    view = routed("llama", PooledRouter(), "lora", "lora", base=base).eval()
+    site: Any = view.gates[0].sites["/model/layers/0/self_attn/q_proj"]
+    means: list[Tensor] = []
+    site.network.register_forward_hook(lambda m, i, out: means.append(i[0]))
+    tokens = ids(1).repeat(1, 60)[:, :400]
+    with torch.no_grad(), view.running(None, None, (), {}):
+        cache = view.base(tokens[:, :300], use_cache=True).past_key_values
+        for t in range(300, 400):
+            view.base(tokens[:, t : t + 1], past_key_values=cache)
+        states = view.base.model.layers[0].input_layernorm(view.base.model.embed_tokens(tokens)).double()
+    close(torch.cat(means, dim=1).double(), states.cumsum(1) / torch.arange(1, 401)[:, None], 1e-5)
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
@@ -374,16 +423,18 @@ def _double_loss(view: Any, **options: Any) -> Tensor:
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_checkpointing_changes_nothing(kind: str, reentrant: bool) -> None:
-    view = made(kind, "llama")
+    view = made(kind, "llama").train()
     own = told(kind, [0, 1, 1])
     expected = loss(view, **own)
     expected.backward()
-    before = gradients(view)
+    before, used = gradients(view), copy.deepcopy(dict(view.gates.named_buffers()))
     recompute(view, reentrant)
     again = loss(view, **own)
     again.backward()
     close(again, expected)
     same_gradients(gradients(view), before)
+    for name, buffer in view.gates.named_buffers():  # what is recomputed was counted already
+        close(buffer, used[name] if name.endswith("of") else 2 * used[name])
 
 
 def test_routers_train_alone_and_learn_whom_to_choose() -> None:
@@ -472,15 +523,30 @@ def test_what_was_used() -> None:
     assert view.gates[0].shares() == {}  # counted while training
 
 
-def test_one_graph_whatever_is_chosen() -> None:
+@pytest.mark.parametrize(
+    ("kind", "cases"),
+    [
+        ("top-1", ("lora", "prefix", "lora")),
+        ("pooled", ("lora", "prefix", "lora")),
+        ("task", ("lora", "prefix", "lora")),
+        pytest.param("task", ("prompt", "prompt"), marks=pytest.mark.full),
+        pytest.param("arrow", ("lora", "lora"), marks=pytest.mark.full),
+        pytest.param("fusion", ("lora-all-linear", "lora-all-linear"), marks=pytest.mark.full),
+    ],
+)
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_one_graph_whatever_is_chosen(kind: str, cases: Any, train: bool) -> None:
     torch.compiler.reset()
-    view = routed("llama", TokenRouter(top_k=1), "lora", "lora", base=MAKE["llama"](num_hidden_layers=1)).eval()
+    view = routed("llama", ROUTERS[kind](), *cases, base=MAKE["llama"](num_hidden_layers=1)).train(train)
     counter = CompileCounter()
     compiled = torch.compile(view, fullgraph=True, backend=counter)
-    with torch.no_grad():
-        for seed in range(3):
-            tokens = ids(3, seed=seed)
-            close(logits(compiled, tokens), logits(view, tokens), 1e-5)
+    for seed in range(3):
+        tokens, mask = ids(3, seed=seed), torch.ones_like(ids(3))
+        mask[seed, 4:] = 0
+        own: Any = {"task_ids": torch.tensor([seed % 2, 1, 0])} if kind == "task" else {}
+        with torch.set_grad_enabled(train):
+            expected = logits(view, tokens, attention_mask=mask, **own)
+            close(logits(compiled, tokens, attention_mask=mask, **own), expected, 1e-5)
     assert counter.frame_count == 1
     torch.compiler.reset()
 
@@ -555,6 +621,10 @@ def test_places_that_cannot_be() -> None:
         view.merge_adapter()
     with pytest.raises(ValueError, match="cannot become one adapter"):
         view.combine(view.composition, adapter_name="both")
+    for name in ("e", "e2"):
+        view.add_adapter(name, LoraConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(ValueError, match="one word or another"):
+        view.set_adapter(Sum("e", "e2", weights=Arrow()))
     conv = view_on("conv", "lora", "lora")
     with pytest.raises(ValueError, match="a convolution"):
         conv.set_adapter(Sum("a", "b", weights=TokenRouter()))
@@ -567,6 +637,8 @@ def test_tasks_must_be_told_and_fit() -> None:
             logits(view, task_ids=tasks)
     with pytest.raises(ValueError, match="task_ids has no effect"):
         logits(view, adapters="a", task_ids=[0, 1, 1])
+    with view.disable_adapter():  # a batch goes with and without
+        assert torch.equal(logits(view, task_ids=[0, 1, 1]), logits(view.base))
 
 
 def test_a_pooled_router_refuses_what_it_cannot_average() -> None:
@@ -574,5 +646,22 @@ def test_a_pooled_router_refuses_what_it_cannot_average() -> None:
     cache = view(ids(1), use_cache=True).past_key_values
     with pytest.raises(RuntimeError, match="only `generate` of a view keeps"):
         view(ids(1)[:, :1], past_key_values=cache)
-    with pytest.raises(ValueError, match="rows are packed"):
-        view(ids(1), position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4][: ids(1).shape[1]]]))
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
+    square = {"attention_mask": torch.ones(1, 1, 7, 7, dtype=torch.bool).tril()}
+    for call, match in ((packed, "rows are packed"), (square, r"mask \(\(1, 1, 7, 7\)\)")):
+        with pytest.raises(ValueError, match=match):
+            view(ids(1), **call)
+    by_token = made("token", "llama").eval()
+    close(logits(by_token, ids(1), **square), logits(by_token, ids(1)), 1e-6)
+    close(logits(by_token, ids(1), **packed)[:, :3], logits(by_token, ids(1)[:, :3]), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["token", "task", "arrow"])
+def test_a_static_cache(kind: str) -> None:
+    view = routed("llama", ROUTERS[kind](), "lora", "lora", base=writer("llama")).eval()
+    tokens = ids(2)
+    how: dict[str, Any] = {"attention_mask": torch.ones_like(tokens), "do_sample": False, "max_new_tokens": 5}
+    how |= told(kind, [0, 1])
+    expected = view.generate(tokens, **how)
+    assert torch.equal(view.generate(tokens, cache_implementation="static", **how), expected)
+    assert not torch.equal(expected, view.base.generate(tokens, **{k: v for k, v in how.items() if k != "task_ids"}))

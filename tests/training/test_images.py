@@ -92,7 +92,7 @@ def test_what_does_not_go_together_is_refused(
         go(seeing, Path(rows), out, method="lora", task="causal-lm")
     with pytest.raises(ValueError, match="max_length=8 has no effect on images"):
         go(seeing, images, out, method="lora", max_length=8)
-    with pytest.raises(ValueError, match="need an embedding of tokens"):
+    with pytest.raises(ValueError, match="at an embedding of tokens, need one"):
         go(seeing, images, out, method="prompt")
     bare = tmp_path / "bare"
     save_seeing_base(bare)

@@ -40,7 +40,8 @@ SHORT: dict[str, Any] = {
 
 
 def go(base: str, data: str, out: Path, console: Console | None = None, **settings: Any) -> Outcome:
-    run = RunConfig(model=base, data=data, output_dir=str(out), **{**SHORT, **settings})
+    told = {name: value for name, value in {**SHORT, **settings}.items() if value is not None}
+    run = RunConfig(model=base, data=data, output_dir=str(out), **told)
     return train(run, console or Console(file=io.StringIO(), width=120))
 
 
@@ -169,8 +170,42 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("composition", ["token_router(a, b)", "learned*a + learned_per_layer*b"])
+def test_gates_train_at_their_own_rate_and_a_break_changes_nothing(
+    base: str, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, composition: str
+) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    how: dict[str, Any] = {
+        "adapters": {"a": {"method": "lora", "r": 2}, "b": {"method": "lora", "r": 2}},
+        "composition": composition,
+        "gates_learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "r": None,
+        "lora_dropout": None,
+        "save_steps": 1,
+    }
+    go(base, rows, whole, **how)
+    go_until(3, monkeypatch, base, rows, broken, **how)
+    go(base, rows, broken, **how, resume=True)
+    one, other = (load_file(folder / "composition.safetensors") for folder in (whole, broken))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    logs = [[line for line in read_log(o / "metrics.jsonl") if "train/loss" in line] for o in (whole, broken)]
+    gates = [[{k: line[k] for k in line if k.startswith("train/gate/")} for line in log] for log in logs]
+    assert gates[0] == gates[1]
+    assert len({line["train/gate/a"] for line in logs[0]}) == len(logs[0])
+    assert {line["train/learning_rate/gates"] for line in logs[0]} == {0.05}
+    assert {line["train/learning_rate/a"] for line in logs[0]} == {0.01}
+
+
+def test_a_rate_for_gates_that_are_not_there_is_refused(base: str, rows: str, out: Path) -> None:
+    with pytest.raises(ValueError, match=r"gates_learning_rate=0\.05 has no effect"):
+        go(base, rows, out, gates_learning_rate=0.05)
+
+
 # After a few steps at this rate the held-out loss gets worse.
-TOO_FAR: dict[str, Any] = {"learning_rate": 0.5, "num_train_epochs": 8, "eval_steps": 2, "early_stopping_patience": 3}
+TOO_FAR: dict[str, Any] = {"learning_rate": 0.5, "num_train_epochs": 24, "eval_steps": 2, "early_stopping_patience": 3}
+"""A rate at which the loss goes up and down, so that a best one is passed, wherever that is on this processor."""
 
 
 def test_a_run_that_gets_no_better_stops_and_saves_the_best(base: str, rows: str, out: Path) -> None:
@@ -178,7 +213,7 @@ def test_a_run_that_gets_no_better_stops_and_saves_the_best(base: str, rows: str
     done = go(base, rows, out, Console(file=text, width=200), **TOO_FAR)
     losses = {line["step"]: line["eval/loss"] for line in read_log(out / "metrics.jsonl") if "eval/loss" in line}
     best = min(losses, key=lambda step: losses[step])
-    assert 0 < best < done.step == best + 2 * 3 < 24
+    assert 0 < best < done.step == best + 2 * 3 < 72
     assert (done.best_step, done.held_out_loss) == (best, losses[best])
     assert (out / "best").resolve().name == f"checkpoint-{best}"
     saved = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out).state_dict()
@@ -187,7 +222,7 @@ def test_a_run_that_gets_no_better_stops_and_saves_the_best(base: str, rows: str
     assert len(tensors) == 28
     assert all(torch.equal(saved[name], kept[name]) for name in tensors)
     assert not any(torch.equal(saved[name], last[name]) for name in tensors)
-    assert f"Stopped early, at step {done.step} of 24" in text.getvalue()
+    assert f"Stopped early, at step {done.step} of 72" in text.getvalue()
     assert f"Saved are the best adapters, of step {best} (held-out loss {losses[best]:.4f})" in text.getvalue()
     assert f"the best adapters, of step {best}" in (out / "README.md").read_text()
     with pytest.raises(ValueError, match=r"stopped at step .* Raise early_stopping_patience to go on"):

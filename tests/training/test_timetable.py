@@ -111,6 +111,13 @@ def test_what_contradicts_itself_is_refused_before_anything_is_read(
     assert not (tmp_path / "out").exists()
 
 
+def test_several_data_sets_train_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 data sets train in one process, and here are 2"):
+        timetable(run())
+    timetable(RunConfig(model="m", data="d"))
+
+
 def test_rows_are_drawn_from_where_the_last_adapter_starts_to_where_the_last_stops() -> None:
     adapters = {"a": {**LORA, "stop_step": 5}, "b": {**LORA, "start_step": 5, "stop_step": 9}}
     table = timetable(run(two("a >> b"), adapters))

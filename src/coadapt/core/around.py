@@ -100,7 +100,7 @@ def _number(gate: Gate, site: str) -> float | Tensor:
             "A composition with a gate per row cannot be merged, nor can DoRA stand on it: its rows have different "
             "weights. Say with adapter_names which rows use what."
         )
-    return gate.number if not gate.factors else gate.value(Reading(site, torch.empty(0), torch.empty(0)))
+    return gate.number if gate.is_number else gate.value(Reading(site, torch.empty(0), torch.empty(0)))
 
 
 class NodeCall:

@@ -37,8 +37,8 @@ class AttentionCall:
 
     def __init__(self, module: Any, path: str, terms: Sequence[AttentionTerm]) -> None:
         self.terms, self.site = tuple(terms), attention_site(path)
-        self.reads = any(t.gates.routed for t in terms)
-        """Whether the module's input is noted in the frame, for routers."""
+        self.reads = any(t.gates.reads for t in terms)
+        """Whether the module's input is noted in the frame, for gates that need it."""
         own = module.__dict__["config"]
         self.kind: str = own._attn_implementation or "eager"
         self.config = shadow(own, NAME)

@@ -35,8 +35,8 @@ class Sum:
 
     Args:
         children: names or compositions.
-        weights: one gate per child (a number, a `Learned()`, or a tensor with one number per row), or a router, which
-            chooses them all; all 1 if left out.
+        weights: one gate per child (a number, a `Learned()`, or a tensor with one number per row, (B,), or per token,
+            (B, T)), or a router, which chooses them all; all 1 if left out.
     """
 
     def __init__(self, *children: Node, weights: Sequence[Weight] | Router | None = None) -> None:
@@ -118,7 +118,7 @@ def routers(node: Node) -> list[tuple[Router, "Sum"]]:
 
 
 def row_gates(node: Node) -> list[Tensor]:
-    """The gates of a composition that have one number for each row of a batch."""
+    """The gates of a composition that have one number for each row of a batch, or for each of its tokens."""
     if isinstance(node, str):
         return []
     own = [w for w in getattr(node, "weights", ()) if isinstance(w, Tensor)]
@@ -321,6 +321,14 @@ def terms(node: Node, has: Callable[[str], bool], gate: Gate | None = None) -> I
     for child, weight in zip(node.children, weights, strict=True):
         if not is_zero(weight):
             yield from terms(child, has, gate.times(weight))
+
+
+def muted(node: Node, name: str) -> Node:
+    """The composition with one adapter at gate 0; what chooses among adapters still knows it."""
+    if isinstance(node, str):
+        return Sum(node, weights=[0.0]) if node == name else node
+    children = [muted(child, name) for child in node.children]
+    return Seq(*children) if isinstance(node, Seq) else Sum(*children, weights=node.router or node.weights)
 
 
 def without(node: Node, name: str) -> Node:

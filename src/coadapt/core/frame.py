@@ -95,13 +95,14 @@ class Bare:
         return call
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]
+def in_backward() -> bool:
+    """Whether this is a recomputation of what a forward has done already."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]
 
 
 def refuse_lost_frame() -> None:
     """Called at a site that has no frame. Raises RuntimeError inside of a recomputation that did not take it along."""
-    if not torch.compiler.is_compiling() and not _active.carried and _in_backward():
+    if not _active.carried and in_backward():
         raise RuntimeError(
             "A part of the model is recomputed in the backward without knowing which adapters were active. "
             "Where you call torch.utils.checkpoint.checkpoint yourself, call coadapt.checkpoint instead."

@@ -49,7 +49,6 @@ class Spot:
 
     site: str
     path: str
-    module: nn.Module | None
     width: int
     """D of the features that are read there."""
     outputs: int
@@ -60,6 +59,8 @@ class Spot:
     """What each of them has here."""
     kind: str
     """"layer", "attention" or "input"."""
+    embeds: bool
+    """Whether it is an embedding, which is given ids."""
     tokens: bool
     """Whether features stand last: (B, ..., D)."""
     stream: str
@@ -68,8 +69,8 @@ class Spot:
     """Whether a token must not know of later ones there."""
 
     def described(self) -> "Spot":
-        """The same without what belongs to the model."""
-        return replace(self, module=None, methods={})
+        """The same without the adapters themselves."""
+        return replace(self, methods={})
 
 
 def attention_site(path: str) -> str:
@@ -174,7 +175,7 @@ class Routed:
 
 
 Weight = float | Learned | Routed | Tensor
-"""A gate: a number, a learned one, what a router chooses, or one number per row of the batch, (B,)."""
+"""A number, a learned one, what a router chooses, or a tensor with one number per row, (B,), or token, (B, T)."""
 
 
 def checked_weight(gate: Any) -> Weight:
@@ -182,15 +183,19 @@ def checked_weight(gate: Any) -> Weight:
     if isinstance(gate, Learned | Routed):
         return gate
     if isinstance(gate, Tensor):
-        if gate.dim() > 1:
-            raise ValueError(f"A gate per row is a vector with one number a row; got the shape {tuple(gate.shape)}.")
+        if gate.dim() > 2:
+            raise ValueError(
+                f"A gate that is a tensor has one number a row, (B,), or a token, (B, T); got {tuple(gate.shape)}."
+            )
         if gate.dim() == 0 and gate.requires_grad:
             raise ValueError("A gate that is one number and trained is a Learned(); a tensor would not be trained.")
         if gate.is_complex() or not bool(gate.isfinite().all()):
-            raise ValueError(f"A gate per row needs finite numbers; got {gate.tolist()}.")
+            raise ValueError(f"A gate per row or token needs finite numbers; got {gate.tolist()}.")
         return gate if gate.dim() else checked_weight(float(gate))
     if isinstance(gate, bool) or not isinstance(gate, int | float) or not math.isfinite(gate):
-        raise ValueError(f"A gate is a finite number, a Learned() or a tensor with one number per row; got {gate!r}.")
+        raise ValueError(
+            f"A gate is a finite number, a Learned(), or a tensor with one number per row or token; got {gate!r}."
+        )
     return float(gate)
 
 
@@ -213,6 +218,23 @@ def per_row(values: Tensor, rows: int) -> Tensor:
     return values.repeat_interleave(rows // count, dim=0)
 
 
+def per_token(values: Tensor, at: Reading) -> Tensor:
+    """(B, T) as the site has its tokens, features.shape[:-1].
+
+    Raises:
+        ValueError: the site has others than these.
+    """
+    shape = at.features.shape[:-1]
+    if len(shape) == 1 and shape[0] == values.numel():
+        return values.flatten()
+    if len(shape) == 2 and shape[1] == values.shape[1] and shape[0] % len(values) == 0:
+        return per_row(values, shape[0])
+    raise ValueError(
+        f"A gate per token was given for {tuple(values.shape)} tokens, and {at.site!r} has {tuple(shape)} in this "
+        "call. It goes with whole rows, without a cache, virtual tokens or another stack; a router can do more."
+    )
+
+
 @dataclass(frozen=True)
 class Gate:
     """A product of gates: what stands before one method when a composition is written out as one sum."""
@@ -224,6 +246,10 @@ class Gate:
         if isinstance(weight, float):
             return replace(self, number=self.number * weight)
         return replace(self, factors=(*self.factors, weight))
+
+    @property
+    def is_number(self) -> bool:
+        return len(self.factors) == 0  # torch.compile cannot trace `not` of a tuple
 
     @property
     def routed(self) -> bool:
@@ -243,7 +269,7 @@ class Gate:
                 case Routed():
                     value = factor.router.choose(at)[factor.child]
                 case _:
-                    value = per_row(factor, len(at.y))
+                    value = per_row(factor, len(at.y)) if factor.dim() == 1 else per_token(factor, at)
             out = product(out, value.to(at.y.device) if isinstance(value, Tensor) else value)
         return out
 
@@ -277,11 +303,13 @@ class Gates:
     @property
     def is_one(self) -> bool:
         """Whether it is the number 1 in every row."""
-        return all(g is not None and g.number == 1.0 and not g.factors for g in self.each)
+        return all(g is not None and g.number == 1.0 and g.is_number for g in self.each)
 
     @property
-    def routed(self) -> bool:
-        return any(g is not None and g.routed for g in self.each)
+    def reads(self) -> bool:
+        """Whether it depends on the site's input, or has one number for each of its tokens."""
+        factors = [f for g in self.each if g is not None for f in g.factors]
+        return any(isinstance(f, Routed) or (isinstance(f, Tensor) and f.dim() == 2) for f in factors)
 
     def value(self, rows: Tensor | None, at: Reading) -> float | Tensor:
         """As `Gate.value`. rows: (B,) which composition each row uses, or None for the first."""
@@ -289,7 +317,7 @@ class Gates:
             assert self.each[0] is not None
             return self.each[0].value(at)
         chosen = per_row(rows, len(at.y)).to(at.y.device)
-        if all(g is None or not g.factors for g in self.each):
+        if all(g is None or g.is_number for g in self.each):
             return torch.tensor([0.0 if g is None else g.number for g in self.each], device=at.y.device)[chosen]
         out = torch.zeros(len(chosen), device=at.y.device)
         for c, gate in enumerate(self.each):

@@ -119,7 +119,7 @@ class InputCall:
                 f"A Sum adds prompts token by token; these have {lengths} tokens. Put them in a Seq to join them."
             )
         if any(isinstance(w, Tensor) for _, w in found):
-            raise ValueError("A prompt cannot have a gate per row; say with adapter_names which rows use it.")
+            raise ValueError("A prompt cannot have a gate per row or token; say with adapter_names which rows use it.")
         total = found[0][0] * 0
         for tokens, weight in found:
             if at is None:

@@ -4,6 +4,7 @@ A token of a causal stack sees the mean of itself and the tokens before it, so t
 decides alike while it generates, with a cache or without. Elsewhere all real tokens of the row are averaged.
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,14 @@ class Seen:
     """(B, T) which are real; None: all."""
     keep: Tensor | None = None
     """(B, T) where they stand, once virtual tokens have been put in, which make `length` longer."""
+    unclear: Callable[[], str] | None = None
+    """Why nothing says which tokens are real or belong together, or "", where that has to be looked at."""
+
+    def check(self) -> None:
+        """Raises ValueError where an average over the tokens would be of others than those of the row."""
+        if self.unclear is not None and (why := self.unclear()):
+            raise ValueError(f"A pooled router averages the tokens of a row, and {why}, or use a TokenRouter.")
+        self.unclear = None
 
     def real(self, rows: int, length: int, device: torch.device) -> Tensor | None:
         """(rows, length) which tokens count, or None where the call's tokens are not so many."""
@@ -54,29 +63,36 @@ class SeenCall:
         cache = call.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         if told is not None:
-            frame.seen[self.path] = Seen(len(told), told.shape[1], past, self._real(call, told.shape[1]))
+            mask = call.get("attention_mask")
+            flat = isinstance(mask, Tensor) and mask.dim() == 2
+            seen = Seen(len(told), told.shape[1], past, mask[:, -told.shape[1] :] if flat else None)
+            if not flat:
+                positions = call.get("position_ids")
+                seen.unclear = functools.partial(_packed, positions) if mask is None else functools.partial(_odd, mask)
+            frame.seen[self.path] = seen
         states = call.get("encoder_hidden_states")
         if self.encoder is not None and states is not None and self.encoder not in frame.seen:  # made before this call
             mask = call.get("encoder_attention_mask")
             frame.seen[self.encoder] = Seen(len(states), states.shape[1], 0, mask)
         return forward(*args, **kwargs) if self.inner is None else self.inner(frame, forward, args, kwargs)
 
-    def _real(self, call: dict[str, Any], length: int) -> Tensor | None:
-        mask = call.get("attention_mask")
-        if mask is None and (positions := call.get("position_ids")) is not None and positions.shape[1] > 1:
-            if bool((positions[..., 1:] == 0).any()):
-                raise ValueError(
-                    "A pooled router averages the tokens of a row, and these rows are packed: they hold several texts. "
-                    "Pass one text a row, or use a TokenRouter."
-                )
-        if mask is None:
-            return None
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            raise ValueError(
-                "A pooled router needs an attention mask of shape (batch, tokens), to know the real tokens; this call "
-                f"has {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}."
-            )
-        return mask[:, -length:]
+
+def _packed(positions: Tensor | None) -> str:
+    if positions is None or positions.shape[1] == 1:
+        return ""
+    if torch.compiler.is_compiling():
+        return "a compiled call cannot look at position_ids to see whether rows hold several texts: pass attention_mask"
+    return (
+        "these rows are packed, they hold several texts: pass one a row" if bool((positions[:, 1:] == 0).any()) else ""
+    )
+
+
+def _odd(mask: Any) -> str:
+    found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    return (
+        f"this call's attention mask ({found}) does not tell which are real: pass one of (batch, tokens), with the "
+        "dynamic cache (a static one makes others)"
+    )
 
 
 def placed(frame: Frame, path: str, keep: Tensor | None, total: int) -> None:
@@ -98,6 +114,7 @@ def pooled(x: Tensor, spot: Spot, key: tuple[int, str]) -> Tensor:
         return x.flatten(2).mean(2) if x.dim() > 2 else x  # (B, C, *K) of a convolution
     if seen is None:
         return x if x.dim() == 2 else x.flatten(1, -2).mean(1)
+    seen.check()
     if x.dim() == 2:
         return _flattened(x, spot, key, seen)
     real = seen.real(len(x), x.shape[1], x.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import did_you_mean
+from .frame import in_backward
 from .gates import Chooser, Reading, Spot
 from .pooling import counted
 
@@ -47,7 +48,6 @@ class Router(Chooser):
         self.activation, self.top_k, self.temperature = activation, top_k, float(temperature)
         self.spots: dict[str, Spot] = {}
         self.sites = nn.ModuleDict()
-        self._asked: dict[int, tuple[float, float]] = {}
 
     # ---- before a call -----------------------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ class Router(Chooser):
         new = not self.spots
         self.spots = {site: spot.described() for site, spot in found.items()}
         for spot in useful if new else ():
-            beside = () if spot.module is None else spot.module.parameters()
+            beside = (p for own in spot.methods.values() for method in own for p in method.parameters())
             like = next((p for p in beside if p.is_floating_point()), torch.empty(0))
             wide = like.dtype if like.dtype == torch.float64 else torch.float32
             site = RoutedSite(self.network(spot), spot.children)
@@ -144,18 +144,13 @@ class Router(Chooser):
         }
 
     def shares(self) -> dict[int, float]:
-        now: dict[int, tuple[float, float]] = {}
+        found: dict[int, tuple[float, float]] = {}
         for spot, site in self._routed():
-            for child, gates in zip(spot.children, site.used.tolist(), strict=True):
-                used, count = now.get(child, (0.0, 0.0))
-                now[child] = (used + gates, count + float(site.count))
-        before, self._asked = self._asked, now
-        out: dict[int, float] = {}
-        for child, (used, count) in now.items():
-            old_used, old_count = before.get(child, (0.0, 0.0))
-            if count > old_count:
-                out[child] = (used - old_used) / (count - old_count)
-        return out
+            *gates, count = site.since().tolist()
+            for child, sum_of_gates in zip(spot.children, gates, strict=True):
+                before = found.get(child, (0.0, 0.0))
+                found[child] = (before[0] + sum_of_gates, before[1] + count)
+        return {child: used / count for child, (used, count) in found.items() if count}
 
     def _routed(self) -> Iterator[tuple[Spot, "RoutedSite"]]:
         """The sites where there is something to choose."""
@@ -181,6 +176,7 @@ class RoutedSite(nn.Module):
 
     used: Tensor
     count: Tensor
+    told: Tensor
 
     def __init__(self, network: nn.Module, children: Sequence[int]) -> None:
         super().__init__()
@@ -188,16 +184,27 @@ class RoutedSite(nn.Module):
         self.register_buffer("of", torch.tensor(children))  # (C,) which children these are, for whoever reads the file
         self.register_buffer("used", torch.zeros(len(children)))  # (C,) sum of gates
         self.register_buffer("count", torch.zeros(()))  # of the tokens or rows
+        self.register_buffer("told", torch.zeros(len(children) + 1))  # both as they were when `since` was last asked
 
     @torch.no_grad()
     def record(self, gates: Tensor, real: Tensor | None) -> None:
         """gates: (..., C). real: gates.shape[:-1], which count."""
+        if in_backward():
+            return
         if real is not None:
             self.used += (gates * real[..., None]).flatten(0, -2).sum(0)
             self.count += real.sum()
         else:
             self.used += gates.flatten(0, -2).sum(0)
             self.count += gates[..., 0].numel()
+
+    @torch.no_grad()
+    def since(self) -> Tensor:
+        """(C + 1,) sums of gates and the count since this was last asked; a checkpoint knows when that was."""
+        now = torch.cat([self.used, self.count[None]])
+        new = now - self.told
+        self.told.copy_(now)
+        return new
 
 
 def as_parameters(x: Tensor, network: nn.Module) -> Tensor:

@@ -58,7 +58,8 @@ class PooledRouter(TokenRouter):
     by_token = False
 
     def scores(self, at: Reading, spot: Spot, network: nn.Module) -> Tensor:
-        return network(as_parameters(pooled(at.features, spot, (id(self), at.site)), network))
+        # First in the parameters' dtype: in half precision a running count of tokens stands still at 256.
+        return network(pooled(as_parameters(at.features, network), spot, (id(self), at.site)))
 
 
 class TaskRouter(Router):
@@ -118,6 +119,21 @@ class Arrow(Router):
                     f"{self!r} reads the factors of low-rank adapters; at {spot.path!r} there is "
                     f"{' and '.join(type(m).__name__ for m in found)}. Use a TokenRouter."
                 )
+            if spot.embeds:
+                raise ValueError(
+                    f"{self!r} compares what goes in with what an adapter reads, and at {spot.path!r} that is one word "
+                    "or another. Use a TokenRouter, or leave that site out."
+                )
+
+    def prepare(self, spots: Sequence[Spot]) -> None:
+        super().prepare(spots)
+        for spot in spots:
+            site: Any = self.sites[key_of(spot.site)] if key_of(spot.site) in self.sites else None
+            if site is not None and site.network.methods != tuple(spot.methods[c][0] for c in spot.children):
+                raise ValueError(
+                    f"{self!r} was made for other adapters than those which have these names now. Make a new one; it "
+                    "has nothing to lose."
+                )
 
     def network(self, spot: Spot) -> nn.Module:
         return Prototypes([spot.methods[child][0] for child in spot.children])
@@ -132,22 +148,28 @@ class Prototypes(nn.Module):
     def __init__(self, methods: Sequence[Any]) -> None:
         super().__init__()
         self.methods = tuple(methods)  # not as modules: their parameters are the adapters'
-        self.made: tuple[tuple[int, ...], Tensor] | None = None
+        self.read: list[tuple[Tensor, int, int]] = []
+        """The factors that `made` is of, with what tells whether they were written or moved since."""
+        self.made = torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., C)"""
-        return x @ self._vectors().to(x.dtype).mT
+        return x @ self._vectors().to(x).mT
 
     @torch.no_grad()
     def _vectors(self) -> Tensor:
         """(C, I)"""
-        pairs = [m.factors()[:2] for m in self.methods]
+        factors = [m.factors()[:2] for m in self.methods]
         if torch.compiler.is_compiling():
-            return torch.stack([leading_direction(a.flatten(1), b) for a, b in pairs])
-        now = tuple(v for a, b in pairs for v in (id(a), a._version, id(b), b._version))
-        if self.made is None or self.made[0] != now:
-            self.made = (now, torch.stack([leading_direction(a.flatten(1), b) for a, b in pairs]))
-        return self.made[1]
+            return torch.stack([leading_direction(a.flatten(1), b) for a, b in factors])
+        now = [(t, t._version, t.data_ptr()) for pair in factors for t in pair]
+        same = len(now) == len(self.read) and all(
+            t is u and seen == then for (t, *seen), (u, *then) in zip(now, self.read, strict=True)
+        )
+        if not same:
+            self.read = now
+            self.made = torch.stack([leading_direction(a.flatten(1), b) for a, b in factors])
+        return self.made
 
 
 def leading_direction(a: Tensor, b: Tensor) -> Tensor:
@@ -186,7 +208,9 @@ class Fusion(Router):
         return Attending(spot.outputs, self.dim or spot.outputs, self.values)
 
     def choose(self, at: Reading) -> Mapping[int, Tensor | float]:
-        raise AssertionError("it needs the children's outputs: see `fused`")
+        """Of a child that has a site to itself; where there are several, `fused` needs their outputs."""
+        assert key_of(at.site) not in self.sites
+        return dict.fromkeys(self.spots[at.site].children, 1.0)
 
     def fused(self, at: Reading, changes: Mapping[int, Tensor]) -> Tensor:
         """What is added to y, like y. changes: child -> e_i(f) - f."""

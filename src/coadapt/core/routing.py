@@ -39,9 +39,14 @@ def prepare(node: Node, adapters: Mapping[str, Adapter], base: nn.Module) -> Non
     if len(owners) < len(routers(node)):
         raise ValueError(f"{node!r} has one router in two places. Make one for each.")
     for gate in gates:
-        if isinstance(gate, Learned) and gate.per_layer:
-            gate.prepare(_spots(tuple(_before(gate, node)), adapters, streams))
-        elif not isinstance(gate, Learned):
+        if isinstance(gate, Learned):
+            before = tuple(_before(gate, node))
+            if gate.per_layer:
+                gate.prepare(_spots(before, adapters, streams))
+            beside = next((p for child in before for n in names(child) for p in adapters[n].parameters()), None)
+            if beside is not None and not beside.is_meta:
+                gate.to(beside.device)  # DistributedDataParallel wants all parameters on devices of one kind
+        else:
             gate.prepare(_spots(owners[id(gate)].children, adapters, streams, refuse=repr(gate)))
 
 
@@ -87,12 +92,12 @@ def _spot(site: str, part: Part, methods: Mapping[int, Sequence[nn.Module]], str
     return Spot(
         site=site,
         path=place.path,
-        module=place.module,
         width=width,
         outputs=outputs,
         children=tuple(methods),
         methods=methods,
         kind=next((name for cls, name in kind.items() if isinstance(part.method, cls)), "layer"),
+        embeds=embeds,
         tokens=not (shape is not None and shape.channel == 1),
         stream="" if stack is None else stack.path,
         causal=stack is not None and stack.role == "decoder",

@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import PeftConfig
-from . import composition, distributed, routing
+from . import arguments, composition, distributed, routing
 from .adapter import Adapter, attribute, sites_of
 from .backbone import stacks
 from .base import Base, base_of, statistics
@@ -233,7 +233,7 @@ class View(nn.Module, ABC):
             kwargs["assistant_model"] = Bare(base)
         with self.running(adapters, adapter_names, args, kwargs, task_ids) as plan:
             if plan.keeps_sums:
-                _refuse_beams(base, kwargs)
+                arguments.refuse_beams(base, kwargs)
             return base.generate(*args, **kwargs)
 
     def running(
@@ -256,13 +256,19 @@ class View(nn.Module, ABC):
         elif adapters is not None:
             raise ValueError("Give adapters (for the whole call) or adapter_names (one for each row), not both.")
         else:
-            _check_rows(names, args, kwargs)
+            arguments.check_names(names, args, kwargs)
             nodes = [self._of_row(i, node) for i, node in enumerate(names)]
             plan, rows = self._plans.rows(nodes, self._merged)
         self._check_wrapper(plan.nodes)
-        _check_gates(plan, args, kwargs)
-        frame = entered(plan.frame(rows, _tasks(task_ids, plan, args, kwargs)), plan=plan)
+        arguments.check_gates(plan, args, kwargs)
+        if task_ids is not None and not plan.by_task and self._sets_by_task_aside(adapters, names):
+            task_ids = None
+        frame = entered(plan.frame(rows, arguments.tasks(task_ids, plan, args, kwargs)), plan=plan)
         return frame if torch.compiler.is_compiling() else _Running(record, id(self), frame)
+
+    def _sets_by_task_aside(self, adapters: Any, names: Any) -> bool:
+        """Whether `using` or `disable_adapter` stands for a composition that would read the batch's `task_ids`."""
+        return adapters is None and names is None and routing.by_task([self._node])
 
     def _check_wrapper(self, nodes: Sequence[Node]) -> None:
         members = {**self._names, "gates": self.gates}
@@ -333,65 +339,6 @@ class _Running:
         self.frame.__exit__(*error)
         with self.record.lock:
             self.record.running[self.view] -= 1
-
-
-def _tasks(task_ids: Any, plan: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """(B,) or None."""
-    if task_ids is None:
-        return None
-    if not plan.by_task:
-        raise ValueError("task_ids has no effect: nothing that is active has a TaskRouter. Leave it out.")
-    tasks = torch.as_tensor(task_ids).long().reshape(-1)
-    rows = _batch(args, kwargs)
-    if rows is not None and len(tasks) != rows:
-        raise ValueError(
-            f"task_ids has {len(tasks)} entries, but the batch has {rows} rows; it needs one for each row."
-        )
-    return tasks
-
-
-def _refuse_beams(base: Any, kwargs: Mapping[str, Any]) -> None:
-    config = kwargs.get("generation_config") or base.generation_config
-    beams = kwargs.get("num_beams") or getattr(config, "num_beams", 1) or 1
-    cached = kwargs.get("use_cache", getattr(config, "use_cache", True))
-    if beams > 1 and cached is not False:
-        raise ValueError(
-            f"num_beams={beams} with a cache puts rows into another order, and the pooled router that is active keeps "
-            "the mean of each row's tokens. Use use_cache=False, one beam, or a TokenRouter."
-        )
-
-
-def _batch(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """How many rows a call has; None where nothing tells."""
-    tensors = [v for v in (*args, *(kwargs.get(n) for n in _BATCHED), *kwargs.values()) if isinstance(v, Tensor)]
-    return next((len(t) for t in tensors if t.dim()), None)
-
-
-def _check_gates(plan: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    rows = _batch(args, kwargs) if plan.gate_rows else None
-    if rows is not None and (wrong := [n for n in plan.gate_rows if n != rows]):
-        raise ValueError(
-            f"A gate per row was given for {wrong[0]} rows, but the batch has {rows} rows; it needs one number for "
-            "each row."
-        )
-
-
-def _check_rows(names: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    if not isinstance(names, list | tuple):
-        raise TypeError(
-            f"adapter_names is a list with one composition for each row; got a {type(names).__name__}: {names!r}. "
-            "Did you mean adapters=, for the whole call?"
-        )
-    rows = _batch(args, kwargs)
-    if rows is not None and rows != len(names):
-        raise ValueError(
-            f"adapter_names has {len(names)} entries, but the batch has {rows} rows; it needs one for each row. "
-            "Beams and returned sequences follow their row, without entries of their own."
-        )
-
-
-_BATCHED = ("input_ids", "inputs", "inputs_embeds", "input_features", "pixel_values", "decoder_input_ids")
-"""Arguments that surely have one row for each of the batch (position ids may have one for all)."""
 
 
 def _literal(name: Any, known: Mapping[str, Any]) -> Node:

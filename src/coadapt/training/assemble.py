@@ -209,7 +209,11 @@ def own_seed(seed: int, name: str) -> int:
 
 
 def rates(run: RunConfig, view: PeftModel) -> dict[str, Rates]:
-    """How each adapter is trained: its own settings, else the run's."""
+    """How each adapter, and the gates, are trained: by their own settings, else the run's.
+
+    Raises:
+        ValueError: a rate for gates, and none that trains.
+    """
 
     def first(*values: float | None) -> float:
         return next(value for value in values if value is not None)
@@ -228,7 +232,15 @@ def rates(run: RunConfig, view: PeftModel) -> dict[str, Rates]:
     }
     if any(group["name"] == "gates" for group in view.param_groups()):
         found["gates"] = Rates(
-            learning_rate=max(r.learning_rate for r in found.values()), max_grad_norm=run.max_grad_norm
+            learning_rate=first(run.gates_learning_rate, max(peak.values())),
+            warmup_steps=run.warmup_steps,
+            max_grad_norm=run.max_grad_norm,
+        )
+    elif run.gates_learning_rate is not None:
+        raise ValueError(
+            f"gates_learning_rate={run.gates_learning_rate:g} has no effect: nothing in the composition "
+            f"{view.composition!r} is a gate that trains. Write one, as in token_router(a, b) or learned*a, or leave "
+            "it out."
         )
     return found
 

@@ -37,8 +37,6 @@ class JointTrainer(AdapterTrainer):
         if self.several:
             options["compute_loss_func"] = self._joint_loss
         super().__init__(**options)
-        if self.several and self.args.world_size > 1:
-            raise ValueError("datasets: several data sets train in one process only. Train them one after another.")
         self.weights, self.course = tuple(weights), course
         self.task: Task = task
         self.add_callback(course)

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,11 @@ from torch import Tensor
 from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from coadapt.core.base import fingerprint
 from coadapt.data.prepare import CLASSIFYING
 from coadapt.data.tokens import IGNORED
-from coadapt.formats.files import aside, saving
 from coadapt.model import PeftModel
 from coadapt.training import folder, processes
 from coadapt.training.assemble import (
-    Processor,
     adapter_config,
     attach,
     check_vocabulary,
@@ -40,27 +36,12 @@ from coadapt.training.memory import total as device_memory
 from coadapt.training.mixing import Mixture, shares, streams
 from coadapt.training.monitor import Stillness, teller
 from coadapt.training.panel import screen
-from coadapt.training.picture import draw
 from coadapt.training.proof import prove
 from coadapt.training.recommend import parameters
-from coadapt.training.record import EarlyStop, Interrupt, MetricsLog, Watch, check_tracker, read_log
+from coadapt.training.record import EarlyStop, Interrupt, MetricsLog, Watch, check_tracker
+from coadapt.training.results import Outcome, finish, stopped
 from coadapt.training.settings import RunConfig
 from coadapt.training.timetable import Timetable, timetable
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a run came to."""
-
-    folder: Path
-    step: int
-    interrupted: bool
-    held_out_loss: float | None
-    """Of the adapters that were saved."""
-    best_step: int | None
-    """The step that they are of, where the best ones are kept; None where they are those of the last step."""
-    view: PeftModel
-    processor: Processor
 
 
 def train(run: RunConfig, console: Console) -> Outcome:
@@ -88,8 +69,8 @@ def train(run: RunConfig, console: Console) -> Outcome:
     if processes.first():
         _begin(run, out, start)
     interrupted = _fit(run, trainer, start, console)
-    done = _finish(run, trainer, view, material, out, interrupted)
-    for line in _stopped(run, done, trainer):
+    done = finish(run, trainer, view, material, out, interrupted)
+    for line in stopped(run, done, trainer):
         console.print(Text(line), soft_wrap=True)
     return done
 
@@ -274,91 +255,9 @@ def settings_table(run: RunConfig, view: PeftModel, needed: Forecast, told: Mapp
     return table
 
 
-def _finish(
-    run: RunConfig, trainer: JointTrainer, view: PeftModel, material: Material, out: Path, interrupted: bool
-) -> Outcome:
-    state = trainer.state
-    log = read_log(out / folder.METRICS)
-    held_out = [line["eval/loss"] for line in log if "eval/loss" in line]
-    best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-    whole = run.early_stopping_patience is not None and not run.stops_by_adapter
-    best_step = state.best_global_step if best and whole and not interrupted else None
-    if processes.first():
-        folder.link(out, "last", out / f"checkpoint-{state.global_step}")
-        folder.link(out, "best", best)
-    if not interrupted and processes.first():
-        with saving(out) as new:
-            material.processor.save_pretrained(new.folder)
-        with aside(out / folder.PICTURE) as file:
-            draw(log, file, title(run))
-        figures = _figures(trainer, log, material, best_step)
-        folder.write_card(out, run, figures, material.framing and material.framing.style, material.classes)
-        base = {"name": run.model, "fingerprint": fingerprint(view.get_base_model())}
-        folder.write_provenance(out, **material.facts(), base=base, figures=figures)
-        view.save_pretrained(out)  # last: where an adapter is found, all that belongs to it is there
-    return Outcome(
-        folder=out,
-        step=state.global_step,
-        interrupted=interrupted,
-        held_out_loss=state.best_metric if best_step is not None else held_out[-1] if held_out else None,
-        best_step=best_step,
-        view=view,
-        processor=material.processor,
-    )
-
-
 def _resumed(start: folder.Start) -> str:
     left = [f"{path.name} is left out, it was not written to its end: {why}." for path, why in start.broken.items()]
     if start.checkpoint is None:
         return "\n".join([*left, "There is no checkpoint yet: training begins anew."])
     end = " Training had ended there; what it came to is written now." if start.ended else ""
     return "\n".join([*left, f"Going on from {start.checkpoint.name}.{end}"])
-
-
-def title(run: RunConfig) -> str:
-    """Base, methods and data, for the picture."""
-    methods = " + ".join(a.method for a in run.adapters.values())
-    data = ", ".join(run.datasets) or Path(str(run.data)).name
-    return f"{Path(run.model).name} · {methods} · {data}"
-
-
-def _stopped(run: RunConfig, done: Outcome, trainer: JointTrainer) -> list[str]:
-    """Of which step the saved adapters are, where that is not the last."""
-    if done.interrupted:
-        return []
-    if done.best_step is None:
-        return [f"{name}: {said}" for name, said in trainer.course.told().items()]
-    early = (
-        f"Stopped early, at step {done.step} of {trainer.state.max_steps}: no better held-out loss in "
-        f"{run.early_stopping_patience} evaluations."
-        if done.step < trainer.state.max_steps
-        else f"Trained to the end, step {done.step}."
-    )
-    return [
-        f"\n{early} Saved are the best adapters, of step {done.best_step} (held-out loss {done.held_out_loss:.4f})."
-    ]
-
-
-def _figures(
-    trainer: JointTrainer, log: list[dict[str, Any]], material: Material, best: int | None
-) -> Mapping[str, Any]:
-    held_out = {line["step"]: line["eval/loss"] for line in log if "eval/loss" in line}
-    train = [line["train/loss"] for line in log if "train/loss" in line]
-    tallies = [part.made.tally for part in material.parts.values()]
-    figures: dict[str, Any] = {
-        "steps": trainer.state.global_step,
-        "training rows": sum(tally.rows for tally in tallies),
-    }
-    tokens = sum(tally.tokens for tally in tallies)
-    figures |= {"tokens of training data": tokens} if tokens else {}
-    figures |= {"last training loss": round(train[-1], 4)} if train else {}
-    figures |= {} if best is None else {"saved": f"the best adapters, of step {best}"}
-    figures |= trainer.course.told()
-    for name in trainer.mixture.sets if trainer.several else ():
-        if losses := [line[f"eval/{name}/loss"] for line in log if f"eval/{name}/loss" in line]:
-            figures[f"held-out loss of {name}"] = f"{losses[0]:.4f} → {losses[-1]:.4f}"
-    if not held_out:
-        return figures
-    first, last = next(iter(held_out.values())), list(held_out.values())[-1]
-    saved = last if best is None else held_out[best]
-    return figures | {"held-out loss": f"{first:.4f} → {saved:.4f}"}

@@ -120,6 +120,8 @@ class RunConfig(BaseModel):
     learning_rate: float | None = Field(default=None, gt=0)
     """For every adapter that has none of its own; left out, each method's tested one, larger for a
     base below 10 million parameters (docs/learning_rates.md)."""
+    gates_learning_rate: float | None = Field(default=None, gt=0)
+    """For learned gates and routers in the composition; left out, the largest of the adapters'."""
 
     max_steps: int = -1
     """Stop after so many steps; -1: after `num_train_epochs`."""

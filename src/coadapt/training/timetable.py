@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from coadapt.core import composition
 from coadapt.core.composition import Node, as_node
+from coadapt.training import processes
 from coadapt.training.settings import RunConfig
 
 
@@ -61,8 +62,13 @@ def timetable(run: RunConfig) -> Timetable:
 
     Raises:
         ValueError: a data set uses an adapter that there is not, none uses one, or one would train where no rows of its
-            own are drawn.
+            own are drawn; or several data sets are to train in several processes.
     """
+    if len(run.sources) > 1 and processes.count() > 1:
+        raise ValueError(
+            f"datasets: {len(run.sources)} data sets train in one process, and here are {processes.count()}. Start one"
+            ", or train the data sets one after another."
+        )
     nodes = {
         name: as_node(list(run.adapters) if one.composition is None else one.composition)
         for name, one in run.sources.items()
