@@ -133,7 +133,7 @@ def test_texts_that_are_no_composition(text: str, part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "weights", [[1.0], [1.0, 2.0, 3.0], [1.0, float("nan")], [1.0, "x"], [1.0, torch.ones(2, 2)], [True, 1.0]]
+    "weights", [[1.0], [1.0, 2.0, 3.0], [1.0, float("nan")], [1.0, "x"], [1.0, torch.ones(2, 2, 2)], [True, 1.0]]
 )
 def test_gates(weights: list[Any]) -> None:
     with pytest.raises(ValueError, match=r"weights|gate"):

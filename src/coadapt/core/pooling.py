@@ -64,9 +64,9 @@ class SeenCall:
         past = 0 if cache is None else int(cache.get_seq_length())
         if told is not None:
             mask = call.get("attention_mask")
-            flat = isinstance(mask, Tensor) and mask.dim() == 2
-            seen = Seen(len(told), told.shape[1], past, mask[:, -told.shape[1] :] if flat else None)
-            if not flat:
+            flat = mask[:, -told.shape[1] :] if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            seen = Seen(len(told), told.shape[1], past, flat)
+            if flat is None:
                 positions = call.get("position_ids")
                 seen.unclear = functools.partial(_packed, positions) if mask is None else functools.partial(_odd, mask)
             frame.seen[self.path] = seen
