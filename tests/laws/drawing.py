@@ -280,9 +280,11 @@ def refusals(view: PeftModel, rows: list[Any]) -> set[str]:
     """The messages of which one must come for rows with these compositions; none where they must run."""
     rows = [Sum() if node is None else node for node in rows]
     found: set[str] = set()
+    base: Any = view.base
+    encoder = base.get_encoder() if getattr(getattr(base, "config", None), "is_encoder_decoder", False) else None
     for module, methods in _at(view, InputMethod):
         lengths = {_prompt(node, methods, found) for node in rows}
-        if len(lengths) > 1 and counts_alone(module):
+        if len(lengths) > 1 and counts_alone(module) and module is not encoder:  # which fills up behind its input
             found.add(ONE_LENGTH)
     for _, methods in _at(view, AttentionMethod):
         joint = {name for name, ms in methods.items() if any(getattr(m, "joint", False) for m in ms)}
