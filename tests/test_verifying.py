@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cases import CASES
-from coadapt import BottleneckConfig, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from coadapt import (
+    BottleneckConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    Sum,
+    TokenRouter,
+    get_peft_model,
+)
 from coadapt.verifying import BASE, GRADIENT, MERGED, OUTPUT, SAVED, STEP
 from models import bert, gpt2, ids, llama, plain, t5
 from steps import traces
@@ -72,6 +81,25 @@ def test_what_a_router_chooses_from(router: str) -> None:
     assert report, str(report)
     assert [f.adapter for f in report.findings if f.what == OUTPUT] == ["a", "b", "c"]
     assert "depend on what goes in" in report.skipped[MERGED]
+
+
+def test_whom_a_router_never_chooses() -> None:
+    view = PeftModel(llama())
+    for name in "ab":
+        view.add_adapter(name, LoraConfig(r=2))
+    view.set_adapter(Sum("a", "b", weights=TokenRouter(top_k=1)))
+    with torch.no_grad():
+        for bias in (p for n, p in view.gates.named_parameters() if n.endswith("bias")):
+            bias.copy_(torch.tensor([9.0, -9.0]))
+    assert failures(view, batch()) == [(OUTPUT, "b"), (GRADIENT, "b"), (STEP, "b")]
+
+
+def test_a_gate_per_row_is_neither_merged_nor_saved() -> None:
+    view = get_peft_model(llama(), LoraConfig(r=2), adapter_name="a")
+    view.set_adapter(Sum("a", weights=[torch.tensor([1.0, 0.5, 0.0])]))
+    report = view.verify(batch())
+    assert report, str(report)
+    assert list(report.skipped) == [MERGED, SAVED]
 
 
 def test_masked_labels() -> None:

@@ -93,7 +93,7 @@ def verify(view: Any, batch: Any, loss: Callable[[Any], Tensor] | None = None, m
         expected = _output(call, view)
         for what, why, tried in (
             (MERGED, _unmergeable(view) if merge else "merge=False", _merged),
-            (SAVED, "", _saved),
+            (SAVED, "a gate per row belongs to one batch" if composition.row_gates(view.composition) else "", _saved),
         ):
             try:
                 if not why:
@@ -166,7 +166,7 @@ def _step(
 
 
 def _unmergeable(view: Any) -> str:
-    if composition.routers(view.composition):
+    if composition.routers(view.composition) or composition.row_gates(view.composition):
         return f"the gates of {view.composition!r} depend on what goes in"
     parts = [(n, p) for n in composition.names(view.composition) for p in view.get_adapter(n).parts]
     kept = [p for _, p in parts if not isinstance(p.method, AttentionMethod | InputMethod)]

@@ -69,9 +69,11 @@ class Router(Chooser):
                 )
         useful = [s for s in spots if len(s.children) > 1 or self.activation == "sigmoid"]
         if not useful:
+            by_itself = 'activation="sigmoid", which weighs each by itself'
             raise ValueError(
                 f"{self!r} would have nothing to choose: no two of its adapters have a common site. Use "
-                'activation="sigmoid", which weighs each by itself.'
+                + (by_itself if "activation" in self.options else f"a TokenRouter with {by_itself}")
+                + "."
             )
         for spot in useful:
             self.refuse(spot)

@@ -15,9 +15,10 @@ from .router import Router, as_parameters, key_of, whole, yes_or_no
 class TokenRouter(Router):
     """g = softmax(W x + b): every token weighs the adapters at every site, by the site's own input.
 
-    MoLE (arXiv 2404.13628) and LoRA-Flow (2402.11455) route so, layer by layer. With `hidden` the scores come from an
-    MLP, as in X-LoRA (2402.07148); different from there, each layer reads its own input and not the last hidden state
-    of a first pass without adapters, so there is no second pass, and a cache changes nothing.
+    LoRA-Flow (arXiv 2402.11455) routes so, with one gate for each Transformer layer; MoLE's (2404.13628) read what
+    the adapters give. With `hidden` the scores come from an MLP, as in X-LoRA (2402.07148); different from there,
+    each layer reads its own input and not the last hidden state of a first pass without adapters, so there is no
+    second pass, and a cache changes nothing.
 
     Args:
         hidden: width of a hidden layer (SiLU) between features and scores.
