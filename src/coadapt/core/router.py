@@ -31,8 +31,6 @@ class Router(Chooser):
     """What its constructor takes; written to files."""
     pools: ClassVar[bool] = False
     """Whether it needs to know the real tokens of a row."""
-    by_task: ClassVar[bool] = False
-    """Whether it needs the call's `task_ids`."""
     by_token: ClassVar[bool] = False
     """Whether each token has gates of its own."""
 

@@ -261,14 +261,14 @@ class View(nn.Module, ABC):
             plan, rows = self._plans.rows(nodes, self._merged)
         self._check_wrapper(plan.nodes)
         _check_gates(plan, args, kwargs)
-        if task_ids is not None and not plan.by_task and self._sets_by_task_aside(adapters, names):
+        if task_ids is not None and not plan.tasks and self._sets_by_task_aside(adapters, names):
             task_ids = None
         frame = entered(plan.frame(rows, _tasks(task_ids, plan, args, kwargs)), plan=plan)
         return frame if torch.compiler.is_compiling() else _Running(record, id(self), frame)
 
     def _sets_by_task_aside(self, adapters: Any, names: Any) -> bool:
         """Whether `using` or `disable_adapter` stands for a composition that would read the batch's `task_ids`."""
-        return adapters is None and names is None and routing.by_task([self._node])
+        return adapters is None and names is None and routing.tasks([self._node]) > 0
 
     def _check_wrapper(self, nodes: Sequence[Node]) -> None:
         members = {**self._names, "gates": self.gates}
@@ -345,7 +345,7 @@ def _tasks(task_ids: Any, plan: Any, args: tuple[Any, ...], kwargs: Mapping[str,
     """(B,) or None."""
     if task_ids is None:
         return None
-    if not plan.by_task:
+    if not plan.tasks:
         raise ValueError("task_ids has no effect: nothing that is active has a TaskRouter. Leave it out.")
     tasks = torch.as_tensor(task_ids).long().reshape(-1)
     rows = _batch(args, kwargs)
@@ -353,6 +353,8 @@ def _tasks(task_ids: Any, plan: Any, args: tuple[Any, ...], kwargs: Mapping[str,
         raise ValueError(
             f"task_ids has {len(tasks)} entries, but the batch has {rows} rows; it needs one for each row."
         )
+    if not torch.compiler.is_compiling() and (bad := [t for t in tasks.tolist() if not 0 <= t < plan.tasks]):
+        raise ValueError(f"task_ids has {bad[0]}; the router knows {plan.tasks} tasks, numbered from 0.")
     return tasks
 
 
