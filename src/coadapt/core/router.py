@@ -67,9 +67,10 @@ class Router(Chooser):
                 )
         useful = [s for s in spots if len(s.children) > 1 or self.activation == "sigmoid"]
         if not useful:
+            other = ', or activation="sigmoid", which weighs each by itself' if "activation" in self.options else ""
             raise ValueError(
-                f"{self!r} would have nothing to choose: no two of its adapters have a common site. Use "
-                'activation="sigmoid", which weighs each by itself.'
+                f"{self!r} would have nothing to choose: no two of its adapters have a common site. Give it adapters at "
+                f"the same modules{other}."
             )
         for spot in useful:
             self.refuse(spot)

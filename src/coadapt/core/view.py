@@ -70,6 +70,8 @@ class View(nn.Module, ABC):
     def _prepare(self, node: Node) -> None:
         """Makes what the trained gates of a composition need. Raises ValueError where one cannot stand there."""
         routing.prepare(node, self._names, self.base)
+        for gate in composition.trained_gates(node):
+            gate.train(self.training)
         if routing.has_routers([node]) and _STACKS not in self._sites:
             self._sites[_STACKS] = [stack.module for stack in stacks(self.base)]
             self._record.attach(self._sites[_STACKS])
