@@ -69,8 +69,8 @@ class Router(Chooser):
         if not useful:
             other = ', or activation="sigmoid", which weighs each by itself' if "activation" in self.options else ""
             raise ValueError(
-                f"{self!r} would have nothing to choose: no two of its adapters have a common site. Give it adapters at "
-                f"the same modules{other}."
+                f"{self!r} would have nothing to choose: no two of its adapters have a common site. Give it adapters "
+                f"at the same modules{other}."
             )
         for spot in useful:
             self.refuse(spot)
