@@ -24,7 +24,7 @@ def test_a_gate_per_row_is_that_number_for_that_row(case: str, model: str) -> No
         close(mixed[b], expected[0], 5e-6)
 
 
-@pairs(3, cases=[*GATED, "prefix"], models=("llama", "gpt2", "bert", "qwen3"))
+@pairs(3, cases=[*GATED, "prefix"], models=("llama", "gpt2", "qwen3"))
 def test_a_gate_per_token_that_is_the_same_for_a_row_is_a_gate_per_row(case: str, model: str) -> None:
     view = view_on(model, case, "lora")
     rows = torch.tensor([1.0, 0.25, 2.0])

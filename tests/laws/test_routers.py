@@ -530,6 +530,9 @@ def test_what_was_used() -> None:
     assert view.gates[0].shares() == {}
     logits(view.eval(), tokens)
     assert view.gates[0].shares() == {}  # counted while training
+    other = TokenRouter()  # of one call
+    logits(view, tokens, adapters=Sum("a", "c", weights=other))
+    assert other.shares() == {}
 
 
 @pytest.mark.parametrize(

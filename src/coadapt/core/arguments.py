@@ -14,7 +14,7 @@ def tasks(task_ids: Any, plan: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
     """(B,) the task of each row, or None. Raises ValueError where they do not fit the call, or nothing reads them."""
     if task_ids is None:
         return None
-    if not plan.by_task:
+    if not plan.tasks:
         raise ValueError("task_ids has no effect: nothing that is active has a TaskRouter. Leave it out.")
     tasks = torch.as_tensor(task_ids).long().reshape(-1)
     rows = rows_of(args, kwargs)
@@ -22,6 +22,8 @@ def tasks(task_ids: Any, plan: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
         raise ValueError(
             f"task_ids has {len(tasks)} entries, but the batch has {rows} rows; it needs one for each row."
         )
+    if not torch.compiler.is_compiling() and (bad := [t for t in tasks.tolist() if not 0 <= t < plan.tasks]):
+        raise ValueError(f"task_ids has {bad[0]}; the router knows {plan.tasks} tasks, numbered from 0.")
     return tasks
 
 

@@ -46,7 +46,7 @@ class Plan:
             check_known(node, adapters)  # what a `using` on another thread names may be gone
         self.gate_rows = sorted({len(gate) for node in nodes for gate in row_gates(node)})
         """For how many rows there are gates."""
-        self.by_task, self.keeps_sums = routing.by_task(nodes), routing.keeps_sums(nodes)
+        self.tasks, self.keeps_sums = routing.tasks(nodes), routing.keeps_sums(nodes)
         self.used = list(dict.fromkeys(n for node in nodes for n in names(node)))
         self.calls: dict[nn.Module, SiteCall] = {}
         self.attention: dict[nn.Module, AttentionCall] = {}

@@ -31,8 +31,6 @@ class Router(Chooser):
     """What its constructor takes; written to files."""
     pools: ClassVar[bool] = False
     """Whether it needs to know the real tokens of a row."""
-    by_task: ClassVar[bool] = False
-    """Whether it needs the call's `task_ids`."""
     by_token: ClassVar[bool] = False
     """Whether each token has gates of its own."""
 
@@ -69,11 +67,10 @@ class Router(Chooser):
                 )
         useful = [s for s in spots if len(s.children) > 1 or self.activation == "sigmoid"]
         if not useful:
-            by_itself = 'activation="sigmoid", which weighs each by itself'
+            other = ', or activation="sigmoid", which weighs each by itself' if "activation" in self.options else ""
             raise ValueError(
-                f"{self!r} would have nothing to choose: no two of its adapters have a common site. Use "
-                + (by_itself if "activation" in self.options else f"a TokenRouter with {by_itself}")
-                + "."
+                f"{self!r} would have nothing to choose: no two of its adapters have a common site. Give it adapters "
+                f"at the same modules{other}."
             )
         for spot in useful:
             self.refuse(spot)

@@ -12,6 +12,7 @@ from .gates import Learned, Spot, TrainedGate, attention_site, input_site, span_
 from .layer import Layer, kind_of
 from .method import AttentionMethod, InputMethod
 from .roles import PROJECTIONS, attentions
+from .routers import TaskRouter
 
 
 def site_name(part: Part) -> str:
@@ -137,6 +138,6 @@ def keeps_sums(nodes: Sequence[Node]) -> bool:
     return any(r.pools and any(s.causal for s in r.spots.values()) for node in nodes for r, _ in routers(node))
 
 
-def by_task(nodes: Sequence[Node]) -> bool:
-    """Whether a router needs `task_ids`."""
-    return any(router.by_task for node in nodes for router, _ in routers(node))
+def tasks(nodes: Sequence[Node]) -> int:
+    """How many tasks the routers know that need `task_ids` (the fewest that one knows); 0: none needs them."""
+    return min((r.num_tasks for node in nodes for r, _ in routers(node) if isinstance(r, TaskRouter)), default=0)

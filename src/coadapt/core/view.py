@@ -70,6 +70,8 @@ class View(nn.Module, ABC):
     def _prepare(self, node: Node) -> None:
         """Makes what the trained gates of a composition need. Raises ValueError where one cannot stand there."""
         routing.prepare(node, self._names, self.base)
+        for gate in composition.trained_gates(node):
+            gate.train(self.training)
         if routing.has_routers([node]) and _STACKS not in self._sites:
             self._sites[_STACKS] = [stack.module for stack in stacks(self.base)]
             self._record.attach(self._sites[_STACKS])
@@ -261,14 +263,14 @@ class View(nn.Module, ABC):
             plan, rows = self._plans.rows(nodes, self._merged)
         self._check_wrapper(plan.nodes)
         arguments.check_gates(plan, args, kwargs)
-        if task_ids is not None and not plan.by_task and self._sets_by_task_aside(adapters, names):
+        if task_ids is not None and not plan.tasks and self._sets_by_task_aside(adapters, names):
             task_ids = None
         frame = entered(plan.frame(rows, arguments.tasks(task_ids, plan, args, kwargs)), plan=plan)
         return frame if torch.compiler.is_compiling() else _Running(record, id(self), frame)
 
     def _sets_by_task_aside(self, adapters: Any, names: Any) -> bool:
         """Whether `using` or `disable_adapter` stands for a composition that would read the batch's `task_ids`."""
-        return adapters is None and names is None and routing.by_task([self._node])
+        return adapters is None and names is None and routing.tasks([self._node]) > 0
 
     def _check_wrapper(self, nodes: Sequence[Node]) -> None:
         members = {**self._names, "gates": self.gates}
