@@ -81,7 +81,7 @@ def commonest(known: Sequence[Restaurant]) -> float:
 
 
 def write(assets: Path, out: Path, rows: int | None = None) -> None:
-    """The files that the runs read: facts of restaurants, replies in plays, and of both at most `rows` held out."""
+    """Writes what the runs read: facts of restaurants, replies in plays, what is held out; at most `rows` of each."""
     plays = replies(assets / "tinyshakespeare" / "input.txt")
     end = len(plays) * 9 // 10  # held out is the end of the file, not lines whose neighbours were seen
     facts = [
@@ -93,7 +93,7 @@ def write(assets: Path, out: Path, rows: int | None = None) -> None:
     stage = [{**row, "prompt": on_stage(row["prompt"])} for row in held_out]
     held = {"facts": held_out, "stage": stage, "plays": plays[end::4]}
     out.mkdir(parents=True, exist_ok=True)
-    files = {f"{name}-held-out": found[:rows] for name, found in held.items()}
-    for name, found in {**files, "facts": learnt, "plays": plays[:end]}.items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+    files = {"facts": learnt, "plays": plays[:end], **{f"{name}-held-out": found for name, found in held.items()}}
+    for name, found in files.items():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found[:rows])
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
