@@ -106,12 +106,12 @@ def table(runs: Sequence[Scores], known: Sequence[Restaurant]) -> str:
 
 
 def draw(runs: Sequence[Scores], file: Path) -> None:
-    """What is known against how well plays are foretold: a dot for each composition and seed."""
+    """The loss on facts against the loss on plays: a dot for each composition and seed."""
     axes = (figure := Figure(figsize=(7.6, 4.2), dpi=160, layout="constrained")).subplots()
-    for composition in COMPOSITIONS:
-        x, y = ([scores[composition, column] for scores in runs] for column in ("loss, plays", "facts known"))
-        axes.plot(x, y, "o", label=composition)
-    axes.set(xlabel="loss on held-out plays, nats (better to the left)", ylabel="facts in the answers, %")
+    for number, composition in enumerate(COMPOSITIONS):
+        x, y = ([scores[composition, column] for scores in runs] for column in ("loss, plays", "loss, facts"))
+        axes.plot(x, y, "os"[number > 8], label=composition)
+    axes.set(xlabel="loss on held-out plays, nats", ylabel="loss on held-out facts, nats")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file)
 
