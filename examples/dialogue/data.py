@@ -91,9 +91,8 @@ def write(assets: Path, out: Path, rows: int | None = None) -> None:
     ]
     learnt, held_out = ([row for n, row in facts if (n % 4 == 3) is held] for held in (False, True))
     stage = [{**row, "prompt": on_stage(row["prompt"])} for row in held_out]
-    held = {"facts": held_out, "stage": stage, "plays": plays[end::4]}
+    held = {"facts-held-out": held_out, "stage-held-out": stage, "plays-held-out": plays[end::4]}
     out.mkdir(parents=True, exist_ok=True)
-    files = {"facts": learnt, "plays": plays[:end], **{f"{name}-held-out": found for name, found in held.items()}}
-    for name, found in files.items():
+    for name, found in {"facts": learnt, "plays": plays[:end], **held}.items():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found[:rows])
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

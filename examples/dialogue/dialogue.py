@@ -19,7 +19,6 @@ from coadapt.training.run import train
 from coadapt.training.settings import RunConfig
 from data import QUESTIONS, Restaurant, commonest, on_stage, restaurants, write
 
-HERE = Path(__file__).parent
 RUNS = ("joint", "staged", "together")
 MIXES = ("knowledge + style", "knowledge + 0.5*style", "0.5*knowledge + 0.5*style", "later", "knowledge >> later")
 MORE = ("ties", "knowledge2", "style2", "knowledge2 + style2")  # one adapter out of two; the run together.yaml
@@ -34,7 +33,7 @@ Scores = dict[tuple[str, str], float]  # (what is compared, column)
 
 def trained(name: str, model: Path, out: Path, seed: int, shorter: int) -> Path:
     """The folder of a run of NAME.yaml, with every number of steps divided by `shorter`."""
-    settings = yaml.safe_load((HERE / f"{name}.yaml").read_text("utf-8"))
+    settings = yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text("utf-8"))
     for group in (settings, *settings["adapters"].values()):
         group |= {key: value // shorter for key, value in group.items() if key.endswith(("_step", "_steps"))}
     for data in settings["datasets"].values():
