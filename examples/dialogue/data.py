@@ -80,19 +80,19 @@ def commonest(known: Sequence[Restaurant]) -> float:
     return sum(most) / len(known) / len(SLOTS)
 
 
-def write(assets: Path, out: Path) -> None:
-    """The files that the runs read: facts of restaurants, replies in plays, and what is held out of both."""
+def write(assets: Path, out: Path, rows: int | None = None) -> None:
+    """Writes what the runs read: facts of restaurants, replies in plays, what is held out; at most `rows` of each."""
     plays = replies(assets / "tinyshakespeare" / "input.txt")
-    end = len(plays) * 9 // 10  # the last plays of the file: no scene of them is trained on
+    end = len(plays) * 9 // 10  # held out is the end of the file, not lines whose neighbours were seen
     facts = [
         (number, {"prompt": QUESTIONS[number // 4 % len(QUESTIONS)].format(one.name), "completion": sentence})
         for one in restaurants(assets / "e2e_nlg")
         for number, sentence in enumerate(one.sentences)
     ]
     learnt, held_out = ([row for n, row in facts if (n % 4 == 3) is held] for held in (False, True))
-    staged = [{**row, "prompt": on_stage(row["prompt"])} for row in held_out]
+    stage = [{**row, "prompt": on_stage(row["prompt"])} for row in held_out]
+    held = {"facts-held-out": held_out, "stage-held-out": stage, "plays-held-out": plays[end::4]}
     out.mkdir(parents=True, exist_ok=True)
-    files = {"facts": learnt, "facts-held-out": held_out, "plays": plays[:end], "stage-held-out": staged}
-    for name, rows in {**files, "plays-held-out": plays[end::4]}.items():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    for name, found in {"facts": learnt, "plays": plays[:end], **held}.items():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found[:rows])
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -19,10 +19,10 @@ from coadapt.training.run import train
 from coadapt.training.settings import RunConfig
 from data import QUESTIONS, Restaurant, commonest, on_stage, restaurants, write
 
-HERE = Path(__file__).parent
+RUNS = ("joint", "staged", "together")
 MIXES = ("knowledge + style", "knowledge + 0.5*style", "0.5*knowledge + 0.5*style", "later", "knowledge >> later")
-MADE = ("svd", "ties")  # one adapter out of two
-COMPOSITIONS = {"base": None, **{text: text for text in ("knowledge", "style", *MIXES, *MADE)}}
+MORE = ("ties", "knowledge2", "style2", "knowledge2 + style2")  # one adapter out of two; the run together.yaml
+COMPOSITIONS = {"base": None, **{text: text for text in ("knowledge", "style", *MIXES, *MORE)}}
 """What is compared -> what a row of a batch asks for."""
 LOSSES = {"facts": "loss, facts", "plays": "loss, plays", "stage": "loss, facts on stage"}
 ASKED = {"facts known": QUESTIONS[0], "facts known, on stage": on_stage(QUESTIONS[0])}
@@ -33,7 +33,7 @@ Scores = dict[tuple[str, str], float]  # (what is compared, column)
 
 def trained(name: str, model: Path, out: Path, seed: int, shorter: int) -> Path:
     """The folder of a run of NAME.yaml, with every number of steps divided by `shorter`."""
-    settings = yaml.safe_load((HERE / f"{name}.yaml").read_text("utf-8"))
+    settings = yaml.safe_load((Path(__file__).parent / f"{name}.yaml").read_text("utf-8"))
     for group in (settings, *settings["adapters"].values()):
         group |= {key: value // shorter for key, value in group.items() if key.endswith(("_step", "_steps"))}
     for data in settings["datasets"].values():
@@ -42,11 +42,11 @@ def trained(name: str, model: Path, out: Path, seed: int, shorter: int) -> Path:
     return train(RunConfig(**settings, overwrite_output_dir=True), Console(quiet=True)).folder
 
 
-def joined(model: Path, joint: Path, staged: Path) -> PeftModel:
-    """A view with the adapters of both runs (`knowledge` is the same in both), and with two made of them."""
+def joined(model: Path, joint: Path, staged: Path, together: Path) -> PeftModel:
+    """A view with the adapters of all runs (`knowledge` is the same in two), and with one made of two."""
     view = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), joint)
-    view.load_adapter(staged / "later", "later")
-    view.combine("knowledge + style", "svd", adapter_name="svd", r=16)
+    for folder in (staged / "later", together / "knowledge2", together / "style2"):
+        view.load_adapter(folder, folder.name)
     view.combine("knowledge + style", "ties", adapter_name="ties", density=0.5, r="full")
     return view.eval()
 
@@ -69,20 +69,20 @@ def losses(view: PeftModel, tokenizer: Any, rows: Sequence[Mapping[str, str]]) -
 def answers(view: PeftModel, tokenizer: Any, prompt: str) -> dict[str, str]:
     """What each composition says, the likeliest token each time; all in one batch."""
     asked = tokenizer([prompt] * len(COMPOSITIONS), return_tensors="pt", return_token_type_ids=False)
-    said = view.generate(**asked, max_new_tokens=110, do_sample=False, adapter_names=list(COMPOSITIONS.values()))
+    said = view.generate(**asked, do_sample=False, adapter_names=list(COMPOSITIONS.values()))
     length = asked["input_ids"].shape[1]
     return dict(zip(COMPOSITIONS, tokenizer.batch_decode(said[:, length:], skip_special_tokens=True), strict=True))
 
 
-def measured(view: PeftModel, tokenizer: Any, known: Sequence[Restaurant], out: Path, rows: int | None) -> Scores:
-    """Every composition in every column, on at most so many rows of each."""
+def measured(view: PeftModel, tokenizer: Any, known: Sequence[Restaurant], out: Path) -> Scores:
+    """Every composition in every column."""
     scores: Scores = {}
     for name, column in LOSSES.items():
-        lines = (out / f"{name}-held-out.jsonl").read_text("utf-8").splitlines()[:rows]
+        lines = (out / f"{name}-held-out.jsonl").read_text("utf-8").splitlines()
         found = losses(view, tokenizer, [json.loads(line) for line in lines])
         scores |= {(composition, column): loss for composition, loss in found.items()}
     for column, question in ASKED.items():
-        said = [(one, answers(view, tokenizer, question.format(one.name))) for one in known[:rows]]
+        said = [(one, answers(view, tokenizer, question.format(one.name))) for one in known]
         for name in COMPOSITIONS:
             scores[name, column] = 100 * statistics.fmean(one.known(every[name]) for one, every in said)
     return scores
@@ -105,19 +105,19 @@ def table(runs: Sequence[Scores], known: Sequence[Restaurant]) -> str:
 
 
 def draw(runs: Sequence[Scores], file: Path) -> None:
-    """What is known against how well plays are foretold: a dot for each composition and seed."""
-    axes = (figure := Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained")).subplots()
-    for composition in COMPOSITIONS:
-        x, y = ([scores[composition, column] for scores in runs] for column in ("loss, plays", "facts known"))
-        axes.plot(x, y, "o", label=composition)
-    axes.set(xlabel="loss on held-out plays, nats (better to the left)", ylabel="facts in the answers, %")
+    """The loss on facts against the loss on plays: a dot for each composition and seed."""
+    axes = (figure := Figure(figsize=(7.6, 4.2), dpi=160, layout="constrained")).subplots()
+    for number, composition in enumerate(COMPOSITIONS):
+        x, y = ([scores[composition, column] for scores in runs] for column in ("loss, plays", "loss, facts"))
+        axes.plot(x, y, "os"[number > 8], label=composition)
+    axes.set(xlabel="loss on held-out plays, nats", ylabel="loss on held-out facts, nats")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file)
 
 
-def transcript(view: PeftModel, tokenizer: Any) -> str:
+def transcript(view: PeftModel, tokenizer: Any, prompts: Sequence[str]) -> str:
     """A few questions, and every composition's answer as it is; / for the end of a line."""
-    said = [(prompt, answers(view, tokenizer, prompt)) for prompt in TOLD]
+    said = [(prompt, answers(view, tokenizer, prompt)) for prompt in prompts]
     shown = ([prompt, *(f"[{k}] {v.replace(chr(10), ' / ')}" for k, v in every.items()), ""] for prompt, every in said)
     return "\n".join(line for lines in shown for line in lines)
 
@@ -131,18 +131,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few steps, which show that it runs")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    few, shorter = (1, 25) if chosen.quick else (None, 1)
     known = restaurants(chosen.data / "e2e_nlg")
-    write(chosen.data, chosen.out)
+    write(chosen.data, chosen.out, few and 16 * few)
     tokenizer = AutoTokenizer.from_pretrained(chosen.model)
     runs: list[Scores] = []
-    for seed in range(1, (1 if chosen.quick else chosen.seeds) + 1):
-        shorter = 25 if chosen.quick else 1
-        joint, staged = (trained(run, chosen.model, chosen.out, seed, shorter) for run in ("joint", "staged"))
-        view = joined(chosen.model, joint, staged)
-        runs.append(measured(view, tokenizer, known, chosen.out, 2 if chosen.quick else None))
+    for seed in range(1, (few or chosen.seeds) + 1):
+        folders = [trained(run, chosen.model, chosen.out, seed, shorter) for run in RUNS]
+        view = joined(chosen.model, *folders)
+        view.generation_config.max_new_tokens = 20 if chosen.quick else 110
+        runs.append(measured(view, tokenizer, known[:few], chosen.out))
         print(f"seed {seed} is done", flush=True)
         if seed == 1:
-            (chosen.out / "transcript.txt").write_text(transcript(view, tokenizer), encoding="utf-8")
+            (chosen.out / "transcript.txt").write_text(transcript(view, tokenizer, TOLD[:few]), encoding="utf-8")
     print(report := table(runs, known))
     (chosen.out / "table.md").write_text(report + "\n", encoding="utf-8")
     draw(runs, chosen.out / "dialogue.png")

@@ -18,7 +18,7 @@ ASSETS = ROOT.parent / "shared" / "assets"
 MODEL = ASSETS / "weights" / "stories260K-hf"
 
 
-@pytest.mark.parametrize(("file", "plays"), [("joint", Span()), ("staged", Span(start=150))])
+@pytest.mark.parametrize(("file", "plays"), [("joint", Span()), ("staged", Span(start=150)), ("together", Span())])
 def test_its_yaml_is_a_run(file: str, plays: Span) -> None:
     run = RunConfig(model="base", **yaml.safe_load((EXAMPLE / f"{file}.yaml").read_text("utf-8")))
     assert timetable(run).datasets["plays"] == plays
