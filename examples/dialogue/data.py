@@ -13,7 +13,6 @@ from pathlib import Path
 QUESTIONS = ("Tell me about {}.\n", "What is {} like?\n", "Do you know {}?\n")
 SLOTS = ("eatType", "food", "near")
 """What an answer is checked for: values that the sentences give word for word."""
-Row = dict[str, str]  # prompt, completion
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def chosen(name: str, written: Mapping[str, Sequence[str]]) -> Restaurant | None
     return Restaurant(name, {slot: whole[text][slot] for slot in SLOTS}, found[text])
 
 
-def replies(file: Path, longest: int = 160) -> list[Row]:
+def replies(file: Path, longest: int = 160) -> list[dict[str, str]]:
     """A speech of a play, and the one that answers it, where neither is long; in the order of the file."""
     speeches = [speech.split("\n", 1) for speech in file.read_text("utf-8").strip().split("\n\n")]
     return [

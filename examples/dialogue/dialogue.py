@@ -19,7 +19,6 @@ from coadapt.training.run import train
 from coadapt.training.settings import RunConfig
 from data import QUESTIONS, Restaurant, commonest, on_stage, restaurants, write
 
-RUNS = ("joint", "staged", "together")
 MIXES = ("knowledge + style", "knowledge + 0.5*style", "0.5*knowledge + 0.5*style", "later", "knowledge >> later")
 MORE = ("ties", "knowledge2", "style2", "knowledge2 + style2")  # one adapter out of two; the run together.yaml
 COMPOSITIONS = {"base": None, **{text: text for text in ("knowledge", "style", *MIXES, *MORE)}}
@@ -134,19 +133,19 @@ def main() -> None:
     few, shorter = (1, 25) if chosen.quick else (None, 1)
     known = restaurants(chosen.data / "e2e_nlg")
     write(chosen.data, chosen.out, few and 16 * few)
-    tokenizer = AutoTokenizer.from_pretrained(chosen.model)
+    tokenizer, out = AutoTokenizer.from_pretrained(chosen.model), chosen.out
     runs: list[Scores] = []
     for seed in range(1, (few or chosen.seeds) + 1):
-        folders = [trained(run, chosen.model, chosen.out, seed, shorter) for run in RUNS]
+        folders = [trained(run, chosen.model, out, seed, shorter) for run in ("joint", "staged", "together")]
         view = joined(chosen.model, *folders)
         view.generation_config.max_new_tokens = 20 if chosen.quick else 110
-        runs.append(measured(view, tokenizer, known[:few], chosen.out))
+        runs.append(measured(view, tokenizer, known[:few], out))
         print(f"seed {seed} is done", flush=True)
         if seed == 1:
-            (chosen.out / "transcript.txt").write_text(transcript(view, tokenizer, TOLD[:few]), encoding="utf-8")
+            (out / "transcript.txt").write_text(transcript(view, tokenizer, TOLD[:few]), encoding="utf-8")
     print(report := table(runs, known))
-    (chosen.out / "table.md").write_text(report + "\n", encoding="utf-8")
-    draw(runs, chosen.out / "dialogue.png")
+    (out / "table.md").write_text(report + "\n", encoding="utf-8")
+    draw(runs, out / "dialogue.png")
 
 
 if __name__ == "__main__":
