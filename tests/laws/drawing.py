@@ -138,7 +138,7 @@ def of_row(node: Any, b: int) -> Any:
 
 def tasks(nodes: Sequence[Any], rows: Sequence[int]) -> dict[str, Any]:
     """What a call is told where some router goes by the task: that of these rows."""
-    asked = any(router.by_task for node in nodes if node is not None for router, _ in routers(node))
+    asked = any(isinstance(r, TaskRouter) for node in nodes if node is not None for r, _ in routers(node))
     return {"task_ids": [b % TASKS for b in rows]} if asked else {}
 
 

@@ -128,7 +128,7 @@ def same_gradients(one: dict[str, Tensor | None], other: dict[str, Tensor | None
                 gradient,
                 theirs,
                 rtol=within,
-                atol=within * max(1e-2, float(theirs.abs().max())),
+                atol=within * max(2e-2, float(theirs.abs().max())),  # sums may cancel (the biases of keys)
                 msg=lambda m, n=name: f"{n}: {m}",
             )
 
