@@ -80,8 +80,8 @@ def routed(model: str, router: Any, *cases: str, base: Any = None) -> PeftModel:
 @pytest.mark.parametrize("kind", ["token", "pooled", "task", "sigmoid"])
 @pairs(0, cases=EVERYWHERE)
 def test_a_router_that_reads_nothing_is_its_numbers(case: str, model: str, kind: str) -> None:
-    if kind in ("token", "sigmoid") and model == "conv":
-        pytest.skip("a convolution has no tokens: refused, see below")
+    if kind == "pooled" and case == "ln-tuning" and model in ("gemma3", "qwen3"):
+        pytest.skip("norms of queries and keys see heads, whose tokens cannot be told: refused in the call")
     routers: dict[str, Any] = {
         "token": TokenRouter(),
         "pooled": PooledRouter(temperature=2.0),
@@ -90,6 +90,11 @@ def test_a_router_that_reads_nothing_is_its_numbers(case: str, model: str, kind:
     }
     router = routers[kind]
     view = view_on(model, case, case, by=0.3)
+    convolves = any(isinstance(p.place.module, nn.Conv1d | nn.Conv2d) for p in view.get_adapter("a").parts)
+    if kind in ("token", "sigmoid") and convolves:
+        with pytest.raises(ValueError, match="a convolution"):
+            view.set_adapter(Sum("a", "b", weights=router))
+        return
     view.set_adapter(Sum("a", "b", weights=router))
     scores = torch.tensor([0.7, -0.4])
     even(router, *scores.tolist())

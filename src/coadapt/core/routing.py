@@ -11,6 +11,7 @@ from .composition import Node, names, routers, trained_gates
 from .gates import Learned, Spot, TrainedGate, attention_site, input_site, span_site
 from .layer import Layer, kind_of
 from .method import AttentionMethod, InputMethod
+from .mixture import mixtures
 from .roles import PROJECTIONS, attentions
 from .routers import TaskRouter
 
@@ -88,6 +89,8 @@ def _spot(site: str, part: Part, methods: Mapping[int, Sequence[nn.Module]], str
     if embeds:
         width = layer.width
     outputs = layer.width
+    if place.path in streams.mixtures:
+        width = outputs = streams.mixtures[place.path]
     if width is None or outputs is None:
         raise ValueError(f"Nothing tells how wide the input of {place.path!r} is, so no router can read it.")
     return Spot(
@@ -110,6 +113,8 @@ class _Streams:
 
     def __init__(self, base: Any) -> None:
         self.stacks = stacks(base)
+        self.mixtures = {m.path: m.width for m in mixtures(base)}
+        """Mixtures of experts, whose width no layer of theirs tells."""
         self.cross = {a.path for a in attentions(base) if a.role == "cross"}
 
     def of(self, path: str) -> Backbone | None:
