@@ -445,6 +445,17 @@ def test_checkpointing_changes_nothing(kind: str, reentrant: bool) -> None:
         close(buffer, used[name] if name.endswith("of") else 2 * used[name])
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputed_encoder_of_sounds_averages_what_it_did(reentrant: bool) -> None:
+    """The decoder, which runs in between, notes nothing that its encoder would read in the backward."""
+    view = routed("whisper", PooledRouter(), "bitfit", "bitfit").train()
+    loss(view).backward()
+    before = gradients(view)
+    recompute(view, reentrant)
+    loss(view).backward()
+    same_gradients(gradients(view), before)
+
+
 def test_routers_train_alone_and_learn_whom_to_choose() -> None:
     """Tokens below 0 are worth adapter a's change, the others b's: the router finds out, the adapters stay."""
     view, _, _, _ = one_layer(LORA, LORA)

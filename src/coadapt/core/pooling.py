@@ -64,7 +64,9 @@ class SeenCall:
     def __call__(self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
         told = next((call[n] for n in ("input_ids", "inputs_embeds") if call.get(n) is not None), None)
-        if told is not None:
+        if told is None:  # features of sounds or images, all real; noted, so that a recomputation finds the same
+            frame.seen[self.path] = None
+        else:
             cache, mask = call.get("past_key_values"), call.get("attention_mask")
             past = int(cache.get_seq_length()) if self.pools and cache is not None else 0
             seen = frame.seen[self.path] = Seen(len(told), told.shape[1], past)
