@@ -145,4 +145,5 @@ def keeps_sums(nodes: Sequence[Node]) -> bool:
 
 def tasks(nodes: Sequence[Node]) -> int:
     """How many tasks the routers know that need `task_ids` (the fewest that one knows); 0: none needs them."""
-    return min((r.num_tasks for node in nodes for r, _ in routers(node) if isinstance(r, TaskRouter)), default=0)
+    known = [r.num_tasks for node in nodes for r, _ in routers(node) if isinstance(r, TaskRouter)]
+    return min(known) if known else 0
