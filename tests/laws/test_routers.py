@@ -629,7 +629,7 @@ def test_places_that_cannot_be() -> None:
     view.add_adapter("p2", PromptTuningConfig(num_virtual_tokens=2))
     for node, match in (
         (Sum("q", "v", weights=TokenRouter()), "no two of its adapters have a common site. Give it adapters"),
-        (Sum("q", "v", weights=Fusion()), "no two of its adapters have a common site. Use a TokenRouter with"),
+        (Sum("q", "v", weights=Fusion()), "no two of its adapters have a common site. Give it adapters"),
         (Sum("prefix", "prefix2", weights=Fusion()), "a prefix"),
         (Sum("prefix", "prefix2", weights=Arrow()), "reads the factors"),
         (Sum("p", "p2", weights=TokenRouter()), "stands before all of them"),
