@@ -268,7 +268,7 @@ BELOW_ZERO = "A joint prefix cannot have a gate below 0"
 WEIGHT_PER_ROW = "a gate per row|a router"
 ROUTING = (
     "nothing to choose: no two|cannot weigh the prompt|cannot weigh prompts|cannot weigh .* a parameter"
-    "|weighs tokens, and|reads the factors|attends to what each adapter adds"
+    "|weighs tokens, and|cannot pool the tokens|reads the factors|attends to what each adapter adds"
 )
 """Of routers, when their parameters are made."""
 

@@ -272,7 +272,7 @@ def test_saved_loaded_and_taken_away(model: str, data: st.DataObject) -> None:
             stir(view.get_adapter(name), seed=i, by=0.2)
         view.double()
         told = tasks([node], range(3))
-        if not refused(view, [node], lambda: logits(view, **told)):
+        if not refused(view, [node], lambda: logits(view, adapters=node, **told)):
             view.set_adapter(node)
             with tempfile.TemporaryDirectory() as where:
                 view.save_pretrained(where)

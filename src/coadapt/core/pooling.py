@@ -123,7 +123,7 @@ def pooled(x: Tensor, spot: Spot, key: tuple[int, str]) -> Tensor:
     seen.check()
     if x.dim() == 2:
         return _flattened(x, spot, key, seen)
-    real = seen.real(len(x), x.shape[1], x.device)
+    real = seen.real(len(x), x.shape[1], x.device) if x.dim() == 3 else None
     if real is None:
         raise RuntimeError(
             f"A pooled router cannot tell which of the {x.shape[1]} tokens at {spot.path!r} are real: its call has "

@@ -9,7 +9,7 @@ from .adapter import Adapter, Part
 from .backbone import Backbone, stacks
 from .composition import Node, names, routers, trained_gates
 from .gates import Learned, Spot, TrainedGate, attention_site, input_site, span_site
-from .layer import Layer, kind_of
+from .layer import LINEAR, Layer, kind_of
 from .method import AttentionMethod, InputMethod
 from .mixture import mixtures
 from .roles import PROJECTIONS, attentions
@@ -49,7 +49,10 @@ def prepare(node: Node, adapters: Mapping[str, Adapter], base: nn.Module) -> Non
             if beside is not None and not beside.is_meta:
                 gate.to(beside.device)  # DistributedDataParallel wants all parameters on devices of one kind
         else:
-            gate.prepare(_spots(owners[id(gate)].children, adapters, streams, refuse=repr(gate)))
+            spots = _spots(owners[id(gate)].children, adapters, streams, refuse=repr(gate))
+            if getattr(gate, "pools", False):
+                streams.refuse_heads(spots, repr(gate))
+            gate.prepare(spots)
 
 
 def _before(gate: TrainedGate, node: Node) -> Iterator[Node]:
@@ -115,7 +118,9 @@ class _Streams:
         self.stacks = stacks(base)
         self.mixtures = {m.path: m.width for m in mixtures(base)}
         """Mixtures of experts, whose width no layer of theirs tells."""
-        self.cross = {a.path for a in attentions(base) if a.role == "cross"}
+        found = attentions(base)
+        self.attentions = {a.path: a.module for a in found}
+        self.cross = {a.path for a in found if a.role == "cross"}
 
     def of(self, path: str) -> Backbone | None:
         """The stack that `path` lies in; the encoder for what reads its states; the last one for what is around."""
@@ -126,6 +131,17 @@ class _Streams:
             return self.stacks[0]
         inside = [s for s in self.stacks if path == s.path or path.startswith(f"{s.path}.") or not s.path]
         return max(inside, key=lambda s: len(s.path)) if inside else self.stacks[-1]
+
+    def refuse_heads(self, spots: Sequence[Spot], who: str) -> None:
+        """Raises ValueError for norms of queries and keys, which are given each head apart: (B, T, H, D)."""
+        for spot in spots:
+            around = self.attentions.get(spot.path.rpartition(".")[0])
+            linears = [] if around is None else [Layer(m).width or 0 for m in around.children() if kind_of(m) == LINEAR]
+            if spot.width < max(linears, default=0) and "norm" in spot.path.rpartition(".")[2]:
+                raise ValueError(
+                    f"{who} cannot pool the tokens at {spot.path!r}, which is given each head apart. Use a "
+                    "TokenRouter, or leave that site out."
+                )
 
 
 def has_routers(nodes: Sequence[Node]) -> bool:
