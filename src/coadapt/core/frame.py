@@ -42,6 +42,8 @@ class Frame:
         """Running sums of pooled features, while a cache grows."""
         self.inputs: dict[str, Any] = {}
         """Inputs of modules that a site further on reads, by path; each is taken out when it is read."""
+        self.given: dict[Any, Any] = {}
+        """Products that one layer made for another which reads the same input: see lowrank.py."""
 
 
 class _Active(threading.local):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .frame import Frame
+from .fused import Dropped, Product
 from .gates import Gate, Gates, Reading, leading
 from .layer import Layer
 from .method import WeightMethod
@@ -53,54 +54,105 @@ def added(layer: Layer, x: Tensor, y: Tensor, terms: Sequence[Term], rows: Tenso
         y: what the layer made of it.
         rows: (B,) which composition each row uses, or None.
     """
-    at = Reading(layer.path, x, y)
-    dry: list[Term] = []
-    for term in terms:
-        if term.method.training and term.method.dropout > 0 and x.is_floating_point():  # drops inputs of its own
-            y = _added(layer, F.dropout(x, term.method.dropout), y, [term], rows, at)
-        else:
-            dry.append(term)
-    return _added(layer, x, y, dry, rows, at) if dry else y
-
-
-def _added(layer: Layer, x: Tensor, y: Tensor, terms: Sequence[Term], rows: Tensor | None, at: Reading) -> Tensor:
-    dtype = x.dtype if x.is_floating_point() else y.dtype
-    downs: list[Tensor] = []
-    ups: list[Tensor] = []
-    scales: list[float | Tensor] = []
-    for term in terms:
-        a, b, scale = term.method.factors()
-        downs.append(a.to(dtype))
-        ups.append(b.to(dtype))
-        scales.append(term.gates.value(rows, at) * scale)
     if not layer.kind.factors:
         raise TypeError(
             f"{layer.path!r} is a {type(layer.module).__name__}; its weight is no matrix, so it has no factors."
         )
-    down = downs[0] if len(downs) == 1 else torch.cat(downs)
-    z = layer.kind.apply(layer.module, x, down)  # (B, ..., R), or (B, R, ...) for a convolution
-    if all(isinstance(s, float) for s in scales):
-        if len(ups) == 1:
-            return _plus(layer, y, z, ups[0], float(scales[0]))
-        return _plus(layer, y, z, torch.cat([u * s for u, s in zip(ups, scales, strict=True)], dim=1), 1.0)
-    z = z * _per_rank(scales, [u.shape[1] for u in ups], z, layer.kind.channel)
-    return _plus(layer, y, z, ups[0] if len(ups) == 1 else torch.cat(ups, dim=1), 1.0)
+    at = Reading(layer.path, x, y)
+    for group in _by_dropout(terms):
+        if layer.kind.name == "linear" and x.dtype == y.dtype and _can_fuse(x):
+            y = _product(x, y, None, group, rows, at)[0]
+        else:
+            y = _added(layer, x, y, group, rows, at)
+    return y
 
 
-def _plus(layer: Layer, y: Tensor, z: Tensor, up: Tensor, scale: float) -> Tensor:
-    if layer.kind.channel == -1 and y.dim() > 1 and z.shape[:-1] == y.shape[:-1] and z.dtype == y.dtype:
-        return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), up.mT, alpha=scale).view(y.shape)
-    return y + scale * layer.mix(z, up).to(y.dtype)
+def _by_dropout(terms: Sequence[Term]) -> list[list[Term]]:
+    """Terms that drop the same share of their inputs drop the same ones."""
+    found: dict[float, list[Term]] = {}
+    for term in terms:
+        found.setdefault(term.method.dropout if term.method.training else 0.0, []).append(term)
+    return list(found.values())
 
 
-def _per_rank(scales: Sequence[float | Tensor], ranks: Sequence[int], z: Tensor, channel: int) -> Tensor:
-    """The gates of all terms, repeated over their ranks and shaped to multiply z."""
-    parts = [torch.as_tensor(s, dtype=z.dtype, device=z.device) for s in scales]
-    wide = [leading(p, z.dim() - 1) for p in parts]
-    shape = torch.broadcast_shapes((1,) * (z.dim() - 1), *[p.shape for p in wide])  # (B or 1, ...)
-    columns = [p.expand(shape)[..., None].expand(*shape, r) for p, r in zip(wide, ranks, strict=True)]
-    gates = torch.cat(columns, dim=-1)  # (B or 1, ..., R)
-    return gates if channel == -1 else gates.movedim(-1, 1)
+def _added(layer: Layer, x: Tensor, y: Tensor, terms: Sequence[Term], rows: Tensor | None, at: Reading) -> Tensor:
+    """The definition, for layers of every kind."""
+    dtype = x.dtype if x.is_floating_point() else y.dtype
+    share = terms[0].method.dropout if terms[0].method.training and x.is_floating_point() else 0.0
+    factors = [term.method.factors() for term in terms]
+    down = torch.cat([a.to(dtype) for a, _, _ in factors])
+    up = torch.cat([b.to(dtype) for _, b, _ in factors], dim=1)
+    z = layer.kind.apply(layer.module, F.dropout(x, share), down)  # (B, ..., R), or (B, R, ...) for a convolution
+    gate = _gate(terms, factors, rows, at, z.dim(), z)
+    if isinstance(gate, Tensor) and gate.dim() > 1 and layer.kind.channel == 1:
+        gate = gate.movedim(-1, 1)
+    elif isinstance(gate, Tensor):
+        gate = layer.along_channels(gate, z)
+    return y + layer.mix(z * gate, up).to(y.dtype)
+
+
+_Factors = tuple[Tensor, Tensor, float]
+
+
+def _gate(
+    terms: Sequence[Term], factors: Sequence[_Factors], rows: Tensor | None, at: Reading, dims: int, like: Tensor
+) -> Tensor | float:
+    """g_i s_i of all terms, as a factor of (B, ..., R) with `dims` dims: a number, (R,) or (B or 1, ..., R)."""
+    gates = [term.gates.value(rows, at) * scale for term, (_, _, scale) in zip(terms, factors, strict=True)]
+    if len(gates) == 1 and isinstance(gates[0], float):
+        return gates[0]
+    ranks = [a.shape[0] for a, _, _ in factors]
+    if all(isinstance(g, float) for g in gates):
+        numbers = [float(g) for g, r in zip(gates, ranks, strict=True) for _ in range(r)]
+        return torch.tensor(numbers, dtype=like.dtype, device=like.device)
+    parts = [leading(torch.as_tensor(g, dtype=like.dtype, device=like.device), dims - 1) for g in gates]
+    shape = torch.broadcast_shapes((1,) * (dims - 1), *[p.shape for p in parts])  # (B or 1, ...)
+    columns = [p.expand(shape)[..., None].expand(*shape, r) for p, r in zip(parts, ranks, strict=True)]
+    return torch.cat(columns, dim=-1)
+
+
+def _drops(terms: Sequence[Term]) -> bool:
+    return any(term.method.training and term.method.dropout for term in terms)
+
+
+def _can_fuse(x: Tensor) -> bool:
+    """Whether fused.py can do it at a linear layer: outside of what traces or transforms functions."""
+    return (
+        x.is_floating_point()
+        and x.dim() > 1
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()  # pyright: ignore[reportPrivateUsage]
+    )
+
+
+def _product(
+    x: Tensor,
+    y: Tensor | None,
+    linear: Any,
+    terms: Sequence[Term],
+    rows: Tensor | None,
+    at: Reading,
+    z: Tensor | None = None,
+    others: Sequence[Tensor] = (),
+) -> tuple[Tensor, ...]:
+    """(y with the terms added, their z, the z of each of `others`): see fused.Product."""
+    factors = [term.method.factors() for term in terms]
+    gate = _gate(terms, factors, rows, at, x.dim(), x)
+    share = terms[0].method.dropout if terms[0].method.training else 0.0
+    dropped = None
+    if share > 0:
+        gate = gate / (1 - share)
+        dropped = Dropped(x, share) if z is None else None
+    if isinstance(gate, Tensor) and gate.dim() > 1:
+        gate = gate.expand(*x.shape[:-1], -1).flatten(0, -2)  # (N, R)
+    up = factors[0][1] if len(factors) == 1 else torch.cat([b for _, b, _ in factors], dim=1)
+    downs = (_down(factors), *others) if z is None else ()
+    weight, bias = (None, None) if linear is None else (linear.weight, linear.bias)
+    return Product.apply(x, y, weight, bias, up, gate, z, dropped, *downs)  # type: ignore[no-any-return]
+
+
+def _down(factors: Sequence[_Factors]) -> Tensor:
+    return factors[0][0] if len(factors) == 1 else torch.cat([a for a, _, _ in factors])
 
 
 class LowRankCall:
@@ -108,10 +160,65 @@ class LowRankCall:
 
     def __init__(self, layer: Layer, terms: Sequence[Term]) -> None:
         self.layer, self.terms = layer, tuple(terms)
+        self.linear = layer.kind.name == "linear"
+        self.siblings: list[LowRankCall] = []
+        """At layers that are called after this one, as a rule with the same input: keys and values after queries."""
+
+    def goes_with(self, other: "LowRankCall") -> bool:
+        """Whether both can be made in one product: of linear layers with one dropout."""
+        shares = {term.method.dropout for call in (self, other) for term in call.terms}
+        return self.linear and other.linear and len(shares) == 1
 
     def __call__(self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, call = first_input(forward, args, kwargs)
-        return added(self.layer, x, call(x), self.terms, frame.rows)
+        if not self.linear or not _can_fuse(x) or (len(self.terms) > 1 and len(_by_dropout(self.terms)) > 1):
+            return added(self.layer, x, call(x), self.terms, frame.rows)
+        if not torch.is_grad_enabled() and not _drops(self.terms):
+            return self._inferred(x, call(x), frame.rows)
+        runs = forward.func is nn.Linear.forward and _is_frozen(self.layer.module, x)
+        y = None if runs else call(x)
+        used = x if y is None else x.to(y.dtype)
+        given = frame.given.pop(self, None) if frame.given else None
+        z = given[1] if given is not None and given[0] is x else None
+        siblings = self.siblings if z is None else ()
+        others = [_down([t.method.factors() for t in s.terms]) for s in siblings]
+        at = Reading(self.layer.path, x, x if y is None else y)
+        out, _, *zs = _product(used, y, self.layer.module if runs else None, self.terms, frame.rows, at, z, others)
+        for sibling, made in zip(siblings, zs, strict=True):
+            frame.given[sibling] = x, made
+        return out
+
+    def _inferred(self, x: Tensor, y: Tensor, rows: Tensor | None) -> Tensor:
+        """Where there is no backward."""
+        factors = [term.method.factors() for term in self.terms]
+        x = x.to(y.dtype)
+        gate = _gate(self.terms, factors, rows, Reading(self.layer.path, x, y), x.dim(), x)
+        up = factors[0][1] if len(factors) == 1 else torch.cat([b for _, b, _ in factors], dim=1)
+        z = F.linear(x, _down(factors).to(y.dtype)) * gate
+        return _plus(self.layer.module, y, z, up.to(y.dtype).mT)
+
+
+def _plus(module: nn.Module, y: Tensor, z: Tensor, up: Tensor) -> Tensor:
+    """y + z up, in place where `module` has just made y. up is (R, O), or (B, R, O)."""
+    if up.dim() == 3:
+        return y.baddbmm_(z, up) if isinstance(module, nn.Linear) else torch.baddbmm(y, z, up)
+    flat, z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
+    if isinstance(module, nn.Linear) and y.is_contiguous():
+        flat.addmm_(z, up)
+        return y
+    return torch.addmm(flat, z, up).view(y.shape)
+
+
+def _is_frozen(linear: Any, x: Tensor) -> bool:
+    """Whether fused.Product can run a linear layer of PyTorch's itself: frozen, no tensors of another kind."""
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    return (
+        type(weight) is nn.Parameter
+        and not weight.requires_grad
+        and weight.dtype == x.dtype
+        and (bias is None or not bias.requires_grad)
+        and not torch.is_autocast_enabled(x.device.type)
+    )
 
 
 def is_plain(module: nn.Module) -> bool:

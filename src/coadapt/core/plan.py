@@ -21,6 +21,7 @@ from .merging import Merged
 from .method import AttentionMethod, InputMethod
 from .parameter import ParameterCall
 from .pooling import SeenCall
+from .roles import siblings
 
 _Sites = dict[nn.Module, dict[str, list[Part]]]
 
@@ -75,6 +76,7 @@ class Plan:
         for module, parts in at_modules.items():
             if (call := self._layer_call(module, parts)) is not None:
                 self.calls[module] = call
+        self._link()
         for module, parts in spans.items():
             self._span(module, parts)
         for module, parameters in at_parameters.items():
@@ -121,11 +123,15 @@ class Plan:
         layer = Layer(module, next(iter(parts.values()))[0].place.path)
         low = all(len(found) == 1 and isinstance(found[0].method, LowRankMethod) for found in parts.values())
         if low and is_plain(module) and not any(map(routing.fused, self.nodes)):
-            return LowRankCall(
-                layer,
-                [Term(m, g) for m, g in self._terms({n: found[0].method for n, found in parts.items()})],
-            )
+            found = self._terms({n: methods[0].method for n, methods in parts.items()})
+            return LowRankCall(layer, [Term(m, g) for m, g in found]) if found else None
         return NodeCall(layer, self.nodes, _methods(parts))
+
+    def _link(self) -> None:
+        """Has the first of the layers that read one input make the products of all."""
+        at = {call.layer.path: call for call in self.calls.values() if isinstance(call, LowRankCall)}
+        for path, call in at.items():
+            call.siblings = [at[p] for p in siblings(path) if p in at and at[p].goes_with(call)]
 
     def _span(self, module: nn.Module, parts: Mapping[str, Sequence[Part]]) -> None:
         place = next(iter(parts.values()))[0].place

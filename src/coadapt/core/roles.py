@@ -21,6 +21,14 @@ PROJECTIONS = {
 }
 """What models call the layers that make queries, keys and values, or all three at once."""
 
+SIBLINGS = (
+    *zip(PROJECTIONS["query"], PROJECTIONS["key"], PROJECTIONS["value"], strict=True),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+"""Layers side by side that read the same input, in the order in which they are called."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -244,11 +252,22 @@ def _attention(base: Any, path: str, module: Any) -> Attention | None:
     return Attention(path, module, role=role, heads=int(kv), head_dim=int(dim))
 
 
+def siblings(path: str) -> list[str]:
+    """The layers that are given the same input as the one at `path`, as a rule, and after it."""
+    parent, _, end = path.rpartition(".")
+    return (
+        []
+        if _CROSS.search(path.lower())
+        else [f"{parent}.{n}" for names in SIBLINGS if end == names[0] for n in names[1:]]
+    )
+
+
+_CROSS = re.compile(r"encdecattention|encoder_attn|crossattention|cross_attn")
+
+
 def _attention_role(base: Any, path: str, module: Any) -> str:
     parts = path.lower()
-    if re.search(r"encdecattention|encoder_attn|crossattention|cross_attn", parts) or getattr(
-        module, "is_cross_attention", False
-    ):
+    if _CROSS.search(parts) or getattr(module, "is_cross_attention", False):
         return "cross"
     if re.search(r"(^|\.)encoder(\.|$)", parts):
         return "encoder" if not getattr(module, "is_causal", False) else "decoder"

@@ -1,0 +1,153 @@
+"""The fused path of products at a linear layer: y = x W^T + b + (g z) B^T with z = d(x) A^T, as one autograd function.
+
+lowrank.py has the same thing written out, which is the definition. This one keeps x once for all layers that read it,
+adds in place, multiplies in the dtype of x with the factors as they are kept, and keeps no mask for its dropout d.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Dropped:
+    """The mask of a dropout over (N, I), in few numbers: each row is a window into one line of random zeros and ones.
+
+    Every entry is 0 with probability p, those of a row independently of each other. Two rows start at different places
+    of the line, but for one in `STARTS`. Drawing N * I numbers, twice with the backward, would take longer than the
+    frozen layer itself.
+    """
+
+    STARTS = 4096
+
+    def __init__(self, x: Tensor, p: float) -> None:
+        self.width = x.shape[-1]
+        line = torch.empty(self.width + self.STARTS - 1, device=x.device, dtype=torch.float32)
+        self.line = line.bernoulli_(1 - p).to(x.dtype)
+        self.starts = torch.randint(self.STARTS, (x.numel() // self.width,), device=x.device)
+
+    def __call__(self) -> Tensor:
+        """(N, I)"""
+        return self.line.unfold(0, self.width, 1).index_select(0, self.starts)
+
+
+class Product(torch.autograd.Function):
+    """(y, z, *z of others): the layer with its product, and what other layers that read the same x need of theirs.
+
+    x (..., I), weight (O, I), B = up (O, R), A = down (R, I), z (N, R), gate a number or broadcast to z. With factors
+    for each row of the batch x is (B, T, I), up (B, O, R), down (B, R, I) and z (B, T, R). What is not given is None: y
+    where the layer itself is run here, weight where it has run and gave y; z where it is made here, from `downs`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        y: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        up: Tensor,
+        gate: Tensor | float,
+        z: Tensor | None,
+        dropped: Dropped | None,
+        *downs: Tensor,
+    ) -> tuple[Tensor, ...]:
+        others: tuple[Tensor, ...] = ()
+        if z is None:
+            z, *rest = _down(x, dropped, downs)
+            others = tuple(rest)
+        out = F.linear(x, weight, bias) if y is None else y.clone()  # type: ignore[arg-type]
+        _add(_rows(out, up), z * gate, _columns(up, x.dtype))
+        ctx.gate, ctx.dropped, ctx.ran = None if isinstance(gate, Tensor) else gate, dropped, y is None
+        ctx.save_for_backward(x if downs else None, weight, up, gate if ctx.gate is None else None, z, *downs)
+        ctx.set_materialize_grads(False)
+        return out, z, *others
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, *dothers: Tensor | None) -> tuple[Any, ...]:
+        x, weight, up, gate, z, *downs = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        dx = dup = dgate = None
+        if dy is not None:
+            gate = ctx.gate if gate is None else gate
+            rows = _rows(dy, up)
+            dgated = rows @ _as(up, dy.dtype)
+            dz = dgated * gate if dz is None else dz + dgated * gate
+            if wants[4]:
+                dup = ((z * gate).mT @ rows).mT.to(up.dtype)
+            if wants[5]:
+                dgate = (dgated * z).sum_to_size(gate.shape).to(gate.dtype)
+            if ctx.ran and wants[0]:
+                dx = (rows @ weight).view(*dy.shape[:-1], -1)
+        ddowns: list[Tensor | None] = []
+        if downs:
+            dx, ddowns = _down_backward(x, downs, (dz, *dothers), dx, ctx.dropped, wants[0])
+        return dx, None if ctx.ran else dy, None, None, dup, dgate, None if downs else dz, None, *ddowns
+
+
+def _down(x: Tensor, dropped: Dropped | None, downs: tuple[Tensor, ...]) -> list[Tensor]:
+    """d(x) A^T for each A, in one product: (N, R) each."""
+    rows = _rows(x, downs[0])
+    if dropped is not None:
+        rows = rows * dropped().view(rows.shape)
+    z = rows @ _columns(_joined(downs), x.dtype)
+    return [z] if len(downs) == 1 else [p.contiguous() for p in z.split([d.shape[-2] for d in downs], -1)]
+
+
+def _down_backward(
+    x: Tensor,
+    downs: list[Tensor],
+    dzs: tuple[Tensor | None, ...],
+    dx: Tensor | None,
+    dropped: Dropped | None,
+    wants_dx: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of x, added to dx, and of each A whose z was used."""
+    used = [(i, dz) for i, dz in enumerate(dzs) if dz is not None]
+    ddowns: list[Tensor | None] = [None] * len(downs)
+    if not used:
+        return dx, ddowns
+    few = [downs[i] for i, _ in used]
+    rows, dz = _rows(x, few[0]), used[0][1] if len(used) == 1 else torch.cat([dz for _, dz in used], -1)
+    mask = None if dropped is None else dropped().view(rows.shape)
+    ddown = dz.mT @ (rows if mask is None else rows * mask)
+    parts = (ddown,) if len(used) == 1 else ddown.split([d.shape[-2] for d in few], -2)
+    for (i, _), part in zip(used, parts, strict=True):
+        ddowns[i] = _as(part, downs[i].dtype)
+    if wants_dx:
+        down = _as(_joined(few), x.dtype)
+        if dx is None:
+            dx = (dz @ down if mask is None else (dz @ down) * mask).view(x.shape)
+        elif mask is None:
+            _add(_rows(dx, few[0]), dz, down)
+        else:
+            _rows(dx, few[0]).addcmul_(dz @ down, mask)
+    return dx, ddowns
+
+
+def _rows(x: Tensor, factor: Tensor) -> Tensor:
+    """x as (N, D); as it is, (B, T, D), where each row has a factor of its own."""
+    return x if factor.dim() == 3 or x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _as(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return factor if factor.dtype == dtype else factor.to(dtype)
+
+
+def _joined(downs: Sequence[Tensor]) -> Tensor:
+    return downs[0] if len(downs) == 1 else torch.cat(tuple(downs), -2)
+
+
+def _columns(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor transposed, in one piece: a product with a few columns takes twice as long from scattered ones."""
+    return _as(factor, dtype).mT.contiguous()
+
+
+def _add(y: Tensor, a: Tensor, b: Tensor) -> None:
+    """y += a b"""
+    if y.dim() == 3:
+        y.baddbmm_(a, b)
+    else:
+        y.addmm_(a, b)
