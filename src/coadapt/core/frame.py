@@ -34,6 +34,7 @@ class Frame:
         self.calls, self.attention = calls, attention
         self.rows = rows
         """(B,) indices into the plan's compositions, or None where there is one for all."""
+        self._rows = None if rows is None or torch.compiler.is_compiling() else tuple(rows.tolist())
         self.tasks = tasks
         """(B,) the task of each row, for routers by task."""
         self.seen: dict[str, Any] = {}
@@ -44,6 +45,13 @@ class Frame:
         """Inputs of modules that a site further on reads, by path; each is taken out when it is read."""
         self.given: dict[Any, Any] = {}
         """Products that one layer made for another which reads the same input: see lowrank.py."""
+
+    def rows_of(self, x: Tensor) -> tuple[int, ...] | None:
+        """The composition of each row of x, (B, ...), by its number; None where x has others than the call's rows."""
+        if self._rows is None or len(x) % len(self._rows):
+            return None
+        beams = len(x) // len(self._rows)
+        return self._rows if beams == 1 else tuple(c for c in self._rows for _ in range(beams))
 
 
 class _Active(threading.local):

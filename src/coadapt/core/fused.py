@@ -87,6 +87,25 @@ class Product(torch.autograd.Function):
         return dx, None if ctx.ran else dy, None, None, dup, dgate, None if downs else dz, None, *ddowns
 
 
+def fused(
+    x: Tensor,
+    y: Tensor | None,
+    linear: Any,
+    up: Tensor,
+    gate: Tensor | float,
+    share: float,
+    z: Tensor | None,
+    downs: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    """`Product`, with a new mask where a `share` of x is to be dropped; `linear` is the layer where y is None."""
+    dropped = None
+    if share > 0:
+        gate = gate / (1 - share)
+        dropped = Dropped(x, share) if z is None else None
+    weight, bias = (None, None) if linear is None else (linear.weight, linear.bias)
+    return Product.apply(x, y, weight, bias, up, gate, z, dropped, *(downs if z is None else ()))  # type: ignore[no-any-return]
+
+
 def _down(x: Tensor, dropped: Dropped | None, downs: tuple[Tensor, ...]) -> list[Tensor]:
     """d(x) A^T for each A, in one product: (N, R) each."""
     rows = _rows(x, downs[0])

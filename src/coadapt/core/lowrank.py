@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .frame import Frame
-from .fused import Dropped, Product
+from .fused import fused
 from .gates import Gate, Gates, Reading, leading
 from .layer import Layer
 from .method import WeightMethod
+from .rows import RowFactors
 from .site import first_input
 
 
@@ -78,7 +79,7 @@ def _by_dropout(terms: Sequence[Term]) -> list[list[Term]]:
 def _added(layer: Layer, x: Tensor, y: Tensor, terms: Sequence[Term], rows: Tensor | None, at: Reading) -> Tensor:
     """The definition, for layers of every kind."""
     dtype = x.dtype if x.is_floating_point() else y.dtype
-    share = terms[0].method.dropout if terms[0].method.training and x.is_floating_point() else 0.0
+    share = _share(terms) if x.is_floating_point() else 0.0
     factors = [term.method.factors() for term in terms]
     down = torch.cat([a.to(dtype) for a, _, _ in factors])
     up = torch.cat([b.to(dtype) for _, b, _ in factors], dim=1)
@@ -138,17 +139,15 @@ def _product(
     """(y with the terms added, their z, the z of each of `others`): see fused.Product."""
     factors = [term.method.factors() for term in terms]
     gate = _gate(terms, factors, rows, at, x.dim(), x)
-    share = terms[0].method.dropout if terms[0].method.training else 0.0
-    dropped = None
-    if share > 0:
-        gate = gate / (1 - share)
-        dropped = Dropped(x, share) if z is None else None
     if isinstance(gate, Tensor) and gate.dim() > 1:
         gate = gate.expand(*x.shape[:-1], -1).flatten(0, -2)  # (N, R)
     up = factors[0][1] if len(factors) == 1 else torch.cat([b for _, b, _ in factors], dim=1)
-    downs = (_down(factors), *others) if z is None else ()
-    weight, bias = (None, None) if linear is None else (linear.weight, linear.bias)
-    return Product.apply(x, y, weight, bias, up, gate, z, dropped, *downs)  # type: ignore[no-any-return]
+    return fused(x, y, linear, up, gate, _share(terms), z, (_down(factors), *others))
+
+
+def _share(terms: Sequence[Term]) -> float:
+    """What is dropped of the input of terms that drop the same."""
+    return terms[0].method.dropout if terms[0].method.training else 0.0
 
 
 def _down(factors: Sequence[_Factors]) -> Tensor:
@@ -161,8 +160,26 @@ class LowRankCall:
     def __init__(self, layer: Layer, terms: Sequence[Term]) -> None:
         self.layer, self.terms = layer, tuple(terms)
         self.linear = layer.kind.name == "linear"
+        self.rows = self._row_factors()
         self.siblings: list[LowRankCall] = []
         """At layers that are called after this one, as a rule with the same input: keys and values after queries."""
+
+    def _row_factors(self) -> RowFactors | None:
+        """What each composition of a mixed batch has here, if that can be stacked and is worth it."""
+        each = [term.gates.each for term in self.terms]
+        if not self.linear or len(each[0]) == 1 or not all(g is None or g.is_number for gates in each for g in gates):
+            return None
+        scales = [term.method.factors()[2] for term in self.terms]
+        uses = [
+            [
+                (t.method, g.number * s)
+                for t, s in zip(self.terms, scales, strict=True)
+                if (g := t.gates.each[c]) is not None
+            ]
+            for c in range(len(each[0]))
+        ]
+        found = RowFactors(uses)
+        return found if found.worth() else None
 
     def goes_with(self, other: "LowRankCall") -> bool:
         """Whether both can be made in one product: of linear layers with one dropout."""
@@ -173,23 +190,32 @@ class LowRankCall:
         x, call = first_input(forward, args, kwargs)
         if not self.linear or not _can_fuse(x) or (len(self.terms) > 1 and len(_by_dropout(self.terms)) > 1):
             return added(self.layer, x, call(x), self.terms, frame.rows)
-        if not torch.is_grad_enabled() and not _drops(self.terms):
-            return self._inferred(x, call(x), frame.rows)
+        plain = not torch.is_grad_enabled() and not _drops(self.terms)
+        rows = frame.rows_of(x) if self.rows is not None and x.dim() == 3 else None
+        if plain:
+            return self._inferred(x, call(x), frame.rows, rows)
         runs = forward.func is nn.Linear.forward and _is_frozen(self.layer.module, x)
         y = None if runs else call(x)
         used = x if y is None else x.to(y.dtype)
         given = frame.given.pop(self, None) if frame.given else None
+        linear = self.layer.module if runs else None
+        if rows is not None and self.rows is not None:
+            down, up, gate = self.rows.stacked(rows)
+            return fused(used, y, linear, up, gate, _share(self.terms), None, (down,))[0]
         z = given[1] if given is not None and given[0] is x else None
         siblings = self.siblings if z is None else ()
         others = [_down([t.method.factors() for t in s.terms]) for s in siblings]
         at = Reading(self.layer.path, x, x if y is None else y)
-        out, _, *zs = _product(used, y, self.layer.module if runs else None, self.terms, frame.rows, at, z, others)
+        out, _, *zs = _product(used, y, linear, self.terms, frame.rows, at, z, others)
         for sibling, made in zip(siblings, zs, strict=True):
             frame.given[sibling] = x, made
         return out
 
-    def _inferred(self, x: Tensor, y: Tensor, rows: Tensor | None) -> Tensor:
+    def _inferred(self, x: Tensor, y: Tensor, rows: Tensor | None, chosen: tuple[int, ...] | None) -> Tensor:
         """Where there is no backward."""
+        if chosen is not None and self.rows is not None:
+            down, up = self.rows.kept(chosen, y.dtype)
+            return _plus(self.layer.module, y, x.to(y.dtype) @ down, up)
         factors = [term.method.factors() for term in self.terms]
         x = x.to(y.dtype)
         gate = _gate(self.terms, factors, rows, Reading(self.layer.path, x, y), x.dim(), x)

@@ -1,0 +1,68 @@
+"""Mixed batches at a linear layer: the factors of each row's adapters, stacked, multiplied in one batched product."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WORTH = 4
+"""Up to so many times the rank of one row, it costs less to multiply all rows by all adapters side by side and to mask
+what is not theirs (benchmarks/, one thread of a Xeon: 16 rows, rank 8)."""
+
+
+class RowFactors:
+    """What each of a plan's compositions has at one layer, where all gates are numbers.
+
+    Args:
+        uses: for each composition the methods and, for each of them, its gate times its scale.
+    """
+
+    def __init__(self, uses: Sequence[Sequence[tuple[Any, float]]]) -> None:
+        self.uses = uses
+        self.most = max(map(len, uses))
+        self._kept: tuple[Any, Any] | None = None
+
+    def worth(self) -> bool:
+        """Whether stacking pays. False where the factors are not those of one matrix."""
+        methods = {id(m): m for found in self.uses for m, _ in found}
+        ranks = [(b.shape[1], b.dim()) for _, b, _ in (m.factors() for m in methods.values())]
+        wide = self.most * max((r for r, _ in ranks), default=0)
+        return all(dims == 2 for _, dims in ranks) and sum(r for r, _ in ranks) > WORTH * wide
+
+    def stacked(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | float]:
+        """A (B, R, I), B (B, O, R) and the gate, for rows that use these compositions."""
+        blank = next((m, 0.0) for found in self.uses for m, _ in found)  # a row without any: gated by 0
+        each = [[*self.uses[c], *[blank] * (self.most - len(self.uses[c]))] for c in rows]
+        factors = {id(m): m.factors()[:2] for row in each for m, _ in row}
+        rank = max(b.shape[1] for _, b in factors.values())
+        downs = {k: F.pad(a, (0, 0, 0, rank - a.shape[0])) if len(a) < rank else a for k, (a, _) in factors.items()}
+        ups = {k: F.pad(b, (0, rank - b.shape[1])) if b.shape[1] < rank else b for k, (_, b) in factors.items()}
+        down = torch.cat([downs[id(m)] for row in each for m, _ in row]).view(len(each), self.most * rank, -1)
+        up = torch.stack(
+            [torch.cat([ups[id(m)] for m, _ in row], 1) if len(row) > 1 else ups[id(row[0][0])] for row in each]
+        )
+        numbers = [[g for _, g in row] for row in each]
+        first = numbers[0][0]
+        if all(g == first for row in numbers for g in row):
+            return down, up, first
+        gate = torch.tensor(numbers, dtype=down.dtype, device=down.device).repeat_interleave(rank, 1)
+        return down, up, gate[:, None]  # (B, 1, R)
+
+    def kept(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A^T (B, I, R) and g B^T (B, R, O) for calls without a backward; of frozen adapters from the last call.
+
+        Those are made again when PyTorch has counted a change in place of one of the parameters.
+        """
+        tensors = [t for found in self.uses for m, _ in found for t in m.factors()[:2]]
+        frozen = all(isinstance(t, nn.Parameter) and not t.requires_grad and not t.is_inference() for t in tensors)
+        key = (tuple(rows), dtype, [(t._version, t.data_ptr()) for t in tensors]) if frozen else None
+        if key is None or self._kept is None or self._kept[0] != key:
+            down, up, gate = self.stacked(rows)
+            made = (
+                down.to(dtype).mT.contiguous(),
+                (up.mT * (gate.mT if isinstance(gate, Tensor) else gate)).to(dtype).contiguous(),
+            )
+            self._kept = key, made
+        return self._kept[1]
