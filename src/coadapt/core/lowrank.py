@@ -112,8 +112,8 @@ def _gate(
     return torch.cat(columns, dim=-1)
 
 
-def _drops(terms: Sequence[Term]) -> bool:
-    return any(term.method.training and term.method.dropout for term in terms)
+def _drops(term: Term) -> bool:
+    return term.method.training and term.method.dropout > 0
 
 
 def _can_fuse(x: Tensor) -> bool:
@@ -160,6 +160,7 @@ class LowRankCall:
     def __init__(self, layer: Layer, terms: Sequence[Term]) -> None:
         self.layer, self.terms = layer, tuple(terms)
         self.linear = layer.kind.name == "linear"
+        self.shares = {term.method.dropout for term in terms}
         self.rows = self._row_factors()
         self.siblings: list[LowRankCall] = []
         """At layers that are called after this one, as a rule with the same input: keys and values after queries."""
@@ -183,16 +184,18 @@ class LowRankCall:
 
     def goes_with(self, other: "LowRankCall") -> bool:
         """Whether both can be made in one product: of linear layers with one dropout."""
-        shares = {term.method.dropout for call in (self, other) for term in call.terms}
-        return self.linear and other.linear and len(shares) == 1
+        return self.linear and other.linear and len(self.shares | other.shares) == 1
 
     def __call__(self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, call = first_input(forward, args, kwargs)
-        if not self.linear or not _can_fuse(x) or (len(self.terms) > 1 and len(_by_dropout(self.terms)) > 1):
+        if (
+            not self.linear
+            or not _can_fuse(x)
+            or (len(self.terms) > 1 and self.shares != {0.0} and len(_by_dropout(self.terms)) > 1)
+        ):
             return added(self.layer, x, call(x), self.terms, frame.rows)
-        plain = not torch.is_grad_enabled() and not _drops(self.terms)
         rows = frame.rows_of(x) if self.rows is not None and x.dim() == 3 else None
-        if plain:
+        if not torch.is_grad_enabled() and (self.shares == {0.0} or not any(map(_drops, self.terms))):
             return self._inferred(x, call(x), frame.rows, rows)
         runs = forward.func is nn.Linear.forward and _is_frozen(self.layer.module, x)
         y = None if runs else call(x)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 WORTH = 4
 """Up to so many times the rank of one row, it costs less to multiply all rows by all adapters side by side and to mask
@@ -22,12 +22,12 @@ class RowFactors:
     def __init__(self, uses: Sequence[Sequence[tuple[Any, float]]]) -> None:
         self.uses = uses
         self.most = max(map(len, uses))
+        self.methods = list({id(m): m for found in uses for m, _ in found}.values())
         self._kept: tuple[Any, Any] | None = None
 
     def worth(self) -> bool:
         """Whether stacking pays. False where the factors are not those of one matrix."""
-        methods = {id(m): m for found in self.uses for m, _ in found}
-        ranks = [(b.shape[1], b.dim()) for _, b, _ in (m.factors() for m in methods.values())]
+        ranks = [(b.shape[1], b.dim()) for _, b, _ in (m.factors() for m in self.methods)]
         wide = self.most * max((r for r, _ in ranks), default=0)
         return all(dims == 2 for _, dims in ranks) and sum(r for r, _ in ranks) > WORTH * wide
 
@@ -35,7 +35,7 @@ class RowFactors:
         """A (B, R, I), B (B, O, R) and the gate, for rows that use these compositions."""
         blank = next((m, 0.0) for found in self.uses for m, _ in found)  # a row without any: gated by 0
         each = [[*self.uses[c], *[blank] * (self.most - len(self.uses[c]))] for c in rows]
-        factors = {id(m): m.factors()[:2] for row in each for m, _ in row}
+        factors = {id(m): m.factors()[:2] for m in self.methods}
         rank = max(b.shape[1] for _, b in factors.values())
         downs = {k: F.pad(a, (0, 0, 0, rank - a.shape[0])) if len(a) < rank else a for k, (a, _) in factors.items()}
         ups = {k: F.pad(b, (0, rank - b.shape[1])) if b.shape[1] < rank else b for k, (_, b) in factors.items()}
@@ -53,16 +53,25 @@ class RowFactors:
     def kept(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A^T (B, I, R) and g B^T (B, R, O) for calls without a backward; of frozen adapters from the last call.
 
-        Those are made again when PyTorch has counted a change in place of one of the parameters.
+        They are made again where PyTorch has counted a change in place, or one has another place in memory.
         """
-        tensors = [t for found in self.uses for m, _ in found for t in m.factors()[:2]]
-        frozen = all(isinstance(t, nn.Parameter) and not t.requires_grad and not t.is_inference() for t in tensors)
-        key = (tuple(rows), dtype, [(t._version, t.data_ptr()) for t in tensors]) if frozen else None
-        if key is None or self._kept is None or self._kept[0] != key:
-            down, up, gate = self.stacked(rows)
-            made = (
-                down.to(dtype).mT.contiguous(),
-                (up.mT * (gate.mT if isinstance(gate, Tensor) else gate)).to(dtype).contiguous(),
-            )
+        state = [
+            (t._version, t.data_ptr(), t.requires_grad)
+            for m in self.methods
+            for t in m._parameters.values()  # as they are
+        ]
+        key = rows, dtype, state
+        if self._kept is not None and self._kept[0] == key:
+            return self._kept[1]  # type: ignore[no-any-return]
+        down, up, gate = self.stacked(rows)
+        up_t = up.mT * gate.mT if isinstance(gate, Tensor) else up.mT * gate
+        made = down.to(dtype).mT.contiguous(), up_t.to(dtype).contiguous()
+        if all(map(_is_settled, self.methods)):
             self._kept = key, made
-        return self._kept[1]
+        return made
+
+
+def _is_settled(method: Any) -> bool:
+    """Whether its factors are frozen parameters, and not made anew in each call."""
+    own = {id(p) for p in method._parameters.values()}
+    return all(id(t) in own and not t.requires_grad and not t.is_inference() for t in method.factors()[:2])
