@@ -1,5 +1,6 @@
 """A compiled view, in one graph, gives what it gives uncompiled."""
 
+import random
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from coadapt import Learned, PeftModel, Sum
+from coadapt import BottleneckConfig, Learned, LoraConfig, PeftModel, Sum
 from laws.setting import EVERY, MAKE, attach, close, far, gradients, ids, logits, loss, pairs, same_gradients
 
 COMPILED = ("llama", "gpt2", "bert", "plain", "qwen3", "gemma3", "opt", "vit", "mixtral", "conv")
@@ -94,6 +95,56 @@ def test_an_optimiser_step_is_seen() -> None:
             parameter.mul_(2)
     far(logits(made), first)
     close(logits(made, ids(seed=4)), logits(view, ids(seed=4)))
+
+
+SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("roomy", [True, False])
+def test_one_graph_for_whatever_is_active(roomy: bool) -> None:
+    """Switched, weighed, row by row, and adapters of other ranks and targets in the place of others (probe P17)."""
+    drawn = random.Random(0)
+    view = PeftModel(MAKE["llama"](num_hidden_layers=1))
+
+    def add(name: str) -> None:
+        targets = drawn.sample(SITES, 3)
+        view.add_adapter(name, LoraConfig(r=drawn.choice((1, 2, 4)), target_modules=targets, init_lora_weights=False))
+
+    def some() -> Sum:
+        names = drawn.sample("abcdefgh", drawn.randint(0, 3))
+        return Sum(*names, weights=[drawn.uniform(-1, 1) for _ in names])
+
+    for name in "abcdefgh":
+        add(name)
+    if roomy:
+        view.reserve(8, LoraConfig(r=4, target_modules="all-linear"))
+    graphs: list[Any] = []
+    made = torch.compile(view, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)  # type: ignore[func-returns-value]
+    tokens = ids(3, 4)
+    with torch.no_grad():
+        for step in range(20 if roomy else 6):
+            how: dict[str, Any] = {}
+            match step % 4 if roomy else step % 3:
+                case 0:
+                    view.set_adapter(some())
+                case 1:
+                    how = {"adapters": some()}
+                case 2:
+                    how = {"adapter_names": [some(), None, "a + 0.5*b"]}
+                case _:
+                    view.set_adapter(None)
+                    name = drawn.choice("abcdefgh")
+                    view.delete_adapter(name)
+                    add(name)
+                    how = {"adapters": name}
+            close(made(tokens, **how).logits, view(tokens, **how).logits, 2e-6)
+    assert len(graphs) == 1
+
+
+def test_room_that_cannot_be() -> None:
+    view = one_layer("llama", "lora")
+    with pytest.raises(ValueError, match="only what has factors at linear layers"):
+        view.reserve(2, BottleneckConfig())
 
 
 def test_compiled_first_of_all_on_a_thread() -> None:

@@ -37,6 +37,8 @@ class Frame:
         self._rows = None if rows is None or torch.compiler.is_compiling() else tuple(rows.tolist())
         self.tasks = tasks
         """(B,) the task of each row, for routers by task."""
+        self.mixture = torch.empty(0)
+        """(B, S) how much of each slot each row uses, in a compiled call: see slots.py."""
         self.seen: dict[str, Any] = {}
         """What pooling needs to know of each stack's tokens, by its path: see pooling.py."""
         self.sums: dict[tuple[int, str], Any] = {}

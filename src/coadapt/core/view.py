@@ -15,18 +15,20 @@ from torch import nn
 
 from ..config import PeftConfig
 from . import arguments, composition, distributed, routing
-from .adapter import Adapter, attribute, sites_of
+from .adapter import Adapter, attribute, build, replace_options, sites_of
 from .backbone import stacks
 from .base import Base, base_of, statistics
+from .compiling import not_traced, untraced
 from .composition import Node, as_node
-from .frame import Bare, entered
+from .frame import Bare, Frame, entered
 from .merging import Merged
 from .plan import Plans
 from .site import plain_class
+from .slots import Slots, fits
 
 _using = threading.local()
-_STACKS = ":stacks"
-"""Stands for routers among those that need sites; no adapter can have that name."""
+_STACKS, _SLOTS = ":stacks", ":slots"
+"""Stand for routers and for compiled calls among those that need sites; no adapter can have these names."""
 
 
 class View(nn.Module, ABC):
@@ -52,6 +54,7 @@ class View(nn.Module, ABC):
 
     def _begin(self) -> None:
         self._plans = Plans(self.base, self._names)
+        self._slots = Slots()
         self._sites: dict[str, list[nn.Module]] = {}
         self._record: Base = base_of(self.base)
         self._record.enter(id(self))
@@ -200,6 +203,7 @@ class View(nn.Module, ABC):
         """Context: nothing is active, on this thread only; calls give the base's own results."""
         return self.using(composition.Sum())
 
+    @not_traced
     def forward(
         self,
         *args: Any,
@@ -215,8 +219,13 @@ class View(nn.Module, ABC):
             adapter_names: one composition for each row of the batch (None or "__base__" for a row without any).
             task_ids: (B,) the task of each row, where a `TaskRouter` is in the composition.
         """
-        with self.running(adapters, adapter_names, args, kwargs, task_ids):
-            return distributed.joined(self.base(*args, **kwargs))
+        if torch.compiler.is_compiling():  # called by what is compiled
+            with self.running(adapters, adapter_names, args, kwargs, task_ids):
+                return distributed.joined(self.base(*args, **kwargs))
+        with untraced() as tracer:
+            slots = tracer.compiles and not torch.is_grad_enabled()
+            with self.running(adapters, adapter_names, args, kwargs, task_ids, slots):
+                return distributed.joined(tracer.traced(self.base, args, kwargs))
 
     def generate(
         self,
@@ -245,6 +254,7 @@ class View(nn.Module, ABC):
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         task_ids: Any = None,
+        slots: bool = False,
     ) -> Any:
         """Context, of the plan: calls of the base are calls of this view, adapted as `forward` says."""
         record = self._record
@@ -265,8 +275,50 @@ class View(nn.Module, ABC):
         arguments.check_gates(plan, args, kwargs)
         if task_ids is not None and not plan.tasks and self._sets_by_task_aside(adapters, names):
             task_ids = None
-        frame = entered(plan.frame(rows, arguments.tasks(task_ids, plan, args, kwargs)), plan=plan)
-        return frame if torch.compiler.is_compiling() else _Running(record, id(self), frame)
+        frame = plan.frame(rows, arguments.tasks(task_ids, plan, args, kwargs))
+        if slots and self._merged is None:
+            frame = self._slotted(plan.nodes if names is None else nodes, args, kwargs) or frame
+        context = entered(frame, plan=plan)
+        return context if torch.compiler.is_compiling() else _Running(record, id(self), context)
+
+    def _slotted(self, nodes: Sequence[Node], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Frame | None:
+        """The frame of a compiled call without a backward, where all that is attached goes into slots."""
+        if not self._slots.fill(self._names):
+            return None
+        self._keep_sites()
+        mixture = self._slots.mixture(nodes)
+        if mixture is None:
+            return None
+        rows = arguments.rows_of(args, kwargs) or 1
+        frame = Frame(self._slots.calls, {}, None)
+        frame.mixture = mixture if len(mixture) > 1 else mixture.expand(rows, -1).contiguous()
+        return frame
+
+    def _keep_sites(self) -> None:
+        """What has slots stays a site when its adapters go: the class of a module is part of what was compiled."""
+        held = self._sites.setdefault(_SLOTS, [])
+        self._record.attach(more := [module for module in self._slots.layers if module not in held])
+        held += more
+
+    def reserve(self, adapters: int, config: PeftConfig) -> None:
+        """Makes room for compiled calls without a backward: what fits into it changes no graph, whenever it comes.
+
+        Without this there is room for what is attached, and each time it grows a compiled view compiles again.
+
+        Args:
+            adapters: how many are attached at a time.
+            config: the largest of them: its rank, at all layers that any of them targets (`LoraConfig(r=64,
+                target_modules="all-linear")`).
+
+        Raises:
+            ValueError: such an adapter has something that is no product of two factors at a linear layer.
+        """
+        parts = build("reserve", replace_options(config, init_seed=0), self.base).parts
+        if not all(map(fits, parts)):
+            raise ValueError(f"{type(config).__name__}: only what has factors at linear layers can share one graph.")
+        rank = max(part.method.factors()[1].shape[1] for part in parts)  # type: ignore[union-attr]
+        self._slots.reserve({part.place.module: part.place.path for part in parts}, adapters, rank)
+        self._keep_sites()
 
     def _sets_by_task_aside(self, adapters: Any, names: Any) -> bool:
         """Whether `using` or `disable_adapter` stands for a composition that would read the batch's `task_ids`."""
@@ -308,7 +360,9 @@ class View(nn.Module, ABC):
         return holder.load_state_dict(state, strict=strict, assign=assign)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_record", "_plans", "_sites", "_finalizer")}
+        state = {
+            k: v for k, v in self.__dict__.items() if k not in ("_record", "_plans", "_slots", "_sites", "_finalizer")
+        }
         names = {id(p): n for n, p in self.base.named_parameters()}
         state["_trained"] = [names[id(p)] for p in self._record.trained if id(p) in names]
         base = plain_class(type(self.base))
@@ -358,6 +412,7 @@ def _leave(record: Base, view: int, sites: Mapping[str, Sequence[nn.Module]]) ->
 def _view_class(cls: type[Any], base: type[nn.Module]) -> type[Any]:
     """`cls` with a forward whose signature is the base's, plus ours: Trainer, TRL and accelerate read it."""
 
+    @not_traced
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return cls.forward(self, *args, **kwargs)
 
