@@ -58,7 +58,7 @@ class Part:
 
 
 class Adapter(nn.Module):
-    """A named set of trained weights. Its parameters lie under `sites`, by the path of the module that they adapt."""
+    """A named set of trained weights. Its parameters lie under `sites`, by the module that they adapt and the method."""
 
     def __init__(self, name: str, config: PeftConfig) -> None:
         super().__init__()
@@ -74,12 +74,9 @@ class Adapter(nn.Module):
         """What the base told about itself for fields that the configuration left out."""
 
     def add(self, place: Place, method: Method) -> None:
-        site = attribute(place.path.replace(".", "/"))
-        if not hasattr(self.sites, site):
-            self.sites.add_module(site, nn.Module())
-        kind = type(method).__name__.lower()
-        getattr(self.sites, site).add_module(kind, method)
-        self.parts.append(Part(place, method, f"sites.{site}.{kind}"))
+        site = f"{place.path.replace('.', '/')}/{type(method).__name__.lower()}"
+        self.sites.add_module(site, method)
+        self.parts.append(Part(place, method, f"sites.{site}"))
 
     @property
     def weight(self) -> Tensor:
@@ -95,10 +92,13 @@ class Adapter(nn.Module):
         return f"{self.name!r}, {type(self.config).__name__}, {len(self.parts)} sites"
 
 
+_BARE = nn.Module()
+
+
 def attribute(name: str) -> str:
     """`name` as an attribute of a bare module: no dot, no name that modules use for themselves."""
     safe = name.replace("%", "%25").replace(".", "%2E") or "/"
-    return f"%{safe}" if hasattr(nn.Module(), safe) else safe
+    return f"%{safe}" if hasattr(_BARE, safe) else safe
 
 
 def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False) -> Adapter:

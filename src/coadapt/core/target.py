@@ -175,9 +175,9 @@ def _some(base: nn.Module) -> str:
     return f"Linear layers of this {type(base).__name__}: {', '.join(ends) or 'none'}."
 
 
-def by_name(base: nn.Module, names: Iterable[str], what: str) -> list[tuple[str, nn.Module]]:
+def by_name(base: nn.Module, names: Sequence[str], what: str) -> list[tuple[str, nn.Module]]:
     """The modules whose path ends in one of `names`. Raises ValueError for a name that matches nothing."""
-    every = {n: m for n, m in base.named_modules() if n}
+    every = {n: m for n, m in base.named_modules() if n} if names else {}
     for name in names:
         if not any(suffix_match(path, name) for path in every):
             ends = {path.rpartition(".")[2] for path in every}
