@@ -5,7 +5,7 @@ from typing import Any
 
 
 def activations() -> Mapping[str, Any]:
-    """Name -> a new module. Imported here, and not before: with it comes what takes longer to load than torch itself."""
+    """Name -> a new module. Imported when one is asked for: what comes with it takes as long to load as torch."""
     from transformers.activations import ACT2FN
 
     return ACT2FN
