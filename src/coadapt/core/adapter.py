@@ -2,19 +2,21 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..config import PeftConfig, TargetedConfig
 from . import roles, target
 from .backbone import backbones
 from .layer import Layer
-from .method import InputMethod, Method, ModuleMethod, WeightMethod, method_for
+from .method import AttentionMethod, InputMethod, Method, ModuleMethod, WeightMethod, method_for
 from .parameter import ParameterLayer
 from .roles import Place
 
@@ -56,9 +58,22 @@ class Part:
     key: str
     """Attribute path of the method below the adapter."""
 
+    @property
+    def kind(self) -> str:
+        """Of the call that the method stands around: "module", "span", "parameter", "attention" or "input"."""
+        if self.place.parameter:
+            return "parameter"
+        match self.method:
+            case AttentionMethod():
+                return "attention"
+            case InputMethod():
+                return "input"
+            case _:
+                return "span" if self.place.reads else "module"
+
 
 class Adapter(nn.Module):
-    """A named set of trained weights. Its parameters lie under `sites`, by the path of the module that they adapt."""
+    """A named set of trained weights. Its parameters lie under `sites`, by what they adapt, and the method."""
 
     def __init__(self, name: str, config: PeftConfig) -> None:
         super().__init__()
@@ -74,12 +89,17 @@ class Adapter(nn.Module):
         """What the base told about itself for fields that the configuration left out."""
 
     def add(self, place: Place, method: Method) -> None:
-        site = attribute(place.path.replace(".", "/"))
-        if not hasattr(self.sites, site):
-            self.sites.add_module(site, nn.Module())
-        kind = type(method).__name__.lower()
-        getattr(self.sites, site).add_module(kind, method)
-        self.parts.append(Part(place, method, f"sites.{site}.{kind}"))
+        site = f"{place.path.replace('.', '/')}/{type(method).__name__.lower()}"
+        self.sites.add_module(site, method)
+        self.parts.append(Part(place, method, f"sites.{site}"))
+
+    @functools.cached_property
+    def by_kind(self) -> Mapping[str, Mapping[nn.Module, Sequence[Part]]]:
+        """Its parts by the kind of call that they stand around, and by module. To be asked when it has all of them."""
+        found: dict[str, dict[nn.Module, list[Part]]] = {}
+        for part in self.parts:
+            found.setdefault(part.kind, {}).setdefault(part.place.module, []).append(part)
+        return found
 
     @property
     def weight(self) -> Tensor:
@@ -95,17 +115,21 @@ class Adapter(nn.Module):
         return f"{self.name!r}, {type(self.config).__name__}, {len(self.parts)} sites"
 
 
+_BARE = nn.Module()
+
+
 def attribute(name: str) -> str:
     """`name` as an attribute of a bare module: no dot, no name that modules use for themselves."""
     safe = name.replace("%", "%25").replace(".", "%2E") or "/"
-    return f"%{safe}" if hasattr(nn.Module(), safe) else safe
+    return f"%{safe}" if hasattr(_BARE, safe) else safe
 
 
-def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False) -> Adapter:
+def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False, blank: bool = False) -> Adapter:
     """A new adapter with its parameters, on the devices of the modules it adapts; `base` is not changed.
 
     Args:
         half: keep bf16 and fp16 for the adapter's parameters where the base has them; fp32 otherwise.
+        blank: zero in place of what is random at the start, for an adapter that gets its values from elsewhere.
 
     Raises:
         ValueError: the configuration does not fit the model.
@@ -116,7 +140,7 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False) ->
     adapter.two_stacks = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
     places = cls.places(config, base)
     adapter.facts = cls.facts(config, base)
-    with _seeded(config.init_seed):
+    with _seeded(config.init_seed), _Blank() if blank else nullcontext():
         shared = cls.shared(config, base, places)
         adapter.shared = None if shared is None else _settled(shared, places[0].module, half)
         for place in places:
@@ -211,6 +235,22 @@ class _Seeded:
 
     def __exit__(self, *_: object) -> None:
         torch.set_rng_state(self.before)
+
+
+class _Blank(TorchFunctionMode):
+    """Context: what would be filled with random numbers is zero, which costs next to nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        match func.__name__:
+            case "randn":
+                return torch.zeros(*args, **kwargs)
+            case "uniform_" | "normal_" | "kaiming_uniform_":
+                filled: Tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+                with torch.no_grad():
+                    return filled.zero_()
+            case _:
+                return func(*args, **kwargs)
 
 
 def sites_of(adapter: Adapter, base: nn.Module) -> list[nn.Module]:

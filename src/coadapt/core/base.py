@@ -38,7 +38,7 @@ class Base:
         self.trained: list[nn.Parameter] = []
         self.counting: list[nn.Module] = []
         """Layers that kept running statistics before: those are part of the base, and frozen while views last."""
-        self._fingerprint: str | None = None
+        self._fingerprint, self._weights = "", [(0, 0)]
         self.checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         """Modules that may checkpoint: as sites they take the frame along into recomputation."""
 
@@ -92,9 +92,15 @@ class Base:
 
     @property
     def fingerprint(self) -> str:
-        """Tells bases apart: names and shapes of all weights, and a sample of their values rounded to bf16."""
-        if self._fingerprint is None:
-            self._fingerprint = fingerprint(self.model)
+        """Tells bases apart: names and shapes of all weights, and a sample of their values rounded to bf16.
+
+        Made again only where a weight is another one, or was written to, since the last time. While adapters are merged
+        into the weights, it is what it was before.
+        """
+        if self.merged_by is None or not self._fingerprint:
+            now = [(id(p), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
+            if not self._fingerprint or now != self._weights:
+                self._fingerprint, self._weights = fingerprint(self.model), now
         return self._fingerprint
 
 

@@ -12,7 +12,7 @@ from . import backbone
 from .layer import kind_of
 from .method import METHODS
 from .mixture import mixtures
-from .roles import PROJECTIONS, attentions, blocks, bypass, heads, linears, query_and_value
+from .roles import PROJECTIONS, attentions, blocks, bypassed, heads, linears, query_and_value
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,7 @@ def _note(base: nn.Module, name: str, paths: Iterable[str]) -> str:
         return f"no layers, but parameters: {', '.join(raw[0])}"
     if name in ("norm", "router") and kind_of(first) is None:
         return f"{type(first).__name__}, which no method adapts"
-    if why := bypass(base, next(iter(paths))):
-        return why
-    return ""
+    return bypassed(base).get(next(iter(paths)), "")
 
 
 def _prefix_sites(base: nn.Module) -> list[Role]:

@@ -18,12 +18,13 @@ from .input import EmbeddingCall, InputCall
 from .layer import Layer
 from .lowrank import LowRankCall, LowRankMethod, Term, is_plain
 from .merging import Merged
-from .method import AttentionMethod, InputMethod
+from .method import AttentionMethod
 from .parameter import ParameterCall
 from .pooling import SeenCall
 from .roles import siblings
 
-_Sites = dict[nn.Module, dict[str, list[Part]]]
+_Sites = dict[nn.Module, dict[str, Sequence[Part]]]
+"""Module -> adapter name -> what that has there."""
 
 
 class Plan:
@@ -51,44 +52,23 @@ class Plan:
         self.used = list(dict.fromkeys(n for node in nodes for n in names(node)))
         self.calls: dict[nn.Module, SiteCall] = {}
         self.attention: dict[nn.Module, AttentionCall] = {}
-        at_modules: _Sites = {}
-        spans: _Sites = {}
-        at_parameters: dict[nn.Module, dict[tuple[str, str], dict[str, list[nn.Module]]]] = {}
-        at_attention: _Sites = {}
-        at_input: _Sites = {}
+        at: dict[str, _Sites] = {kind: {} for kind in ("module", "span", "parameter", "attention", "input")}
         for name in self.used:
-            for part in adapters[name].parts:
-                if part.place.module in skip:
-                    continue
-                if part.place.parameter:
-                    at = at_parameters.setdefault(part.place.module, {})
-                    methods = at.setdefault((part.place.path, part.place.parameter), {})
-                    methods.setdefault(name, []).append(part.method)
-                    continue
-                match part.method:
-                    case AttentionMethod():
-                        sites = at_attention
-                    case InputMethod():
-                        sites = at_input
-                    case _:
-                        sites = spans if part.place.reads else at_modules
-                sites.setdefault(part.place.module, {}).setdefault(name, []).append(part)
-        for module, parts in at_modules.items():
+            for kind, sites in adapters[name].by_kind.items():
+                for module, parts in sites.items():
+                    if module not in skip:
+                        at[kind].setdefault(module, {})[name] = parts
+        for module, parts in at["module"].items():
             if (call := self._layer_call(module, parts)) is not None:
                 self.calls[module] = call
         self._link()
-        for module, parts in spans.items():
+        for module, parts in at["span"].items():
             self._span(module, parts)
-        for module, parameters in at_parameters.items():
-            self.calls[module] = ParameterCall(module, self.nodes, parameters, self.calls.get(module))
-        for module, parts in at_attention.items():
-            methods = {name: part.method for name, found in parts.items() for part in found}
-            path = next(iter(parts.values()))[0].place.path
-            joined = AttentionCall(module, path, [AttentionTerm(m, g) for m, g in self._terms(methods)])  # type: ignore[arg-type]
-            self.attention[module] = joined
-            if joined.reads:
-                self.calls[module] = NotingCall(joined.site, self.calls.get(module))
-        self._inputs(base, at_input, adapters)
+        for module, parts in at["parameter"].items():
+            self._parameters(module, parts)
+        for module, parts in at["attention"].items():
+            self._attention(module, parts)
+        self._inputs(base, at["input"], adapters)
         if routing.has_routers(nodes):
             self._note_tokens(base)
 
@@ -142,6 +122,21 @@ class Plan:
         )
         self.calls[first] = NotingCall(path, self.calls.get(first))
 
+    def _parameters(self, module: nn.Module, parts: Mapping[str, Sequence[Part]]) -> None:
+        at: dict[tuple[str, str], dict[str, list[nn.Module]]] = {}
+        for name, found in parts.items():
+            for part in found:
+                at.setdefault((part.place.path, part.place.parameter), {}).setdefault(name, []).append(part.method)
+        self.calls[module] = ParameterCall(module, self.nodes, at, self.calls.get(module))
+
+    def _attention(self, module: nn.Module, parts: Mapping[str, Sequence[Part]]) -> None:
+        methods = {name: part.method for name, found in parts.items() for part in found}
+        path = next(iter(parts.values()))[0].place.path
+        joined = AttentionCall(module, path, [AttentionTerm(m, g) for m, g in self._terms(methods)])  # type: ignore[arg-type]
+        self.attention[module] = joined
+        if joined.reads:
+            self.calls[module] = NotingCall(joined.site, self.calls.get(module))
+
     def _inputs(self, base: Any, at_input: _Sites, adapters: Mapping[str, Adapter]) -> None:
         """Prompts, and the shift of positions that prefixes ask for, at the backbones."""
         shifts = [self._offset(node, adapters) for node in self.nodes]
@@ -189,8 +184,12 @@ class Plans:
         self._plans: dict[Any, Plan] = {}
 
     def clear(self) -> None:
-        """To be called when adapters come or go, or weights are merged."""
+        """To be called when weights are merged, or the base's own come back."""
         self._plans.clear()
+
+    def forget(self, name: str) -> None:
+        """To be called when an adapter comes or goes: others' plans stay."""
+        self._plans = {found: plan for found, plan in self._plans.items() if name not in plan.used}
 
     def one(self, node: Node, merged: Merged | None) -> Plan:
         """For a call with one composition for all rows."""

@@ -46,25 +46,33 @@ class Place:
 
 def linears(base: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every linear layer that can be adapted, in the model's order."""
-    return [(n, m) for n, m in base.named_modules() if is_linear(m) and bypass(base, n) is None]
+    skipped = bypassed(base)
+    return [(n, m) for n, m in base.named_modules() if is_linear(m) and n not in skipped]
 
 
-def bypass(base: nn.Module, path: str) -> str | None:
-    """Why an adapter at `path` would never be called: a module above it that reads its weight directly; or None."""
-    module = base.get_submodule(path)
-    if path.rpartition(".")[2] == "shared" and isinstance(module, nn.Embedding):
-        others = {p: m for p, m in base.named_modules() if isinstance(m, nn.Embedding) and m is not module}
-        weight = weights(base, [module, *others.values()])
-        tied = [p for p, m in others.items() if weight[m] is weight[module]]
-        if tied:
-            return f"it only holds the weight of {' and '.join(tied)} and is never called; adapt those"
-    parent = path
-    while "." in parent:
-        parent = parent.rpartition(".")[0]
-        module = base.get_submodule(parent)
-        if isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-            return f"{parent} ({type(module).__name__}) uses the weights of its layers without calling them"
-    return None
+def layers(base: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every layer of any kind that can be adapted, in the model's order."""
+    skipped = bypassed(base)
+    return [(p, m) for p, m in base.named_modules() if kind_of(m) is not None and p not in skipped]
+
+
+def bypassed(base: nn.Module) -> dict[str, str]:
+    """The modules at which an adapter would never be called, by path, and why: others read their weights directly."""
+    found: dict[str, str] = {}
+    above: dict[str, str] = {}
+    """Why nothing inside of a module is called."""
+    for path, module in base.named_modules():
+        parent = path.rpartition(".")[0]
+        if parent in above:
+            found[path] = above[path] = above[parent]
+        if path and isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+            above[path] = f"{path} ({type(module).__name__}) uses the weights of its layers without calling them"
+        if path.rpartition(".")[2] == "shared" and isinstance(module, nn.Embedding):
+            others = {p: m for p, m in base.named_modules() if isinstance(m, nn.Embedding) and m is not module}
+            weight = weights(base, [module, *others.values()])
+            if tied := [p for p, m in others.items() if weight[m] is weight[module]]:
+                found[path] = f"it only holds the weight of {' and '.join(tied)} and is never called; adapt those"
+    return found
 
 
 def heads(base: Any) -> list[str]:
@@ -91,9 +99,10 @@ class Block:
 def blocks(base: nn.Module) -> list[Block]:
     """The repeated layers: the members of the outermost lists that hold an attention module."""
     found: list[Block] = []
+    skipped = bypassed(base)
     for path, module in base.named_modules():
         inside = any(path.startswith(b.path + ".") for b in found)
-        if isinstance(module, nn.ModuleList) and not inside and bypass(base, path) is None:
+        if isinstance(module, nn.ModuleList) and not inside and path not in skipped:
             found += [b for name, child in module.named_children() if (b := _block(f"{path}.{name}", child))]
     return found
 
@@ -139,7 +148,7 @@ def path_of(base: nn.Module, module: nn.Module) -> str:
 
 def with_tied(base: nn.Module, found: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
     """These layers, and those that have the very same weight, as a head that is tied to the embedding."""
-    every = [(p, m) for p, m in base.named_modules() if kind_of(m) is not None and bypass(base, p) is None]
+    every = layers(base)
     weight = weights(base, [m for _, m in (*every, *found)])
     theirs = {id(weight[m]) for _, m in found}
     return [(p, m) for p, m in every if (p, m) in found or id(weight[m]) in theirs]
@@ -276,5 +285,4 @@ def _attention_role(base: Any, path: str, module: Any) -> str:
 
 def with_bias(base: nn.Module) -> list[str]:
     """The layers that have a bias and can be adapted."""
-    found = ((p, m) for p, m in base.named_modules() if kind_of(m) is not None and bypass(base, p) is None)
-    return [path for path, module in found if getattr(module, "bias", None) is not None]
+    return [path for path, module in layers(base) if getattr(module, "bias", None) is not None]

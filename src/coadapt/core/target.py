@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from ..config import TargetedConfig, did_you_mean, nearest
 from .layer import kind_of
 from .mixture import Mixture, mixtures
-from .roles import Place, bypass, heads, linears, query_and_value
+from .roles import Place, bypassed, heads, linears, query_and_value
 
 
 def suffix_match(path: str, name: str) -> bool:
@@ -37,7 +37,9 @@ def layers(config: TargetedConfig, base: nn.Module, usual: Sequence[str] | None 
     Raises:
         ValueError: something asked for matches nothing, or matches what cannot be adapted.
     """
-    found = modules(config, base, usual if usual is not None else query_and_value(base))
+    if usual is None:
+        usual = query_and_value(base) if config.target_modules is None else ()
+    found = modules(config, base, usual)
     for path, module in found:
         if kind_of(module) is None:
             inside = [f"{path}.{n}" for n, m in module.named_modules() if kind_of(m) is not None][:4]
@@ -79,9 +81,11 @@ def modules(config: TargetedConfig, base: nn.Module, usual: Sequence[str]) -> li
             paths = _by_names(config, wanted, every, base)
     paths = _without_excluded(config, paths)
     paths = _in_layers(config, paths)
-    for path in paths:
-        if why := bypass(base, path):
-            raise ValueError(f"{_who(config)}: {path!r} cannot be adapted: {why}, so an adapter there would never run.")
+    skipped = bypassed(base)
+    if never := next((path for path in paths if path in skipped), None):
+        raise ValueError(
+            f"{_who(config)}: {never!r} cannot be adapted: {skipped[never]}, so an adapter there would never run."
+        )
     if both := sorted({p for p in paths for name in config.modules_to_save or () if suffix_match(p, name)}):
         raise ValueError(f"{_who(config)}: {both} are in target_modules and in modules_to_save; choose one.")
     return [(p, every[p]) for p in paths]
@@ -93,7 +97,9 @@ def parameters(config: Any, base: nn.Module) -> list[Place]:
     Raises:
         ValueError: a name matches nothing, or the weight of a layer.
     """
-    wanted = config.target_parameters or ()
+    wanted = config.target_parameters
+    if not wanted:
+        return []
     every = {name: name.rpartition(".") for name, p in base.named_parameters() if p.dim() in (2, 3)}
     raw = {n: (owner, end) for n, (owner, _, end) in every.items() if kind_of(base.get_submodule(owner)) is None}
     if missing := [name for name in wanted if not any(suffix_match(path, name) for path in raw)]:
@@ -169,9 +175,9 @@ def _some(base: nn.Module) -> str:
     return f"Linear layers of this {type(base).__name__}: {', '.join(ends) or 'none'}."
 
 
-def by_name(base: nn.Module, names: Iterable[str], what: str) -> list[tuple[str, nn.Module]]:
+def by_name(base: nn.Module, names: Sequence[str], what: str) -> list[tuple[str, nn.Module]]:
     """The modules whose path ends in one of `names`. Raises ValueError for a name that matches nothing."""
-    every = {n: m for n, m in base.named_modules() if n}
+    every = {n: m for n, m in base.named_modules() if n} if names else {}
     for name in names:
         if not any(suffix_match(path, name) for path in every):
             ends = {path.rpartition(".")[2] for path in every}

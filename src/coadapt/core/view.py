@@ -64,7 +64,7 @@ class View(nn.Module, ABC):
         self._attach(adapter)
         self.adapters.add_module(attribute(adapter.name), adapter.train(self.training))
         self._names[adapter.name] = adapter
-        self._plans.clear()
+        self._plans.forget(adapter.name)  # what a call on another thread may have made of one that had this name
 
     def _attach(self, adapter: Adapter) -> None:
         self._sites[adapter.name] = [*sites_of(adapter, self.base), *self._record.checkpointing]
@@ -85,7 +85,7 @@ class View(nn.Module, ABC):
         self._record.detach(self._sites.pop(name))
         delattr(self.adapters, attribute(name))
         del self._names[name]
-        self._plans.clear()
+        self._plans.forget(name)
 
     def _end(self) -> nn.Module:
         self._finalizer()

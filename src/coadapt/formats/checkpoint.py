@@ -101,7 +101,8 @@ def load(where: Path, base: nn.Module, fingerprint: str, is_trainable: bool, hal
     for name, values in said["adapters"].items():
         config = PeftConfig.from_dict(values)
         trains = is_trainable and name in (said.get("trainable") or [name])
-        adapter = build(check_name(name), replace_options(without_start(config), inference_mode=not trains), base, half)
+        empty = replace_options(without_start(config), inference_mode=not trains)
+        adapter = build(check_name(name), empty, base, half, blank=True)
         adapter.config = replace_options(config, inference_mode=not trains)
         adapter.learning_rate = said.get("learning_rates", {}).get(name)
         adapters.append(adapter)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -73,8 +74,7 @@ class Saving:
         """Writes a safetensors file; takes it away where there are none."""
         file = self._place(name)
         if tensors:
-            plain = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
-            save_file(plain, file, metadata={"format": "pt"})
+            save_file(_apart(tensors), file, metadata={"format": "pt"})
         else:
             file.touch()
 
@@ -88,6 +88,18 @@ class Saving:
         file = self.folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         return file
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as safetensors writes them: on the CPU, contiguous, no two in the same memory. Copies where it must."""
+    found: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        memory = own.untyped_storage().data_ptr()
+        found[name] = own.clone() if memory in taken else own
+        taken.add(memory)
+    return found
 
 
 @contextmanager
@@ -105,8 +117,7 @@ def saving(folder: Path) -> Iterator[Saving]:
     try:
         with _room(folder):
             yield Saving(new)
-            for file in (p for p in new.rglob("*") if p.is_file()):
-                _to_disk(file)
+            _to_disk(*(p for p in new.rglob("*") if p.is_file() and p.stat().st_size))
         old = {folder / p.relative_to(new) for p in new.rglob("*") if p.name in _LAST}
         marks = {file: file.stat().st_ino for file in old if file.is_file()}
         new.replace(folder / _WRITTEN)
@@ -150,9 +161,15 @@ def _remove_empty(folder: Path) -> None:
             place.rmdir()
 
 
-def _to_disk(file: Path) -> None:
-    with file.open("rb") as written:
-        os.fsync(written.fileno())
+def _to_disk(*files: Path) -> None:
+    """Waits until the disk holds these files: for all at once, which takes it hardly longer than one."""
+
+    def wait(file: Path) -> None:
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(wait, files))  # raises what one of them raised
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

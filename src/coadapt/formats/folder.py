@@ -239,7 +239,7 @@ def _load_adapter(reader: _Reader, where: Path, name: str, config: PeftConfig | 
             )
         stored = stored.for_inference()
     stored = replace_options(stored, inference_mode=not is_trainable, adapter_name=None)
-    adapter = build(name, without_start(stored), reader.base, reader.half)
+    adapter = build(name, without_start(stored), reader.base, reader.half, blank=True)
     adapter.config = replace_options(stored, modules_to_save=adapter.config.modules_to_save)
     _refuse_merged(adapter, reader.base)
     if isinstance(adapter.shared, Reparametrization):

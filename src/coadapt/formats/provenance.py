@@ -1,5 +1,6 @@
 """What an adapter depends on beside its settings: the base's fingerprint, and the versions that wrote it."""
 
+import functools
 import platform
 import sys
 import warnings
@@ -33,6 +34,7 @@ def versions(*more: str) -> dict[str, str | None]:
     return {"python": platform.python_version(), **{name: _version(name) for name in (*_NAMES, *more)}}
 
 
+@functools.cache
 def _version(name: str) -> str | None:
     if name == _ROOT:
         return sys.modules[name].__version__  # also where coadapt runs from its source, without being installed

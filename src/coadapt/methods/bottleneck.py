@@ -3,10 +3,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from ..config import TargetedConfig
 from ..core import roles, target
+from ..core.activation import activations
 from ..core.layer import Layer, kind_of
 from ..core.method import Companion, ModuleMethod, register
 from ..core.mixture import mixtures
@@ -45,7 +45,7 @@ class BottleneckConfig(TargetedConfig):
         self.positive("bottleneck_size")
         self.choice("placement", ("houlsby", "pfeiffer", "parallel"))
         self.choice("adapter_layer_norm", (None, "before", "after"))
-        self.choice("non_linearity", tuple(ACT2FN))
+        self.choice("non_linearity", tuple(activations()))
         self.choice("inv_adapter", (None, "nice"))
         self.probability("adapter_dropout")
         if self.inv_adapter_reduction_factor is not None and self.inv_adapter is None:
@@ -85,7 +85,7 @@ class Bottleneck(ModuleMethod):
         self.down, self.up = nn.Linear(inner, size), nn.Linear(size, out)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
-        self.act = ACT2FN[config.non_linearity]
+        self.act = activations()[config.non_linearity]
         self.before = nn.LayerNorm(inner) if config.adapter_layer_norm == "before" else nn.Identity()
         self.after = nn.LayerNorm(out) if config.adapter_layer_norm == "after" else nn.Identity()
         self.dropout = nn.Dropout(config.adapter_dropout)

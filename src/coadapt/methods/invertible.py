@@ -3,10 +3,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from ..config import PeftConfig
 from ..core import roles, target
+from ..core.activation import activations
 from ..core.backbone import backbones
 from ..core.layer import Layer
 from ..core.method import Method, ModuleMethod, register
@@ -26,7 +26,7 @@ class InvertibleConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.choice("non_linearity", tuple(ACT2FN))
+        self.choice("non_linearity", tuple(activations()))
         if not self.reduction_factor > 0:
             raise ValueError(f"InvertibleConfig: reduction_factor={self.reduction_factor} must be above 0.")
 
@@ -50,8 +50,8 @@ class Invertible(ModuleMethod):
         width = layer.shape[self.inverts]  # D: of what an embedding gives, of what a head is given
         self.halves = a, b = width // 2, width - width // 2
         inner = max(1, round(a / config.reduction_factor))
-        self.F = nn.Sequential(nn.Linear(b, inner), ACT2FN[config.non_linearity], nn.Linear(inner, a))
-        self.G = nn.Sequential(nn.Linear(a, inner), ACT2FN[config.non_linearity], nn.Linear(inner, b))
+        self.F = nn.Sequential(nn.Linear(b, inner), activations()[config.non_linearity], nn.Linear(inner, a))
+        self.G = nn.Sequential(nn.Linear(a, inner), activations()[config.non_linearity], nn.Linear(inner, b))
         for up in (*self.F[2].parameters(), *self.G[2].parameters()):
             nn.init.zeros_(up)
         self.earlier: tuple[Any, ...] = ()

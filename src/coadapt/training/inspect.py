@@ -137,9 +137,10 @@ def _parted(key: str, shape: Shape) -> tuple[str, str, Shape]:
 
 
 def _parted_state(key: str, shape: Shape) -> tuple[str, str, Shape]:
-    """The key of a checkpoint: `sites.layers/0/q_proj.lora.A` -> `layers.0.q_proj`, `A`."""
-    group, module, *rest = key.split(".")
-    return (module.replace("/", "."), ".".join(rest[1:]), shape) if group == "sites" else (group, module, shape)
+    """The key of a checkpoint: `sites.layers/0/q_proj/lora.A` -> `layers.0.q_proj`, `A`."""
+    group, site, *rest = key.split(".")
+    module = site.rpartition("/")[0].replace("/", ".")
+    return (module, ".".join(rest), shape) if group == "sites" else (group, site, shape)
 
 
 def _alike(modules: Iterable[tuple[str, dict[str, Shape]]]) -> list[Site]:
