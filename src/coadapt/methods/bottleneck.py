@@ -10,6 +10,7 @@ from ..core import roles, target
 from ..core.layer import Layer, kind_of
 from ..core.method import Companion, ModuleMethod, register
 from ..core.mixture import mixtures
+from ..core.precision import linear, scaled, wide
 from ..core.roles import Place
 from .invertible import Invertible, InvertibleConfig
 
@@ -69,6 +70,8 @@ class Bottleneck(ModuleMethod):
     residual. U starts at zero. Parameters per site: 2 D m + D + m.
     """
 
+    widens = False
+
     def __init__(
         self,
         config: BottleneckConfig,
@@ -123,8 +126,11 @@ class Bottleneck(ModuleMethod):
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         y = base(x)
-        h = self.before(x if self.parallel else y.to(x.dtype))
-        return y + self.scale * self.dropout(self.after(self.up(self.act(self.down(h)))))
+        h = wide(self.before, x if self.parallel else y)
+        change = self.dropout(wide(self.after, linear(self.up, self.act(linear(self.down, h)))))
+        if isinstance(self.scale, Tensor):
+            return y + scaled(change, self.scale)
+        return torch.add(y, change, alpha=self.scale)
 
 
 def _width(width: int | None, layer: Layer) -> int:
