@@ -2,6 +2,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -89,9 +90,9 @@ class Bottleneck(ModuleMethod):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
         self.act = ACT2FN[config.non_linearity]
-        self.before = nn.LayerNorm(inner) if config.adapter_layer_norm == "before" else nn.Identity()
-        self.after = nn.LayerNorm(out) if config.adapter_layer_norm == "after" else nn.Identity()
-        self.dropout = nn.Dropout(config.adapter_dropout)
+        self.before = nn.LayerNorm(inner) if config.adapter_layer_norm == "before" else None
+        self.after = nn.LayerNorm(out) if config.adapter_layer_norm == "after" else None
+        self.dropout = config.adapter_dropout
         self.scale: Any = nn.Parameter(torch.ones(())) if config.scaling == "learned" else config.scaling
 
     @classmethod
@@ -126,8 +127,12 @@ class Bottleneck(ModuleMethod):
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         y = base(x)
-        h = wide(self.before, x if self.parallel else y)
-        change = self.dropout(wide(self.after, linear(self.up, self.act(linear(self.down, h)))))
+        h = x if self.parallel else y
+        h = h if self.before is None else wide(self.before, h)
+        change = linear(self.up, self.act(linear(self.down, h)))
+        change = change if self.after is None else wide(self.after, change)
+        if self.training and self.dropout:
+            change = F.dropout(change, self.dropout)
         if isinstance(self.scale, Tensor):
             return y + scaled(change, self.scale)
         return torch.add(y, change, alpha=self.scale)
