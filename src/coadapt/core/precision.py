@@ -45,6 +45,21 @@ class _Scaled(torch.autograd.Function):
         )
 
 
+def plus_product(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """W + B A of (O, I), (O, R) and (R, I) in the dtype of W, rounded once, with no other matrix of that size made.
+
+    Factors of a higher precision are split into what half precision has of them and the rest.
+    """
+    if not weight.is_contiguous():  # a weight that is stored as (I, O)
+        return plus_product(weight.mT, down.mT, up.mT).mT
+    dtype = weight.dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        return torch.addmm(weight, up.to(dtype), down.to(dtype))
+    b, a = up.to(dtype), down.to(dtype)
+    b_rest, a_rest = (up - b).to(dtype), (down - a).to(dtype)
+    return torch.addmm(weight, torch.cat([b, b, b_rest], dim=1), torch.cat([a, a_rest, a]))
+
+
 def squares(weight: Tensor) -> Tensor:
     """(O, I, *K) -> (O,) the squared length of each row, summed in fp32 at least."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
