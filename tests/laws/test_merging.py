@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from coadapt import LoraConfig, PeftModel, Sum
 from laws.setting import EVERY, MAKE, WITHOUT_BIAS, attach, close, far, ids, logits, pairs, stir, view_on
@@ -47,6 +49,34 @@ def logits_of(weights: dict[str, torch.Tensor], model: str, dtype: torch.dtype) 
     fresh = MAKE[model]().to(dtype)
     fresh.load_state_dict(weights)
     return logits(fresh)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(24, 16), Conv1D(16, 24), nn.Embedding(30, 16), nn.Conv2d(6, 8, 3), nn.Conv2d(6, 8, 3, groups=2)]
+)
+def test_what_is_merged_is_rounded_once(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Weights in half precision are as near to W + sum of g s B A, worked out in float64, as half precision can be."""
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"layer": layer}).to(dtype)
+    stored: Any = base["layer"].weight
+    old, view = stored.detach().double(), PeftModel(base)
+    for name, alpha in (("a", 4), ("b", 3)):
+        config = LoraConfig(r=2, lora_alpha=alpha, target_modules=["layer"], init_lora_weights=False)
+        view.add_adapter(name, config)
+    stir(view.adapters, by=0.3)
+    expected = old.mT.clone() if isinstance(layer, Conv1D | nn.Embedding) else old.clone()
+    for name, factor in (("a", 2.0), ("b", 0.5 * 1.5)):
+        p = {n[-1]: v.detach().double() for n, v in view.get_adapter(name).named_parameters()}
+        expected += factor * (p["B"] @ p["A"].flatten(1)).view(expected.shape)
+    expected = expected.mT if isinstance(layer, Conv1D | nn.Embedding) else expected
+    view.set_adapter("a + 0.5*b")
+    view.merge_adapter()
+    merged: Any = base["layer"].weight
+    assert merged.dtype == dtype
+    assert merged.is_contiguous()
+    half_a_step = 0.5 * torch.finfo(dtype).eps * expected.abs()
+    assert bool(((merged.double() - expected).abs() <= 1.01 * half_a_step + 1e-6 * expected.abs().max()).all())
 
 
 @pytest.mark.filterwarnings("ignore:.*layers that had no bias")

@@ -18,6 +18,7 @@ from .backbone import backbones
 from .layer import Layer
 from .method import AttentionMethod, InputMethod, Method, ModuleMethod, WeightMethod, method_for
 from .parameter import ParameterLayer
+from .precision import linear
 from .roles import Place
 
 
@@ -29,6 +30,8 @@ class ModuleCopy(ModuleMethod):
     def __init__(self, config: PeftConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
         self.copy = _plain_copy(layer.module).requires_grad_(True)
+        self.linear = type(self.copy).forward is nn.Linear.forward
+        self.widens = not self.linear
 
     @classmethod
     def places(cls, config: PeftConfig, base: nn.Module) -> list[Place]:
@@ -36,7 +39,7 @@ class ModuleCopy(ModuleMethod):
         return [Place(path, module) for path, module in found]
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
-        return self.copy(x)
+        return linear(self.copy, x) if self.linear else self.copy(x)
 
 
 def _plain_copy(module: nn.Module) -> nn.Module:

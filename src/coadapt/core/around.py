@@ -65,12 +65,12 @@ class _Summed(Around):
         if all(b is inner for b, _ in changed):
             return inner
         start = torch.zeros_like(next(b for b, _ in changed if b is not None)) if inner is None else inner
-        return start + sum(_number(g, self.site) * (start * 0 if b is None else b - start) for b, g in changed)
+        return start + sum(number(g, self.site) * (start * 0 if b is None else b - start) for b, g in changed)
 
     def weight(self) -> Tensor:
         inner = self.inner.weight()
         return inner + sum(
-            _number(g, self.site) * (around(c, self.inner, self.methods).weight() - inner) for c, g in self.terms
+            number(g, self.site) * (around(c, self.inner, self.methods).weight() - inner) for c, g in self.terms
         )
 
 
@@ -89,7 +89,8 @@ class _Fused(_Summed):
         return y + self.router.fused(Reading(self.site, x, y), changes)
 
 
-def _number(gate: Gate, site: str) -> float | Tensor:
+def number(gate: Gate, site: str) -> float | Tensor:
+    """A gate that is the same in every call. Raises ValueError for others."""
     if gate.routed:
         raise ValueError(
             "A composition with a router cannot be merged, nor can DoRA stand on it: its gates depend on what goes in, "

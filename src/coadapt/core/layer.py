@@ -1,14 +1,16 @@
-"""A layer as a method sees it: callable, with a float weight in (O, I, *K) order. The only file about dtype."""
+"""A layer as a method sees it: callable, with a float weight in (O, I, *K) order. Dtypes: here and in precision.py."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from .precision import scaled, squares
 from .site import plain_class
 from .store import store_of, value
 
@@ -103,6 +105,10 @@ def kind_of(module: nn.Module) -> Kind | None:
     return _OTHER_NORM if plain and "Norm" in type(module).__name__ else None
 
 
+_SQUARES: MutableMapping[Tensor, tuple[Any, Tensor]] = WeakTensorKeyDictionary()
+"""Parameter -> where its values lay and how often they had been changed, and the squared lengths of its rows then."""
+
+
 class Layer:
     """The frozen layer at `path`. Subclasses are the same layer seen through an adapter."""
 
@@ -155,6 +161,16 @@ class Layer:
         """(O, I, *K), detached."""
         return self.kind.canonical(store_of(self.module).read(self.module))
 
+    def squares(self) -> Tensor:
+        """(O,) the squared length of each row of the weight; kept for as long as the weight is the same."""
+        weight, held = self.weight(), getattr(self.module, "weight", None)
+        if torch.compiler.is_compiling() or not isinstance(held, nn.Parameter) or held.is_inference():
+            return squares(weight)
+        state = (weight.data_ptr(), held.data_ptr(), held._version)
+        if (known := _SQUARES.get(held)) is None or known[0] != state:
+            known = _SQUARES[held] = state, squares(weight)
+        return known[1]
+
     def value(self, name: str) -> Tensor:
         """A parameter of the module, as it is stored; detached."""
         return value(self.module, name)
@@ -171,6 +187,10 @@ class Layer:
     def mix(self, y: Tensor, matrix: Tensor) -> Tensor:
         """The channels of y multiplied by `matrix`, (O, R)."""
         return F.linear(y, matrix) if self.kind.channel == -1 else torch.einsum("or,br...->bo...", matrix, y)
+
+    def scaled(self, y: Tensor, factors: Tensor) -> Tensor:
+        """y with each channel multiplied by one of `factors`, (O,)."""
+        return scaled(y, self.along_channels(factors, y))
 
     def along_channels(self, vector: Tensor, y: Tensor) -> Tensor:
         """A vector over O, shaped to broadcast against y."""
@@ -199,6 +219,9 @@ class Around(Layer):
     def weight(self) -> Tensor:
         return self.inner.weight()
 
+    def squares(self) -> Tensor:
+        return squares(self.weight())
+
 
 class Known(Around):
     """`inner`, whose answer to x is known to be y: spares the frozen layer a second run."""
@@ -209,6 +232,9 @@ class Known(Around):
 
     def __call__(self, x: Any) -> Any:
         return self.y if x is self.x else self.inner(x)
+
+    def squares(self) -> Tensor:
+        return self.inner.squares()
 
 
 class Cast(Around):
@@ -239,10 +265,12 @@ class Adapted(Around):
         return self.method.merge_bias(below) if hasattr(self.method, "merge_bias") else below
 
     def __call__(self, x: Tensor) -> Tensor:
-        own = next((p.dtype for p in self.method.parameters() if p.is_floating_point()), None)
         if not x.is_floating_point():
             y = self.method(x, self.inner)
             return y.to(self.module_dtype(y))
+        if not self.method.widens:
+            return self.method(x, self.inner)
+        own = next((p.dtype for p in self.method.parameters() if p.is_floating_point()), None)
         z = x if own is None else x.to(own)
         inner = Cast(self.inner, z, x)
         y = self.method(z, inner)

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from .adapter import Adapter, ModuleCopy, Part
-from .around import around
+from .around import around, number
 from .composition import Node, names, terms
 from .gates import Gate
 from .layer import Layer, kind_of
+from .lowrank import LowRankMethod
 from .method import AttentionMethod, InputMethod, WeightMethod
 from .parameter import adapted
+from .precision import plus_product
 from .store import store_of
 
 
@@ -62,7 +64,7 @@ def merge(base: nn.Module, adapters: Mapping[str, Adapter], node: Node, keep_ori
             )
         writes += _new_parameter(module, parameter, parts, node) if parameter else _new_weights(module, parts, node)
     for module, name, value in writes:
-        if value is not None and not torch.isfinite(value).all():
+        if value is not None and not _is_finite(value):
             path = next(n for n, m in base.named_modules() if m is module)
             raise ValueError(f"Merging {node!r} gives a {name} of {path!r} that is not finite. Nothing was changed.")
     done = Merged(node, frozenset(module for module, _ in sites), kept=keep_original)
@@ -87,6 +89,11 @@ def merge(base: nn.Module, adapters: Mapping[str, Adapter], node: Node, keep_ori
     return done
 
 
+def _is_finite(value: torch.Tensor) -> bool:
+    """Most often read once, without a tensor of as many truths: a sum is finite only if all that it adds are."""
+    return bool(value.sum().isfinite()) or bool(value.isfinite().all())
+
+
 @torch.no_grad()
 def unmerge(done: Merged) -> None:
     """Puts the very parameters back that stood there before, ties included."""
@@ -103,7 +110,12 @@ def _new_weights(
     path = next(iter(parts.values()))[0].place.path
     if any(isinstance(p.method, ModuleCopy) for found in parts.values() for p in found):
         return _copied(module, parts, node)
-    layer = around(node, Layer(module, path), {name: [p.method for p in found] for name, found in parts.items()})
+    methods = {name: [p.method for p in found] for name, found in parts.items()}
+    low = {n: found[0] for n, found in methods.items() if len(found) == 1 and isinstance(found[0], LowRankMethod)}
+    if len(low) == len(methods):
+        changed = _plus_products(Layer(module, path), low, node)
+        return [(module, "weight", Layer(module, path).kind.canonical(changed))]
+    layer = around(node, Layer(module, path), methods)
     stored = layer.kind.canonical(layer.weight())
     out: list[tuple[nn.Module, str, torch.Tensor | None]] = [
         (module, "weight", stored.to(Layer(module, path).like().dtype))
@@ -118,6 +130,20 @@ def _new_weights(
             )
         )
     return out
+
+
+def _plus_products(layer: Layer, methods: Mapping[str, LowRankMethod], node: Node) -> torch.Tensor:
+    """W + sum_i g_i s_i B_i A_i, however many there are, as one product."""
+    ups: list[torch.Tensor] = []
+    downs: list[torch.Tensor] = []
+    for name, gate in terms(node, methods.__contains__):
+        a, b, scale = methods[name].factors()
+        ups.append(b * (number(gate, layer.site) * scale))
+        downs.append(a.flatten(1))
+    weight = layer.weight()
+    if not ups:
+        return weight
+    return plus_product(weight.flatten(1), torch.cat(ups, dim=1), torch.cat(downs)).view(weight.shape)
 
 
 def _new_parameter(

@@ -63,6 +63,9 @@ class Method(nn.Module, ABC):
     config_class: ClassVar[type[PeftConfig]]
     one_for_all: ClassVar[bool] = False
     """Whether all places of an adapter use the parameters of the first: then each later one is told by `share`."""
+    widens: bool = True
+    """Whether `forward` gets x in the dtype of the method's parameters (fp32 on a base in half precision), and the core
+    casts back what it returns. False: it gets x as the model has it, and returns what `base(x)` has."""
 
     @classmethod
     @abstractmethod

@@ -263,8 +263,8 @@ class View(nn.Module, ABC):
                 "Another view has merged its adapters into this base; unmerge_adapter() there before calling this one."
             )
         if names is None:
-            node = self.composition if adapters is None else self.checked(adapters)
-            plan, rows = self._plans.one(node, self._merged), None
+            nodes = [self.composition if adapters is None else self.checked(adapters)]
+            plan, rows = self._plans.one(nodes[0], self._merged), None
         elif adapters is not None:
             raise ValueError("Give adapters (for the whole call) or adapter_names (one for each row), not both.")
         else:
@@ -277,7 +277,7 @@ class View(nn.Module, ABC):
             task_ids = None
         frame = plan.frame(rows, arguments.tasks(task_ids, plan, args, kwargs))
         if slots and self._merged is None:
-            frame = self._slotted(plan.nodes if names is None else nodes, args, kwargs) or frame
+            frame = self._slotted(nodes, args, kwargs) or frame
         context = entered(frame, plan=plan)
         return context if torch.compiler.is_compiling() else _Running(record, id(self), context)
 

@@ -25,6 +25,8 @@ class BitFit(WeightMethod):
     arXiv:2106.10199. The change is stored, not the bias, so that several add up. Parameters per site: O.
     """
 
+    widens = False
+
     def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
         if not hasattr(layer.module, "bias"):

@@ -2,6 +2,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import TargetedConfig
@@ -10,6 +11,7 @@ from ..core.activation import activations
 from ..core.layer import Layer, kind_of
 from ..core.method import Companion, ModuleMethod, register
 from ..core.mixture import mixtures
+from ..core.precision import linear, scaled, wide
 from ..core.roles import Place
 from .invertible import Invertible, InvertibleConfig
 
@@ -69,6 +71,8 @@ class Bottleneck(ModuleMethod):
     residual. U starts at zero. Parameters per site: 2 D m + D + m.
     """
 
+    widens = False
+
     def __init__(
         self,
         config: BottleneckConfig,
@@ -86,9 +90,9 @@ class Bottleneck(ModuleMethod):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
         self.act = activations()[config.non_linearity]
-        self.before = nn.LayerNorm(inner) if config.adapter_layer_norm == "before" else nn.Identity()
-        self.after = nn.LayerNorm(out) if config.adapter_layer_norm == "after" else nn.Identity()
-        self.dropout = nn.Dropout(config.adapter_dropout)
+        self.before = nn.LayerNorm(inner) if config.adapter_layer_norm == "before" else None
+        self.after = nn.LayerNorm(out) if config.adapter_layer_norm == "after" else None
+        self.dropout = config.adapter_dropout
         self.scale: Any = nn.Parameter(torch.ones(())) if config.scaling == "learned" else config.scaling
 
     @classmethod
@@ -123,8 +127,15 @@ class Bottleneck(ModuleMethod):
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         y = base(x)
-        h = self.before(x if self.parallel else y.to(x.dtype))
-        return y + self.scale * self.dropout(self.after(self.up(self.act(self.down(h)))))
+        h = x if self.parallel else y
+        h = h if self.before is None else wide(self.before, h)
+        change = linear(self.up, self.act(linear(self.down, h)))
+        change = change if self.after is None else wide(self.after, change)
+        if self.training and self.dropout:
+            change = F.dropout(change, self.dropout)
+        if isinstance(self.scale, Tensor):
+            return y + scaled(change, self.scale)
+        return torch.add(y, change, alpha=self.scale)
 
 
 def _width(width: int | None, layer: Layer) -> int:

@@ -3,6 +3,7 @@ from torch import Tensor, nn
 
 from ..core.layer import Layer
 from ..core.method import Companion, Place, WeightMethod, register
+from ..core.precision import squares
 from .lora import LoRA, LoraConfig
 
 
@@ -14,11 +15,12 @@ class DoRA(WeightMethod):
     below in a Seq; no gradient goes through the norm (section 4.3). Parameters per site: r (O + I K) + O.
     """
 
+    widens = False
+
     def __init__(self, config: LoraConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
-        weight = layer.weight()
-        self.change = LoRA(config, layer).to(weight.device)
-        self.m = nn.Parameter(_norms(self.change.merge(weight)))  # (O,)
+        self.change = LoRA(config, layer).to(layer.weight().device)
+        self.m = nn.Parameter(self.norms(layer))  # (O,)
 
     @classmethod
     def places(cls, config: LoraConfig, base: nn.Module) -> list[Place]:
@@ -30,18 +32,21 @@ class DoRA(WeightMethod):
 
     def merge(self, weight: Tensor) -> Tensor:
         changed = self.change.merge(weight)
-        return (self.m / _norms(changed)).view(-1, *[1] * (changed.dim() - 1)) * changed
+        norms = squares(changed.detach()).sqrt()
+        return (self.m / norms).view(-1, *[1] * (changed.dim() - 1)) * changed
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         y = self.change(x, base)
-        length = base.along_channels(self.m / _norms(self.change.merge(base.weight())), y).to(y.dtype)
-        if base.bias is None:
-            return length * y
-        bias = base.along_channels(base.bias.to(y.dtype), y)
-        return bias + length * (y - bias)
+        factors = self.m / self.norms(base)
+        out = base.scaled(y, factors)
+        bias = base.bias  # is not rescaled
+        return out if bias is None else out + base.along_channels(((1 - factors) * bias).to(out.dtype), out)
 
-
-@torch.no_grad()
-def _norms(weight: Tensor) -> Tensor:
-    """(O, I, *K) -> (O,)"""
-    return weight.flatten(1).norm(dim=1)
+    @torch.no_grad()
+    def norms(self, base: Layer) -> Tensor:
+        """(O,) of the rows of W + s B A, which is not made: |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b."""
+        weight, own, (a, b, s) = base.weight().flatten(1), base.squares(), self.change.factors()
+        a, b = a.flatten(1).to(own.dtype), b.to(own.dtype)
+        crossed = (weight @ a.mT.to(weight.dtype)).to(own.dtype)  # (O, R)
+        along = torch.addmm(crossed, b, a @ a.mT, beta=2, alpha=s)
+        return torch.add(own, (along * b).sum(1), alpha=s).clamp(min=0).sqrt()

@@ -37,6 +37,8 @@ class IA3(WeightMethod):
     arXiv:2205.05638. Parameters per site: O, or I.
     """
 
+    widens = False
+
     def __init__(self, config: IA3Config, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
         if not layer.kind.factors:
@@ -65,6 +67,5 @@ class IA3(WeightMethod):
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         if self.on_input:
-            return base(x * base.along_channels(self.l, x)) if x.is_floating_point() else super().forward(x, base)
-        y = base(x)
-        return y * base.along_channels(self.l.to(y.dtype), y)
+            return base(base.scaled(x, self.l)) if x.is_floating_point() else super().forward(x, base)
+        return base.scaled(base(x), self.l)

@@ -10,6 +10,7 @@ from ..core.activation import activations
 from ..core.backbone import backbones
 from ..core.layer import Layer
 from ..core.method import Method, ModuleMethod, register
+from ..core.precision import linear
 from ..core.roles import Place
 
 
@@ -43,6 +44,7 @@ class Invertible(ModuleMethod):
     """
 
     one_for_all = True
+    widens = False
 
     def __init__(self, config: InvertibleConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
@@ -77,20 +79,22 @@ class Invertible(ModuleMethod):
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         own: Invertible = self.earlier[0] if self.earlier else self
-        like = next(own.F.parameters())
-        if self.inverts:
-            return base(own.inverse(x.to(like)).to(x))
-        y = base(x)
-        return own.coupled(y.to(like)).to(y)
+        return base(own.inverse(x)) if self.inverts else own.coupled(base(x))
 
     def coupled(self, e: Tensor) -> Tensor:
         """f: (..., D) -> (..., D)"""
         a, b = e.split(self.halves, dim=-1)
-        a = a + self.F(b)
-        return torch.cat([a, b + self.G(a)], dim=-1)
+        a = a + _made(self.F, b)
+        return torch.cat([a, b + _made(self.G, a)], dim=-1)
 
     def inverse(self, o: Tensor) -> Tensor:
         """f^-1: (..., D) -> (..., D)"""
         a, b = o.split(self.halves, dim=-1)
-        b = b - self.G(a)
-        return torch.cat([a - self.F(b), b], dim=-1)
+        b = b - _made(self.G, a)
+        return torch.cat([a - _made(self.F, b), b], dim=-1)
+
+
+def _made(network: Any, z: Tensor) -> Tensor:
+    """U act(D z), in the dtype of z."""
+    down, act, up = network
+    return linear(up, act(linear(down, z)))

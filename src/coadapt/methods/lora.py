@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..config import TargetedConfig
 from ..core import roles, target
 from ..core.layer import Layer, kind_of
-from ..core.lowrank import LowRankMethod
+from ..core.lowrank import LowRankMethod, is_plain
 from ..core.method import Companion, Place, register
 from .bitfit import BitFit, BitFitConfig
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
@@ -91,6 +91,7 @@ class LoRA(LowRankMethod):
         alpha = _pattern(config.alpha_pattern, layer.path, config.lora_alpha)
         self.scale = alpha / (math.sqrt(r) if config.use_rslora else r)
         self.dropout = config.lora_dropout
+        self.widens = not is_plain(layer.module)
         self.A = nn.Parameter(torch.empty(*experts, r, *in_dims))  # (R, I, *K); of experts (E, R, I)
         self.B = nn.Parameter(torch.zeros(*experts, out_features, r))  # (O, R); of experts (E, O, R)
         if config.init_lora_weights == "gaussian":

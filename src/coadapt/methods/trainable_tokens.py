@@ -39,6 +39,8 @@ class TrainableTokens(WeightMethod):
     The plain way to teach new tokens: only their embeddings train. Parameters per site: D for each token.
     """
 
+    widens = False
+
     def __init__(self, config: TrainableTokensConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
         self.embeds = layer.kind.name == "embedding"
@@ -50,6 +52,7 @@ class TrainableTokens(WeightMethod):
                 "base's vocabulary first: base.resize_token_embeddings(len(tokenizer))."
             )
         self.ids = torch.tensor(list(config.token_indices))  # (N,)
+        self.sorted = tuple(self.ids.sort())  # and where each stood
         rows = weight[self.ids.to(weight.device)].clone()
         self.rows = nn.Parameter(rows if config.init_weights else torch.randn_like(rows) * weight.std())  # (N, D)
 
@@ -75,12 +78,15 @@ class TrainableTokens(WeightMethod):
         return weight.index_copy(1, ids, self.rows.mT) if self.embeds else weight.index_copy(0, ids, self.rows)
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
-        y, ids = base(x), self.ids.to(x.device)
+        y = base(x)
         if self.embeds:
-            hit = x[..., None] == ids  # (..., N)
-            rows = self.rows * getattr(base.module, "embed_scale", 1.0)
-            return torch.where(hit.any(-1, keepdim=True), hit.to(rows.dtype) @ rows, y)
-        bias = base.bias
+            ids, order = (t.to(x.device) for t in self.sorted)
+            at = torch.searchsorted(ids, x.contiguous()).clamp(
+                max=len(ids) - 1
+            )  # (...): which of the sorted ids it would be
+            rows = F.embedding(order[at], self.rows) * getattr(base.module, "embed_scale", 1.0)
+            return torch.where((ids[at] == x)[..., None], rows.to(y.dtype), y)
+        ids, bias = self.ids.to(x.device), base.bias
         scores = F.linear(x, self.rows.to(x.dtype), None if bias is None else bias[ids].to(x.dtype))
         return y.index_copy(-1, ids, scores.to(y.dtype))
 
