@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -48,25 +48,19 @@ DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 MARKED = re.compile(r"(<!-- measured: made by python -m benchmarks -->\n).*(<!-- /measured -->)", re.DOTALL)
 
 
-def measure(numbers: Sequence[str], setting: Setting) -> tuple[list[Row], list[str]]:
-    """The rows, and the numbers that failed; their errors are printed, and the others go on."""
+def measured(numbers: Sequence[str], setting: Setting) -> Iterator[tuple[str, list[Row]]]:
+    """Each number with its rows; with none where it failed, and then its error is printed."""
     console, begun = Console(stderr=True, highlight=False), time.monotonic()
-    rows: list[Row] = []
-    failed: list[str] = []
     for number in numbers:
         try:
-            found = ROWS[number](setting)
+            rows = ROWS[number](setting)
         except Exception:
-            failed.append(number)
             traceback.print_exc()
-            continue
-        rows += found
-        for row in found:
-            line = (
-                f"{time.monotonic() - begun:4.0f} s  {row.number}  {row.what}: coadapt {row.coadapt}, peft {row.peft}"
-            )
+            rows = []
+        for row in rows:
+            line = f"{time.monotonic() - begun:4.0f} s  {number}  {row.what}: coadapt {row.coadapt}, peft {row.peft}"
             console.print(line, soft_wrap=True, markup=False)
-    return rows, failed
+        yield number, rows
 
 
 def about(setting: Setting) -> dict[str, Any]:
@@ -82,6 +76,13 @@ def text(told: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
     )
     head += "which all take turns, and quartiles. Ratios are over the limit or base of the same round."
     return f"{head}\n\n{markdown(HEAD, [row.cells() for row in rows])}\n"
+
+
+def write(file: Path, told: Mapping[str, Any], rows: Sequence[Row], table: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.with_suffix(".md").write_text(f"# Time and memory beside the limit\n\n{table}", "utf-8")
+    held = {**told, "rows": [row.as_json() for row in rows]}
+    file.with_suffix(".json").write_text(json.dumps(held, indent=1) + "\n", "utf-8")
 
 
 def publish(table: str) -> None:
@@ -114,17 +115,16 @@ def main(arguments: Sequence[str]) -> int:
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore")  # peft's, about what it is asked to do here
     setting = Setting(given.device, given.rounds, given.quick)
-    rows, failed = measure(given.only or list(ROWS), setting)
-    told = about(setting)
-    table = text(told, rows, " ".join(["python -m benchmarks", *arguments]))
-    given.out.mkdir(parents=True, exist_ok=True)
-    file = given.out / "-".join(["performance", told["date"], given.device, *(given.only or ())])
-    file.with_suffix(".md").write_text(f"# Time and memory beside the limit\n\n{table}", "utf-8")
-    held = {**told, "rows": [row.as_json() for row in rows]}
-    file.with_suffix(".json").write_text(json.dumps(held, indent=1) + "\n", "utf-8")
+    told, rows, table = about(setting), list[Row](), ""
+    failed: list[str] = []
+    for number, found in measured(given.only or list(ROWS), setting):
+        rows += found
+        failed += [] if found else [number]
+        table = text(told, rows, " ".join(["python -m benchmarks", *arguments]))
+        write(given.out / "-".join(["performance", told["date"], given.device, *(given.only or ())]), told, rows, table)
+    print(table)
     if given.publish and not failed:
         publish(table)
-    print(table)
     if failed:
         print(f"Failed, with the errors above: {', '.join(failed)}.", file=sys.stderr)
     return len(failed) > 0

@@ -17,7 +17,7 @@ from .setting import LIBRARIES, LORA, Setting, adapted, add_loras, config, llama
 
 def small_llama(setting: Setting) -> Any:
     """32 layers of 7 linear layers, all small: what is measured is the work per site, not per weight."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 100}
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 100}
     return llama(setting, num_hidden_layers=setting.size(32, 1), **sizes)
 
 

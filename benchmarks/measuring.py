@@ -39,10 +39,12 @@ def interleaved(
         once = _seconds(one, 1, setting.device)
         calls[name] = 1 if one.after is not None else max(1, math.ceil(at_least / max(once, 1e-7)))
     found: dict[str, list[float]] = {name: [] for name in every}
+    gc.freeze()  # what is there by now is looked at no more
     for _ in range(setting.rounds):
         gc.collect()
         for name, one in every.items():
             found[name].append(_seconds(one, calls[name], setting.device))
+    gc.unfreeze()
     return found
 
 
@@ -105,7 +107,6 @@ def _storage(tensor: Tensor) -> Any:
 
 def alive_after(forward: Callable[[], Tensor]) -> int:
     """Bytes that a forward leaves for its backward, less the loss that it returns."""
-    gc.collect()
     with Live() as live:
         loss = forward()
         return live.now - loss.nbytes
@@ -113,11 +114,11 @@ def alive_after(forward: Callable[[], Tensor]) -> int:
 
 def peak(step: Callable[[], Any], device: str = "cpu") -> int:
     """Bytes at most while `step` runs, beyond those that are there before it."""
-    gc.collect()
     if device == "cpu":
         with Live() as live:
             step()
         return live.peak
+    gc.collect()
     synchronize(device)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

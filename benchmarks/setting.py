@@ -29,9 +29,9 @@ class Setting:
         return quick if self.quick else full
 
 
-def llama(setting: Setting, dtype: torch.dtype = torch.float32, **sizes: int) -> LlamaForCausalLM:
+def llama(setting: Setting, dtype: torch.dtype = torch.float32, **sizes: Any) -> LlamaForCausalLM:
     """A random Llama, the same each time: 4 layers of hidden size 512 unless said otherwise."""
-    usual = {
+    usual: dict[str, Any] = {
         "vocab_size": setting.size(1000, 50),
         "hidden_size": setting.size(512, 16),
         "intermediate_size": setting.size(1376, 24),
@@ -40,7 +40,8 @@ def llama(setting: Setting, dtype: torch.dtype = torch.float32, **sizes: int) ->
     }
     config = LlamaConfig(**{**usual, **sizes}, use_cache=False)
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(setting.device, dtype)
+    base: Any = LlamaForCausalLM(config)
+    return base.to(setting.device, dtype)
 
 
 def tokens(setting: Setting, rows: int, length: int) -> Tensor:
@@ -95,3 +96,11 @@ def limit(base: LlamaForCausalLM, ids: Tensor) -> Step:
     base.requires_grad_(False)
     embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
     return Step(base.train(), inputs_embeds=embedded, labels=ids)
+
+
+def checkpointed(model: Any) -> Any:
+    """`model`, that recomputes its layers in the backward from now on."""
+    name = "activation_checkpointing_enable"  # its name since transformers 5.20
+    enable = getattr(model, name) if hasattr(model, name) else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    return model

@@ -64,6 +64,8 @@ def half(setting: Setting) -> list[Row]:
 
 
 def kept(steps: Mapping[str, Step]) -> dict[str, list[float]]:
+    for step in steps.values():
+        step()  # what a first call makes for all that follow is not this backward's
     return {who: [alive_after(step.forward)] for who, step in steps.items()}
 
 
