@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PIP     = .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint bench clean
 
 demo: .venv/installed
 	.venv/bin/coadapt demo
@@ -20,6 +20,10 @@ lint: .venv/installed-test
 	.venv/bin/basedpyright
 	.venv/bin/basedpyright -p pyrightconfig.strict.json
 	.venv/bin/lint-imports
+
+# Needs two quiet cores for a quarter of an hour. The table goes to benchmarks/results and docs/benchmarks.md.
+bench: .venv/installed-test
+	.venv/bin/python -m benchmarks --publish
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,6 +1,6 @@
 """Which learning rate does each method want? Held-out losses after short trainings on small pretrained models.
 
-    python benchmarks/learning_rates.py --assets FOLDER
+    python -m benchmarks.learning_rates --assets FOLDER
 
 prints tables and writes them to benchmarks/results/. FOLDER holds the small models and data that `problems` names; the
 task `demo`, on the base that coadapt comes with, needs none of them: `--tasks demo`.
@@ -8,12 +8,10 @@ task `demo`, on the base that coadapt comes with, needs none of them: `--tasks d
 
 import argparse
 import math
-import os
-import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -22,7 +20,6 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from small_problems import LONGEST, Problem, problems
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 import coadapt
@@ -32,6 +29,9 @@ from coadapt.training.options import RECOMMENDED, default_rate
 from coadapt.training.run import training_arguments
 from coadapt.training.settings import RunConfig
 from coadapt.training.trainer import AdapterTrainer
+
+from .report import machine, markdown
+from .small_problems import LONGEST, Problem, problems
 
 BATCH, STEPS = 8, 60
 SIZES = (1, 3)
@@ -146,11 +146,6 @@ def mixes(problem: Problem, best_lora: float, steps: int) -> Mix:
     }  # pyright: ignore[reportReturnType]
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def report_sweeps(problem: Problem, start: float, found: Mapping[str, Sweep]) -> str:
     """One row for each method, one column for each rate."""
     every = sorted({rate for s in found.values() for rate in s.losses})
@@ -168,7 +163,7 @@ def report_sweeps(problem: Problem, start: float, found: Mapping[str, Sweep]) ->
     ]
     title = f"## {problem.name}: {problem.model.name}, {parameters:,} parameters, {problem.task}"
     what = " ".join((problem.make.__doc__ or "").split())
-    return f"{title}\n\n{what} Held-out loss before training: {start:.3f}.\n\n{table(head, body)}\n"
+    return f"{title}\n\n{what} Held-out loss before training: {start:.3f}.\n\n{markdown(head, body)}\n"
 
 
 def report_mix(found: Mix) -> str:
@@ -178,7 +173,7 @@ def report_mix(found: Mix) -> str:
         for rate in sorted({rate for rate, _ in found})
     ]
     head = ["the LoRA's rate", *(f"prompt: {ratio} times it" for ratio in RATIOS)]
-    return f"prompt + lora, both trained together; losses at two seeds:\n\n{table(head, body)}\n"
+    return f"prompt + lora, both trained together; losses at two seeds:\n\n{markdown(head, body)}\n"
 
 
 Found = Mapping[str, tuple[float, Mapping[str, Sweep]]]
@@ -203,16 +198,12 @@ def report_overall(found: Found) -> str:
         best = ", ".join(f"{rate:.0e}" for rate in sorted({s.best for _, s in pairs}))
         body.append([method, best, ", ".join(shown.values()), f"{default_rate(method)[0]:g}: {large:.0%}"])
     head = ["method", "best rates", "share of the gain that a rate misses", "the rate for large models misses"]
-    return f"## Over {', '.join(found)}\n\n{table(head, body)}\n"
+    return f"## Over {', '.join(found)}\n\n{markdown(head, body)}\n"
 
 
 def _missed(start: float, sweep: Sweep, loss: float) -> float:
     best = sweep.losses[sweep.best]
     return (loss - best) / (start - best)
-
-
-def machine() -> str:
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} thread"
 
 
 def main() -> None:
@@ -231,7 +222,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     text = ""
     console, begun = Console(stderr=True), time.monotonic()
-    command = " ".join(["python benchmarks/learning_rates.py", *_shown(sys.argv[1:])])
+    command = " ".join(["python -m benchmarks.learning_rates", *_shown(sys.argv[1:])])
     parts = [
         f"# Learning rates on small pretrained models, {date.today()}\n",
         f"`{command}` with coadapt {coadapt.__version__}, torch {torch.__version__}, transformers "

@@ -1,6 +1,6 @@
 """The share of step time that the monitors take: a LoRA on all linears of a Llama, 4 layers of 512, batches of 4 x 128.
 
-python benchmarks/monitors.py [rank]
+python -m benchmarks.monitors [rank]
 """
 
 import statistics
@@ -10,11 +10,13 @@ import time
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from coadapt import LoraConfig, get_peft_model
 from coadapt.training.monitor import Monitor
 from coadapt.training.trainer import AdapterTrainer, Rates
+
+from .setting import Setting, llama
 
 STEPS, LOGGING_STEPS = 60, 10
 
@@ -48,10 +50,7 @@ def timed(name: str) -> list[float]:
 
 def main(r: int) -> None:
     """Trains, and prints what the monitors took of it. Clipping, which they do too, is counted in."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **sizes))
-    view = get_peft_model(base, LoraConfig(r=r, target_modules="all-linear"), adapter_name="task")
+    view = get_peft_model(llama(Setting()), LoraConfig(r=r, target_modules="all-linear"), adapter_name="task")
     rows: Any = [{"input_ids": tokens, "labels": tokens} for tokens in torch.randint(0, 1000, (400, 128))]
     spent = {name: timed(name) for name in ("before_step", "after_step", "levels")}
     clock = Clock()

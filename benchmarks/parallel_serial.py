@@ -1,6 +1,6 @@
 """What do several LoRAs cost that are trained together: in one forward, in turn, or on rows of their own?
 
-    python benchmarks/parallel_serial.py
+    python -m benchmarks.parallel_serial
 
 prints tables and writes them to benchmarks/results/. All ways take turns in each repetition, so that what else the
 machine does meets all of them; figures are medians over the repetitions.
@@ -18,13 +18,15 @@ from typing import Any
 
 import torch
 import transformers
-from learning_rates import machine
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import coadapt
 from coadapt import LoraConfig, PeftModel
+
+from .measuring import Live
+from .report import machine
+from .setting import Setting, checkpointed, llama
 
 WIDTH, LAYERS, HEADS, INNER, VOCABULARY = 256, 4, 4, 704, 1024
 ROWS, LENGTH = 4, 128
@@ -34,17 +36,11 @@ MIB = 2**20
 
 def model(count: int, checkpointing: bool) -> PeftModel:
     """A random Llama with so many LoRAs on all of its linear layers."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-    config = LlamaConfig(**sizes, intermediate_size=INNER, vocab_size=VOCABULARY, use_cache=False)
-    view = PeftModel(LlamaForCausalLM(config))
+    sizes: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    view = PeftModel(llama(Setting(), **sizes, intermediate_size=INNER, vocab_size=VOCABULARY))
     for i in range(count):
         view.add_adapter(f"a{i}", LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
-    if checkpointing:
-        name = "activation_checkpointing_enable"  # its name since transformers 5.20
-        enable = getattr(view, name) if hasattr(view, name) else view.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    return view.train()
+    return (checkpointed(view) if checkpointing else view).train()
 
 
 def tokens(rows: int) -> Tensor:
@@ -113,23 +109,13 @@ def seconds(way: Way, view: PeftModel, names: list[str]) -> float:
 
 
 def saved(way: Way, view: PeftModel, names: list[str]) -> int:
-    """Storages that are no weights, each counted once."""
-    weights = {t.untyped_storage().data_ptr() for t in (*view.parameters(), *view.buffers())}
-    held: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    """All that the forward made and that is alive, each storage once."""
     most = 0
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with Live() as live:
         for value in way(view, names):
-            most = max(most, sum(held.values()))
+            most = max(most, live.now)
             value.backward()
-            held.clear()
-    view.zero_grad()
+            view.zero_grad()
     return most
 
 
@@ -188,7 +174,7 @@ def main() -> None:
     text = "\n".join(
         [
             f"# Several LoRAs in parallel and in series, {date.today()}\n",
-            f"`python benchmarks/parallel_serial.py --repetitions {given.repetitions}` with coadapt "
+            f"`python -m benchmarks.parallel_serial --repetitions {given.repetitions}` with coadapt "
             f"{coadapt.__version__}, torch {torch.__version__}, "
             f"transformers {transformers.__version__}, on {machine()}. A Llama with {sizes}, fp32; LoRAs of rank 8 on "
             f"all linear layers. Forward and backward, without the optimiser. Medians of {given.repetitions} "
