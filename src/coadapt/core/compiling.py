@@ -5,7 +5,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-_eval_frame: Any = torch._C._dynamo.eval_frame  # pyright: ignore[reportAttributeAccessIssue]
+_eval_frame: Any = torch._C._dynamo.eval_frame  # pyright: ignore
 F = TypeVar("F", bound=Callable[..., Any])
 
 

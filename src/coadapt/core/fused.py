@@ -66,7 +66,8 @@ class Product(torch.autograd.Function):
         return out, z, *others
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dz: Tensor | None, *dothers: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        dy, dz, *dothers = gradients
         x, weight, up, gate, z, *downs = ctx.saved_tensors
         wants = ctx.needs_input_grad
         dx = dup = dgate = None

@@ -197,7 +197,7 @@ class LowRankCall:
         rows = frame.rows_of(x) if self.rows is not None and x.dim() == 3 else None
         if not torch.is_grad_enabled() and (self.shares == {0.0} or not any(map(_drops, self.terms))):
             return self._inferred(x, call(x), frame.rows, rows)
-        runs = forward.func is nn.Linear.forward and _is_frozen(self.layer.module, x)
+        runs = getattr(forward, "func", None) is nn.Linear.forward and _is_frozen(self.layer.module, x)
         y = None if runs else call(x)
         used = x if y is None else x.to(y.dtype)
         given = frame.given.pop(self, None) if frame.given else None

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def linear(module: nn.Linear, x: Tensor) -> Tensor:
+def linear(module: Any, x: Tensor) -> Tensor:
     """A linear layer of an adapter, multiplied in the dtype of x as the base's own are."""
     return F.linear(x, module.weight.to(x.dtype), None if module.bias is None else module.bias.to(x.dtype))
 
