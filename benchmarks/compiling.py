@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo
 
-from .report import Row, absolute
+from .report import COUNT, Row, absolute
 from .setting import LIBRARIES, LORA, Setting, adapted, add_loras, config, llama, tokens
 
-COUNT, ROWS = 8, 4
-"""Adapters, and rows of the batch."""
+ADAPTERS, ROWS = 8, 4
+"""How many there are, and the rows of the batch."""
 
 
 class Counter:
@@ -38,7 +38,7 @@ def operations(model: nn.Module, x: Tensor) -> int:
 def small(library: str, setting: Setting) -> Any:
     base = llama(setting, hidden_size=64, intermediate_size=128, num_hidden_layers=setting.size(2, 1))
     view = adapted(library, base, "LoraConfig", **LORA).eval()
-    add_loras(library, view, [f"a{i}" for i in range(1, COUNT)])
+    add_loras(library, view, [f"a{i}" for i in range(1, ADAPTERS)])
     return view
 
 
@@ -47,25 +47,25 @@ Change = Callable[[Any, random.Random], dict[str, Any]]
 
 
 def switch(view: Any, draw: random.Random) -> dict[str, Any]:
-    view.set_adapter(f"a{draw.randrange(COUNT)}")
+    view.set_adapter(f"a{draw.randrange(ADAPTERS)}")
     return {}
 
 
 def weights(view: Any, draw: random.Random) -> dict[str, Any]:
     """A sum of some, weighted."""
-    some = draw.sample(range(COUNT), draw.randint(1, COUNT))
+    some = draw.sample(range(ADAPTERS), draw.randint(1, ADAPTERS))
     view.set_adapter(" + ".join(f"{draw.uniform(0.1, 2):.2f}*a{i}" for i in some))
     return {}
 
 
 def rows(view: Any, draw: random.Random) -> dict[str, Any]:
     """A row each, some without any."""
-    return {"adapter_names": [draw.choice([None, *(f"a{i}" for i in range(COUNT))]) for _ in range(ROWS)]}
+    return {"adapter_names": [draw.choice([None, *(f"a{i}" for i in range(ADAPTERS))]) for _ in range(ROWS)]}
 
 
 def hot_swap(view: Any, draw: random.Random) -> dict[str, Any]:
     """Another adapter under a name that was there, of another rank and at other layers."""
-    name = f"a{draw.randrange(COUNT)}"
+    name = f"a{draw.randrange(ADAPTERS)}"
     targets = draw.choice(["all-linear", ["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]])
     view.delete_adapter(name)
     other = {**LORA, "r": draw.choice([2, 4, 8]), "target_modules": targets}
@@ -94,6 +94,6 @@ def compiling(setting: Setting) -> list[Row]:
     switches = {library: graphs(view, setting, [switch], times) for library, view in views.items()}
     mixed = {"coadapt": graphs(views["coadapt"], setting, [switch, weights, rows, hot_swap], times)}
     return [
-        absolute("F9", f"graphs for {times} switches among {COUNT} adapters", switches, "graphs", 1),
-        absolute("F9", f"graphs for {times} compositions: switch, weights, rows, hot-swap", mixed, "graphs", 1),
+        absolute("F9", f"graphs for {times} switches among {ADAPTERS} adapters", switches, COUNT, 1),
+        absolute("F9", f"graphs for {times} compositions: switch, weights, rows, hot-swap", mixed, COUNT, 1),
     ]

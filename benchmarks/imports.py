@@ -5,7 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
-from .report import SECONDS, Row, absolute, ratio
+from .report import COUNT, SECONDS, Row, absolute, ratio
 from .setting import LIBRARIES, Setting
 
 IMPORTS: Mapping[str, str] = {
@@ -45,6 +45,6 @@ def imports(setting: Setting) -> list[Row]:
     heavy = f"packages that it loads{': ' if others else ''}{', '.join(others)}"
     return [
         absolute("F13", IMPORTS["bare"], {"coadapt": seconds["bare"]}, SECONDS, 0.1),
-        absolute("F13", heavy, {"coadapt": [len(others)]}, "packages", 0),
+        absolute("F13", heavy, {"coadapt": [len(others)]}, COUNT, 0),
         ratio("F13", f"{IMPORTS['coadapt']} / {IMPORTS['base']}", seconds, 1.1, base="base"),
     ]

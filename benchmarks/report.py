@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-RATIO, SECONDS, BYTES = "times", "s", "B"
-"""Units; any other is a word behind a number."""
+RATIO, SECONDS, BYTES, COUNT = "ratio", "s", "B", "count"
+"""Units of figures."""
 SCALES: dict[str, Sequence[tuple[float, str]]] = {
     SECONDS: ((1, "s"), (1e-3, "ms"), (1e-6, "µs")),
     BYTES: ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")),
@@ -46,8 +46,8 @@ def shown(value: float, unit: str, like: float | None = None) -> str:
     """A value in the scale that suits it, or that suits another, `like`."""
     if unit == RATIO:
         return f"{value:.2f}"
-    if unit not in SCALES:
-        return f"{value:g} {unit}"
+    if unit == COUNT:
+        return f"{value:g}"
     size = abs(value if like is None else like)
     factor, name = next((s for s in SCALES[unit] if size >= s[0]), SCALES[unit][-1])
     return f"{value / factor:.3g} {name}" if abs(value / factor) < 100 else f"{value / factor:.0f} {name}"

@@ -16,7 +16,7 @@ import coadapt
 from benchmarks import __main__ as bench
 from benchmarks import memory, training_step
 from benchmarks.measuring import Candidate, Live, alive_after, interleaved
-from benchmarks.report import BYTES, RATIO, SECONDS, Figure, Row, ratio, shown
+from benchmarks.report import BYTES, COUNT, RATIO, SECONDS, Figure, Row, ratio, shown
 from benchmarks.setting import LORA, Setting, Step, adapted, batch, limit, llama
 from coadapt.core.method import METHODS
 
@@ -121,7 +121,7 @@ def test_a_ratio_is_of_each_round() -> None:
         (-2.5e-6, SECONDS, "-2.5 µs"),
         (3 * 2**20, BYTES, "3 MiB"),
         (0.995, RATIO, "0.99"),
-        (50, "graphs", "50 graphs"),
+        (50, COUNT, "50"),
     ],
 )
 def test_figures_are_shown_in_the_scale_that_suits_them(value: float, unit: str, text: str) -> None:
