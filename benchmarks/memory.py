@@ -135,10 +135,14 @@ def counted(shape: Mapping[str, int], way: str, given: argparse.Namespace) -> By
 
 def measured(shape: Mapping[str, int], way: str, given: argparse.Namespace) -> Bytes:
     """On the GPU, with data."""
-    gc.collect()
-    torch.cuda.empty_cache()
     with torch.device("cuda"):
         return one_run(Allocated(), lambda: model(shape, way, given.checkpointing), given.rows, given.length)
+
+
+def fits(found: Bytes) -> bool:
+    gc.collect()
+    torch.cuda.empty_cache()
+    return found.peak < 0.95 * torch.cuda.mem_get_info()[0]
 
 
 def line(way: str, found: Bytes, full: Bytes) -> list[str]:
@@ -152,7 +156,7 @@ def table(shape: str, given: argparse.Namespace) -> str:
     for way in WAYS:
         found = counted(SHAPES[shape], way, given)
         lines.append(line(way, found, full.setdefault("counted", found)))
-        if given.device == "cuda" and found.peak < 0.95 * torch.cuda.mem_get_info()[0]:
+        if given.device == "cuda" and fits(found):
             real = measured(SHAPES[shape], way, given)
             lines.append(line(f"{way}, on the GPU", real, full.setdefault("real", full["counted"])))
     head = ["way", "weights", "gradients", "optimiser", "activations", "peak", "saved"]
