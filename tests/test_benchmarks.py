@@ -76,9 +76,23 @@ def test_what_is_alive_after_a_forward_is_what_autograd_keeps(who: str, dtype: t
     elif who == "full":
         step = Step(base.train(), input_ids=ids, labels=ids)
     else:
-        step = Step(adapted(who, base, "LoraConfig", **LORA, lora_dropout=0.5), input_ids=ids, labels=ids)
+        step = Step(adapted(who, base, "LoraConfig", **LORA), input_ids=ids, labels=ids)
     step()
     assert alive_after(step.forward) == saved(step) > 0
+
+
+class Hiding(torch.autograd.Function):
+    """x, with something for the backward that autograd is not told of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.kept = torch.ones(256)
+        return x.clone()
+
+
+def test_what_is_kept_beside_the_graph_counts() -> None:
+    x = torch.ones(64, requires_grad=True)
+    assert alive_after(lambda: Hiding.apply(x).exp().sum()) == 1024 + 256, "256: what exp gave"
 
 
 def test_live_counts_each_storage_once_and_forgets_the_dead() -> None:
