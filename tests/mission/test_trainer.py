@@ -79,7 +79,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
         "eval_steps": 1,
         "save_steps": 1,
         "load_best_model_at_end": True,
-        "learning_rate": 3.0,
+        "learning_rate": 10.0,
     }
     trainer = Trainer(model=view, args=arguments(tmp_path, **options), train_dataset=rows(), eval_dataset=rows(4))
     trainer.train()
