@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from cases import CASES
 from coadapt import LoraConfig, PeftModel
@@ -141,7 +142,7 @@ def test_a_base_that_changes_is_hashed_again(how: str) -> None:
         if how == "written":
             layer.weight.mul_(2)
         else:
-            layer.weight = torch.nn.Parameter(layer.weight * 2)
+            layer.weight = Parameter(layer.weight * 2)
     after = view._record.fingerprint
     assert (after.split("-")[0], after) == (before.split("-")[0], base_module.fingerprint(view.get_base_model()))
     assert after != before
@@ -149,7 +150,7 @@ def test_a_base_that_changes_is_hashed_again(how: str) -> None:
 
 def storages() -> dict[int, int]:
     """All memory that a tensor holds now: address -> bytes."""
-    tensors: list[Tensor] = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.device.type == "cpu"]
+    tensors: list[Tensor] = [o for o in gc.get_objects() if type(o) in (Tensor, Parameter) and o.device.type == "cpu"]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
