@@ -45,6 +45,11 @@ def test_importing_loads_nothing_heavy(code: str) -> None:
     assert loaded_by(code) & {"torch", "transformers", "numpy", "safetensors", "datasets"} == set()
 
 
+def test_importing_the_calls_loads_torch_and_nothing_else_heavy() -> None:
+    heavy = {"torch", "transformers", "accelerate", "datasets", "matplotlib", "sympy"}
+    assert loaded_by("from coadapt import LoraConfig, get_peft_model") & heavy == loaded_by("import torch") & heavy
+
+
 def test_what_is_loaded_is_seen() -> None:
     """The probe above can fail."""
     assert "json" in loaded_by("import json")

@@ -130,6 +130,50 @@ def test_no_room_is_said_and_changes_nothing(tmp_path: Path, size: int) -> None:
     assert names(tmp_path) == sorted(before)
 
 
+def test_the_disk_holds_all_of_it_before_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = get_peft_model(llama(), LoraConfig(r=2))
+    for name in "abc":
+        view.add_adapter(name, LoraConfig(r=2))
+    held: set[int] = set()
+    sync, replace = os.fsync, Path.replace
+    seen: list[bool] = []
+
+    def renamed(self: Path, target: Path) -> Path:
+        written = [file.stat() for file in self.rglob("*") if file.is_file()] if self.is_dir() else []
+        seen.extend(file.st_ino in held for file in written if file.st_size)
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", lambda file: held.add(os.fstat(file).st_ino) or sync(file))
+    monkeypatch.setattr(Path, "replace", renamed)
+    view.save_pretrained(tmp_path)
+    assert len(seen) == 4 * len(PLAIN) + 1 and all(seen)
+
+
+def test_a_disk_that_fails_to_hold_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = saved(tmp_path)
+
+    def failed(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failed)
+        stir(old.adapters, seed=5)
+        with pytest.raises(OSError, match="Input/output"):
+            old.save_pretrained(tmp_path)
+    assert names(tmp_path) == PLAIN
+    PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_tensors_in_the_same_memory_are_written_each_for_itself(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    tensors = {"whole": whole, "again": whole, "rows": whole[1:], "turned": whole.T, "cut": whole[:, 1:3]}
+    with files.saving(tmp_path) as new:
+        new.tensors("all.safetensors", tensors)
+    found = load_file(tmp_path / "all.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
 def test_one_file_aside(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("old")

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import PeftConfig, TargetedConfig
 from . import roles, target
-from .backbone import backbones
+from .backbone import Backbone, backbones
 from .layer import Layer
 from .method import AttentionMethod, InputMethod, Method, ModuleMethod, WeightMethod, method_for
 from .parameter import ParameterLayer
@@ -86,6 +86,8 @@ class Adapter(nn.Module):
         self.learning_rate: float | None = None
         """What it was last trained with, where `param_groups` was told."""
         self.parts: list[Part] = []
+        self.stacks: Sequence[Backbone] = ()
+        """Of the base, if this puts virtual tokens in front of one: all, since a decoder sees those of its encoder."""
         self.two_stacks = False
         """Whether the base is an encoder-decoder."""
         self.facts: dict[str, Any] = {}
@@ -153,6 +155,8 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False, bl
                 adapter.add(place, make(companion.method, companion.config, place, base, None, half))
     for place in ModuleCopy.places(config, base):
         adapter.add(place, make(ModuleCopy, config, place, base, None, half))
+    if any(isinstance(p.method, InputMethod) or getattr(p.method, "position_offset", 0) for p in adapter.parts):
+        adapter.stacks = backbones(base)
     _share(adapter, base)
     adapter.requires_grad_(not config.inference_mode)
     return adapter
@@ -256,13 +260,12 @@ class _Blank(TorchFunctionMode):
                 return func(*args, **kwargs)
 
 
-def sites_of(adapter: Adapter, base: nn.Module) -> list[nn.Module]:
+def sites_of(adapter: Adapter) -> list[nn.Module]:
     """Every module that an adapter needs as a site."""
     found = [p.place.module for p in adapter.parts]
     found += [p.place.reads[1] for p in adapter.parts if p.place.reads]
-    moves = [p for p in adapter.parts if isinstance(p.method, InputMethod) or getattr(p.method, "position_offset", 0)]
-    stacks = backbones(base) if moves else []  # all: a decoder sees the virtual tokens of its encoder
-    return list(dict.fromkeys([*found, *(b.module for b in stacks), *(b.embedding for b in stacks)]))
+    found += [module for stack in adapter.stacks for module in (stack.module, stack.embedding)]
+    return list(dict.fromkeys(found))
 
 
 def start_from(adapter: Adapter, source: Adapter) -> None:

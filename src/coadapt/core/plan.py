@@ -10,7 +10,7 @@ from . import routing
 from .adapter import Adapter, Part
 from .around import Methods, NodeCall, NotingCall, SpanCall
 from .attention import AttentionCall, AttentionTerm
-from .backbone import Backbone, backbones, stacks
+from .backbone import Backbone, stacks
 from .composition import Node, check_known, key, names, routers, row_gates, terms
 from .frame import Frame, SiteCall
 from .gates import Gate, Gates
@@ -68,7 +68,7 @@ class Plan:
             self._parameters(module, parts)
         for module, parts in at["attention"].items():
             self._attention(module, parts)
-        self._inputs(base, at["input"], adapters)
+        self._inputs(at["input"], adapters)
         if routing.has_routers(nodes):
             self._note_tokens(base)
 
@@ -137,13 +137,13 @@ class Plan:
         if joined.reads:
             self.calls[module] = NotingCall(joined.site, self.calls.get(module))
 
-    def _inputs(self, base: Any, at_input: _Sites, adapters: Mapping[str, Adapter]) -> None:
+    def _inputs(self, at_input: _Sites, adapters: Mapping[str, Adapter]) -> None:
         """Prompts, and the shift of positions that prefixes ask for, at the backbones."""
         shifts = [self._offset(node, adapters) for node in self.nodes]
         if not at_input and not any(shifts):
             return
         encoder: InputCall | None = None
-        for place in backbones(base):
+        for place in next(adapters[name].stacks for name in self.used if adapters[name].stacks):
             methods = {n: part.method for n, found in at_input.get(place.module, {}).items() for part in found}
             moved = shifts if self._counts_positions(place) else [0] * len(shifts)
             if methods or any(moved) or encoder is not None:

@@ -100,10 +100,14 @@ def blocks(base: nn.Module) -> list[Block]:
     """The repeated layers: the members of the outermost lists that hold an attention module."""
     found: list[Block] = []
     skipped = bypassed(base)
+    inside: set[str] = set()
     for path, module in base.named_modules():
-        inside = any(path.startswith(b.path + ".") for b in found)
-        if isinstance(module, nn.ModuleList) and not inside and path not in skipped:
-            found += [b for name, child in module.named_children() if (b := _block(f"{path}.{name}", child))]
+        if path in inside or path.rpartition(".")[0] in inside:
+            inside.add(path)
+        elif isinstance(module, nn.ModuleList) and path not in skipped:
+            here = [b for name, child in module.named_children() if (b := _block(f"{path}.{name}", child))]
+            inside |= {block.path for block in here}
+            found += here
     return found
 
 

@@ -67,7 +67,7 @@ class View(nn.Module, ABC):
         self._plans.forget(adapter.name)  # what a call on another thread may have made of one that had this name
 
     def _attach(self, adapter: Adapter) -> None:
-        self._sites[adapter.name] = [*sites_of(adapter, self.base), *self._record.checkpointing]
+        self._sites[adapter.name] = [*sites_of(adapter), *self._record.checkpointing]
         self._record.attach(self._sites[adapter.name])
 
     def _prepare(self, node: Node) -> None:

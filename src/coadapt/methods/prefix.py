@@ -86,6 +86,18 @@ class Blocks(nn.Module):
         return self.P[:, start:stop]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Joined(Attention):
+    """An attention call that a prefix joins, and what is found for all calls together."""
+
+    offset: int
+    """By how much real tokens are shifted."""
+    part: tuple[int, int]
+    """Where its keys and values lie in what is shared."""
+    bias_of: tuple[Any, ...]
+    """The module that makes relative positions, where virtual tokens have some."""
+
+
 @register(PrefixTuningConfig)
 class PrefixTuning(AttentionMethod):
     """base(q, [P_k; k], [P_v; v])
@@ -98,7 +110,7 @@ class PrefixTuning(AttentionMethod):
     def __init__(
         self,
         config: PrefixTuningConfig,
-        place: Attention,
+        place: Joined,
         base: Any,
         shared: Projection | Blocks | None = None,
     ) -> None:
@@ -106,11 +118,8 @@ class PrefixTuning(AttentionMethod):
         n = config.num_virtual_tokens
         self.shape = (n, 2, place.heads, place.head_dim)
         self.joint = config.prefix_type == "joint"
-        self.position_offset = _offset(config, base)
-        places = places_of(config, base)
-        self.projection = (shared, _slices(places, config.prefix_layout)[place.path]) if shared is not None else None
-        first: Any = places[0].module
-        self.bias_of = (first,) if config.prefix_layout == "peft" and hasattr(first, "compute_bias") else ()
+        self.position_offset, self.bias_of = place.offset, place.bias_of
+        self.projection = (shared, place.part) if shared is not None else None
         if shared is None:
             self.P = nn.Parameter(0.02 * torch.randn(self.shape))  # (N, 2, H, D): keys, then values
         if not self.joint:
@@ -118,7 +127,11 @@ class PrefixTuning(AttentionMethod):
 
     @classmethod
     def places(cls, config: PrefixTuningConfig, base: nn.Module) -> list[Place]:
-        return list(places_of(config, base))
+        found, offset = places_of(config, base), _offset(config, base)
+        parts = _slices(found, config.prefix_layout)
+        first: Any = found[0].module
+        bias_of = (first,) if config.prefix_layout == "peft" and hasattr(first, "compute_bias") else ()
+        return [Joined(**vars(p), offset=offset, part=parts[p.path], bias_of=bias_of) for p in found]
 
     @classmethod
     def shared(cls, config: PrefixTuningConfig, base: Any, places: list[Any]) -> nn.Module | None:
