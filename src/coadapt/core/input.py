@@ -236,8 +236,10 @@ class InputCall:
 
 def _of_rows(tokens: Sequence[Tensor], rows: Tensor) -> Tensor:
     """(B, N, D): to each row its own of `tokens`, (N, D) each, or (B, N, D) where rows differ already."""
+    if len(tokens) == 1:
+        return tokens[0].expand(len(rows), *tokens[0].shape[-2:])
     if all(t.dim() == 2 for t in tokens):
-        return torch.stack(list(tokens))[rows]
+        return torch.stack(list(tokens)).index_select(0, rows)
     each = torch.stack([t.expand(len(rows), *t.shape[-2:]) for t in tokens])
     return each[rows, torch.arange(len(rows), device=each.device)]
 
@@ -289,7 +291,14 @@ def _moved(
 def _ordered(tokens: Tensor, order: Tensor | None) -> Tensor:
     if order is None:
         return tokens
-    return tokens.gather(1, order[..., None].expand_as(tokens) if tokens.dim() == 3 else order)
+    return _picked(tokens, order) if tokens.dim() == 3 else tokens.gather(1, order)
+
+
+def _picked(tokens: Tensor, at: Tensor) -> Tensor:
+    """(B, T, D) -> (B, K, D), those at (B, K); gather would save all of them for its backward."""
+    batch, length, width = tokens.shape
+    rows = torch.arange(batch, device=at.device)[:, None] * length
+    return tokens.reshape(-1, width).index_select(0, (rows + at).flatten()).view(batch, -1, width)
 
 
 def _feeds_a_decoder(module: Any) -> bool:
@@ -341,17 +350,13 @@ def _pack(call: dict[str, Any], virtual: Virtual, starts: Tensor) -> Tensor:
 
 def _cut(out: Any, keep: Tensor, module: Any) -> Any:
     """The output without the virtual tokens' states: as long as the input."""
-
-    def cut(states: Tensor) -> Tensor:
-        return states.gather(1, keep[..., None].expand(-1, -1, states.shape[2]))
-
     if isinstance(out, tuple):
-        return (cut(out[0]), *out[1:])
+        return (_picked(out[0], keep), *out[1:])
     if isinstance(out, Tensor):
-        return cut(out)
-    out["last_hidden_state"] = cut(out["last_hidden_state"])
+        return _picked(out, keep)
+    out["last_hidden_state"] = _picked(out["last_hidden_state"], keep)
     if out.get("hidden_states") is not None:
-        out["hidden_states"] = tuple(cut(s) for s in out["hidden_states"])
+        out["hidden_states"] = tuple(_picked(states, keep) for states in out["hidden_states"])
     if out.get("pooler_output") is not None:
         out["pooler_output"] = module.pooler(out["last_hidden_state"])
     return out

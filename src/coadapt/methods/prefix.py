@@ -61,17 +61,20 @@ class PrefixTuningConfig(VirtualTokensConfig):
 
 
 class Projection(Reparametrization):
-    """P = W_2 tanh(W_1 E): one embedding for all layers, a slice of the output for each (the paper's section 4.3)."""
+    """P = W_2 tanh(W_1 E): one embedding and W_1 for all sites, a W_2 for each (the paper's section 4.3).
 
-    def __init__(self, tokens: int, width: int, hidden: int, outputs: int) -> None:
+    The rows of one large W_2, kept apart: the gradient of a slice is as large as all of it, and there is one for each.
+    """
+
+    def __init__(self, tokens: int, width: int, hidden: int, outputs: Sequence[int]) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(tokens, width))  # (N, D)
-        self.first, self.second = nn.Linear(width, hidden), nn.Linear(hidden, outputs)
+        self.first = nn.Linear(width, hidden)
+        self.second = nn.ModuleList(nn.Linear(hidden, size) for size in outputs)
 
-    def forward(self, start: int, stop: int) -> Tensor:
-        """(N, stop - start)"""
-        inner = torch.tanh(self.first(self.embedding))
-        return nn.functional.linear(inner, self.second.weight[start:stop], self.second.bias[start:stop])
+    def forward(self, number: int) -> Tensor:
+        """(N, outputs) of one site."""
+        return self.second[number](torch.tanh(self.first(self.embedding)))
 
 
 class Blocks(nn.Module):
@@ -92,8 +95,8 @@ class Joined(Attention):
 
     offset: int
     """By how much real tokens are shifted."""
-    part: tuple[int, int]
-    """Where its keys and values lie in what is shared."""
+    part: tuple[int, ...]
+    """Where its keys and values lie in what is shared: its number, or from where to where."""
     bias_of: tuple[Any, ...]
     """The module that makes relative positions, where virtual tokens have some."""
 
@@ -119,7 +122,7 @@ class PrefixTuning(AttentionMethod):
         self.shape = (n, 2, place.heads, place.head_dim)
         self.joint = config.prefix_type == "joint"
         self.position_offset, self.bias_of = place.offset, place.bias_of
-        self.projection = (shared, place.part) if shared is not None else None
+        self.projection = (shared, place.part) if shared is not None else None  # in a tuple: no part of this site
         if shared is None:
             self.P = nn.Parameter(0.02 * torch.randn(self.shape))  # (N, 2, H, D): keys, then values
         if not self.joint:
@@ -128,16 +131,18 @@ class PrefixTuning(AttentionMethod):
     @classmethod
     def places(cls, config: PrefixTuningConfig, base: nn.Module) -> list[Place]:
         found, offset = places_of(config, base), _offset(config, base)
-        parts = _slices(found, config.prefix_layout)
+        parts = _slices(found) if _is_field_layout(config, base) else [(number,) for number in range(len(found))]
         first: Any = found[0].module
         bias_of = (first,) if config.prefix_layout == "peft" and hasattr(first, "compute_bias") else ()
-        return [Joined(**vars(p), offset=offset, part=parts[p.path], bias_of=bias_of) for p in found]
+        return [
+            Joined(**vars(p), offset=offset, part=part, bias_of=bias_of) for p, part in zip(found, parts, strict=True)
+        ]
 
     @classmethod
     def shared(cls, config: PrefixTuningConfig, base: Any, places: list[Any]) -> nn.Module | None:
-        outputs = sum(2 * p.heads * p.head_dim for p in places)
+        outputs = [2 * p.heads * p.head_dim for p in places]
         if _is_field_layout(config, base):
-            return Blocks(config.num_virtual_tokens, outputs)
+            return Blocks(config.num_virtual_tokens, sum(outputs))
         if not config.prefix_projection:
             return None
         width = base.config.get_text_config().hidden_size
@@ -158,8 +163,8 @@ class PrefixTuning(AttentionMethod):
         if self.projection is None:
             both = self.P
         else:
-            shared, (start, stop) = self.projection
-            both = shared(start, stop).view(self.shape)
+            shared, where = self.projection
+            both = shared(*where).view(self.shape)
         keys, values = both.permute(1, 2, 0, 3)  # each (H, N, D)
         return keys, values
 
@@ -211,12 +216,12 @@ def _is_field_layout(config: PrefixTuningConfig, base: Any) -> bool:
     return config.prefix_layout == "peft" and bool(getattr(base.config, "is_encoder_decoder", False))
 
 
-def _slices(places: Sequence[Attention], layout: str) -> dict[str, tuple[int, int]]:
-    """Where each site's keys and values lie in what is shared."""
+def _slices(places: Sequence[Attention]) -> list[tuple[int, ...]]:
+    """Where each site's keys and values lie in the field's blocks."""
     widths = [2 * p.heads * p.head_dim for p in places]
     starts = [sum(widths[:i]) for i in range(len(widths))]
-    number = [(2 * i) % len(places) if layout == "peft" else i for i in range(len(places))]
-    return {p.path: (starts[n], starts[n] + widths[n]) for p, n in zip(places, number, strict=True)}
+    numbers = [(2 * i) % len(places) for i in range(len(places))]
+    return [(starts[n], starts[n] + widths[n]) for n in numbers]
 
 
 def _offset(config: PrefixTuningConfig, base: Any) -> int:
