@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -299,6 +300,12 @@ class Gates:
     """The gates of one method in each of a plan's compositions; None where it takes no part."""
 
     each: tuple[Gate | None, ...]
+
+    @cached_property
+    def numbers(self) -> list[tuple[int, float]] | None:
+        """(composition, its gate) for each that it takes part in; None where one of them is no number."""
+        own = [(c, gate) for c, gate in enumerate(self.each) if gate is not None]
+        return [(c, gate.number) for c, gate in own] if all(gate.is_number for _, gate in own) else None
 
     @property
     def is_one(self) -> bool:

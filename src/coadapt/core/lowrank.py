@@ -2,8 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from .fused import fused
 from .gates import Gate, Gates, Reading, leading
 from .layer import Layer
 from .method import WeightMethod
-from .rows import RowFactors
+from .rows import RowFactors, worth
 from .site import first_input
 
 
@@ -39,8 +38,7 @@ class LowRankMethod(WeightMethod):
         return added(base, x, base(x), [Term(self, Gates((Gate(),)))], None)
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """One method at a layer, with its gates."""
 
     method: LowRankMethod
@@ -167,20 +165,18 @@ class LowRankCall:
 
     def _row_factors(self) -> RowFactors | None:
         """What each composition of a mixed batch has here, if that can be stacked and is worth it."""
-        each = [term.gates.each for term in self.terms]
-        if not self.linear or len(each[0]) == 1 or not all(g is None or g.is_number for gates in each for g in gates):
+        count = len(self.terms[0].gates.each)
+        if not self.linear or count == 1:
             return None
-        scales = [term.method.factors()[2] for term in self.terms]
-        uses = [
-            [
-                (t.method, g.number * s)
-                for t, s in zip(self.terms, scales, strict=True)
-                if (g := t.gates.each[c]) is not None
-            ]
-            for c in range(len(each[0]))
-        ]
-        found = RowFactors(uses)
-        return found if found.worth() else None
+        uses: list[list[tuple[LowRankMethod, float]]] = [[] for _ in range(count)]
+        ups: dict[int, Tensor] = {}
+        for term in self.terms:
+            if (numbers := term.gates.numbers) is None:
+                return None
+            _, ups[id(term.method)], scale = term.method.factors()
+            for c, number in numbers:
+                uses[c].append((term.method, number * scale))
+        return RowFactors(uses) if worth(uses, list(ups.values())) else None
 
     def goes_with(self, other: "LowRankCall") -> bool:
         """Whether both can be made in one product: of linear layers with one dropout."""

@@ -49,6 +49,7 @@ class Plan:
         self.gate_rows = sorted({len(gate) for node in nodes for gate in row_gates(node)})
         """For how many rows there are gates."""
         self.tasks, self.keeps_sums = routing.tasks(nodes), routing.keeps_sums(nodes)
+        self.gates, self.fused = _written_out(nodes), any(map(routing.fused, nodes))
         self.used = list(dict.fromkeys(n for node in nodes for n in names(node)))
         self.calls: dict[nn.Module, SiteCall] = {}
         self.attention: dict[nn.Module, AttentionCall] = {}
@@ -85,24 +86,13 @@ class Plan:
             encoder = stack.path
 
     def _terms(self, methods: Mapping[str, Any]) -> list[tuple[Any, Gates]]:
-        """Every method that some composition uses, with its gate in each; one that is used twice stands twice."""
-        written = [list(terms(node, methods.__contains__)) for node in self.nodes]
-        out: list[tuple[Any, tuple[Gate | None, ...]]] = []
-        for c, found in enumerate(written):
-            for name, gate in found:
-                free = next((i for i, (m, gates) in enumerate(out) if m is methods[name] and gates[c] is None), None)
-                blank: tuple[Gate | None, ...] = (None,) * len(self.nodes) if free is None else out[free][1]
-                row = (methods[name], (*blank[:c], gate, *blank[c + 1 :]))
-                if free is None:
-                    out.append(row)
-                else:
-                    out[free] = row
-        return [(method, Gates(gates)) for method, gates in out]
+        """The methods at one site, with their gates."""
+        return [(methods[name], gates) for name, gates in self.gates if name in methods]
 
     def _layer_call(self, module: nn.Module, parts: Mapping[str, Sequence[Part]]) -> SiteCall | None:
         layer = Layer(module, next(iter(parts.values()))[0].place.path)
         low = all(len(found) == 1 and isinstance(found[0].method, LowRankMethod) for found in parts.values())
-        if low and is_plain(module) and not any(map(routing.fused, self.nodes)):
+        if low and is_plain(module) and not self.fused:
             found = self._terms({n: methods[0].method for n, methods in parts.items()})
             return LowRankCall(layer, [Term(m, g) for m, g in found]) if found else None
         return NodeCall(layer, self.nodes, _methods(parts))
@@ -168,6 +158,21 @@ class Plan:
             for name in names(node)
         }
         return sum(offsets[name] for name, _ in terms(node, lambda n: bool(offsets[n])))
+
+
+def _written_out(nodes: Sequence[Node]) -> list[tuple[str, Gates]]:
+    """Every adapter that some composition uses, with its gate in each; one that is used twice stands twice."""
+    out: list[tuple[str, tuple[Gate | None, ...]]] = []
+    for c, node in enumerate(nodes):
+        for name, gate in terms(node, lambda _: True):
+            free = next((i for i, (n, gates) in enumerate(out) if n == name and gates[c] is None), None)
+            blank: tuple[Gate | None, ...] = (None,) * len(nodes) if free is None else out[free][1]
+            row = (name, (*blank[:c], gate, *blank[c + 1 :]))
+            if free is None:
+                out.append(row)
+            else:
+                out[free] = row
+    return [(name, Gates(gates)) for name, gates in out]
 
 
 def _methods(parts: Mapping[str, Sequence[Part]]) -> Methods:

@@ -12,6 +12,14 @@ WORTH = 4
 what is not theirs (benchmarks/, one thread of a Xeon: 16 rows, rank 8)."""
 
 
+def worth(uses: Sequence[Sequence[Any]], ups: Sequence[Tensor]) -> bool:
+    """Whether stacking pays, for the B (O, R) of all that is used. False where the factors are not of one matrix."""
+    if any(up.dim() != 2 for up in ups):
+        return False
+    ranks = [up.shape[1] for up in ups]
+    return sum(ranks) > WORTH * max(map(len, uses)) * max(ranks)
+
+
 class RowFactors:
     """What each of a plan's compositions has at one layer, where all gates are numbers.
 
@@ -24,12 +32,6 @@ class RowFactors:
         self.most = max(map(len, uses))
         self.methods = list({id(m): m for found in uses for m, _ in found}.values())
         self._kept: tuple[Any, Any] | None = None
-
-    def worth(self) -> bool:
-        """Whether stacking pays. False where the factors are not those of one matrix."""
-        ranks = [(b.shape[1], b.dim()) for _, b, _ in (m.factors() for m in self.methods)]
-        wide = self.most * max((r for r, _ in ranks), default=0)
-        return all(dims == 2 for _, dims in ranks) and sum(r for r, _ in ranks) > WORTH * wide
 
     def stacked(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | float]:
         """A (B, R, I), B (B, O, R) and the gate, for rows that use these compositions."""
