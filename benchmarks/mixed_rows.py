@@ -31,6 +31,7 @@ def inference(setting: Setting) -> list[Row]:
     for count in (rows, setting.size(64, 4)):
         for library, view in views.items():
             add_loras(library, view, [f"a{i}" for i in range(len(view.peft_config), count)])
+            view.requires_grad_(False)  # as adapters are that were loaded
         names = [f"a{i}" for i in random.Random(0).sample(range(count), rows)]
         for length in (1, setting.size(32, 2)):
             ids = tokens(setting, rows, length)

@@ -156,7 +156,7 @@ def storages() -> dict[int, int]:
 
 @pairs(3, CASES, tuple(MODELS))
 def test_an_adapter_holds_nothing_but_its_own(case: str, model: str) -> None:
-    """What comes with a second adapter is its parameters and, beside them, numbers that are fewer than a row."""
+    """What comes with a second adapter is its parameters and, beside them, half a kilobyte of numbers at most."""
     view = PeftModel(MODELS[model](), config_of(case, model))
     before = storages()
     view.add_adapter("second", config_of(case, model))
@@ -164,7 +164,7 @@ def test_an_adapter_holds_nothing_but_its_own(case: str, model: str) -> None:
     new = storages()
     own = {t.untyped_storage().data_ptr() for t in view.get_adapter("second").state_dict().values()}
     assert own & new.keys() == own
-    assert sum(size for memory, size in new.items() if memory not in {*before, *own}) < 4 * 32
+    assert sum(size for memory, size in new.items() if memory not in {*before, *own}) < 512
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------
