@@ -32,6 +32,7 @@ def operations(model: nn.Module, x: Tensor) -> int:
     counter = Counter()
     torch.compiler.reset()
     torch.compile(model, backend=counter, fullgraph=True)(x)
+    assert counter.graphs == 1, f"{counter.graphs} graphs, of a call that was to be one"
     return counter.operations
 
 
