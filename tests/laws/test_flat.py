@@ -167,6 +167,30 @@ def test_an_adapter_holds_nothing_but_its_own(case: str, model: str) -> None:
     assert sum(size for memory, size in new.items() if memory not in {*before, *own}) < 512
 
 
+def test_mixed_batches_keep_stacks_for_the_last_one_only() -> None:
+    """What is kept for rows holds as much as the adapters that they use; there may be very many mixtures of those."""
+    names = [f"a{i}" for i in range(12)]
+    view = PeftModel(llama(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False), names[0])
+    for name in names[1:]:
+        view.add_adapter(name, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    view.freeze()
+    view.eval()
+    x = ids().repeat(4, 1)[:6]
+
+    def held(*mixtures: list[str]) -> int:
+        with torch.no_grad():
+            out = [view(x, adapter_names=mixture).logits for mixture in mixtures]
+        alone = view(x, adapters=mixtures[-1][0]).logits[0]
+        assert torch.allclose(out[-1][0], alone, atol=1e-5)
+        del out
+        gc.collect()
+        return sum(storages().values())
+
+    one = held(names[:6])
+    assert held(*(names[i : i + 6] for i in range(6))) <= 1.01 * one
+    assert held(names[:6]) <= 1.01 * one
+
+
 # ---- plans -----------------------------------------------------------------------------------------------------------
 
 

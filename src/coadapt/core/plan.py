@@ -1,5 +1,6 @@
 """A composition, written out: what stands at each site. Made once for each composition, and kept."""
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,7 @@ class Plan:
         for module, parts in at["module"].items():
             if (call := self._layer_call(module, parts)) is not None:
                 self.calls[module] = call
+        self.products = [call for call in self.calls.values() if isinstance(call, LowRankCall)]
         self._link()
         for module, parts in at["span"].items():
             self._span(module, parts)
@@ -76,6 +78,12 @@ class Plan:
     def frame(self, rows: Tensor | None, tasks: Tensor | None = None) -> Frame:
         """For one call."""
         return Frame(self.calls, self.attention, rows, tasks)
+
+    def release(self) -> None:
+        """Gives up what is kept for rows that use the same again: it holds as much as their adapters do."""
+        for call in self.products:
+            if call.rows is not None:
+                call.rows.release()
 
     def _note_tokens(self, base: nn.Module) -> None:
         """Routers average over real tokens: those are noted where a stack is called."""
@@ -99,7 +107,7 @@ class Plan:
 
     def _link(self) -> None:
         """Has the first of the layers that read one input make the products of all."""
-        at = {call.layer.path: call for call in self.calls.values() if isinstance(call, LowRankCall)}
+        at = {call.layer.path: call for call in self.products}
         for path, call in at.items():
             call.siblings = [at[p] for p in siblings(path) if p in at and at[p].goes_with(call)]
 
@@ -187,6 +195,8 @@ class Plans:
     def __init__(self, base: nn.Module, adapters: Mapping[str, Adapter]) -> None:
         self.base, self.adapters = base, adapters
         self._plans: dict[Any, Plan] = {}
+        self._rows: weakref.ref[Plan] | None = None
+        """The last that a mixed batch used."""
 
     def clear(self) -> None:
         """To be called when weights are merged, or the base's own come back."""
@@ -205,6 +215,11 @@ class Plans:
         distinct = {key(n): n for n in nodes}
         where = {k: i for i, k in enumerate(sorted(distinct, key=str))}
         plan = self._made([distinct[k] for k in where], merged)
+        last = None if self._rows is None or torch.compiler.is_compiling() else self._rows()
+        if last is not plan:
+            if last is not None:
+                last.release()
+            self._rows = weakref.ref(plan)
         return plan, torch.tensor([where[key(n)] for n in nodes])
 
     def _made(self, nodes: Sequence[Node], merged: Merged | None) -> Plan:

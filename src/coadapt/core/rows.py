@@ -63,14 +63,19 @@ class RowFactors:
             for t in m._parameters.values()  # as they are
         ]
         key = rows, dtype, state
-        if self._kept is not None and self._kept[0] == key:
-            return self._kept[1]  # type: ignore[no-any-return]
+        kept = self._kept  # another thread may release it
+        if kept is not None and kept[0] == key:
+            return kept[1]  # type: ignore[no-any-return]
         down, up, gate = self.stacked(rows)
         up_t = up.mT * gate.mT if isinstance(gate, Tensor) else up.mT * gate
         made = down.to(dtype).mT.contiguous(), up_t.to(dtype).contiguous()
         if all(map(_is_settled, self.methods)):
             self._kept = key, made
         return made
+
+    def release(self) -> None:
+        """Gives up what `kept` keeps."""
+        self._kept = None
 
 
 def _is_settled(method: Any) -> bool:
