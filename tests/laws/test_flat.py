@@ -222,6 +222,26 @@ def test_a_plan_is_made_once(planned: list[list[str]]) -> None:
     assert planned == [["a"], ["b"]]
 
 
+def test_a_compiled_call_looks_at_its_own_adapters_only() -> None:
+    """What is made for a call that torch.compile has a graph for: as much with 12 attached as with 2."""
+
+    def cost(loaded: int) -> int:
+        view = PeftModel(llama(), LoraConfig(r=2), "a0").eval()
+        view.reserve(12, LoraConfig(r=2))
+        for name in range(1, loaded):
+            view.add_adapter(f"a{name}", LoraConfig(r=2))
+
+        def call() -> None:
+            with view.running(None, ["a0", "a1"], (), {}, slots=True):
+                pass
+
+        call()
+        stir(view.get_adapter("a1"))
+        return calls(call)
+
+    assert abs(cost(12) - cost(2)) <= 2
+
+
 def test_a_name_that_is_given_again_means_the_new_adapter() -> None:
     view = PeftModel(llama(), LoraConfig(r=2), "a")
     before = logits(view)

@@ -4,7 +4,7 @@ A compiled call without a backward runs the same operations on tensors of the sa
 weights, other adapters for each row, and adapters that come and go change what is in the tensors only.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,22 +60,29 @@ class Slots:
         self.layers: dict[nn.Module, str] = {}
         self.places: list[str | None] = [None] * count
         self._states: dict[str, Any] = {}
+        self._adapters: dict[str, Adapter] = {}
+        """All that were attached the last time."""
+        self._fit = True
+        """Whether all of them go into slots."""
 
-    def fill(self, adapters: Mapping[str, Adapter]) -> bool:
-        """Has every slot hold what its adapter is now. False where one of them has something that goes into no slot."""
-        if not all(fits(part) for adapter in adapters.values() for part in adapter.parts):
+    def fill(self, adapters: Mapping[str, Adapter], used: Iterable[str]) -> bool:
+        """Has the slot of each adapter in `used` hold what that is now; the others' are not looked at.
+
+        Returns:
+            False where one of all `adapters` has something that goes into no slot.
+        """
+        if self._adapters != adapters:
+            self._adapters = dict(adapters)
+            self._fit = all(fits(part) for adapter in adapters.values() for part in adapter.parts)
+            if self._fit:
+                self._make_room()
+        if not self._fit:
             return False
-        self._grow(adapters)
-        for slot, name in enumerate(self.places):
-            if name is not None and name not in adapters:
-                self._put(slot, None)
-                self._states.pop(name)
-                self.places[slot] = None
-        for name, adapter in adapters.items():
-            state = [(id(p), p._version, p.data_ptr()) for p in adapter.parameters()]
+        for name in used:
+            state = [(id(p), p._version, p.data_ptr()) for p in adapters[name].parameters()]
             if self._states.get(name) != state:
                 slot = self.places.index(name if name in self.places else None)
-                self._put(slot, adapter)
+                self._put(slot, adapters[name])
                 self.places[slot], self._states[name] = name, state
         return True
 
@@ -97,10 +104,16 @@ class Slots:
                 out[row, self.places.index(name)] += gate.number
         return out
 
-    def _grow(self, adapters: Mapping[str, Adapter]) -> None:
-        parts = [part for adapter in adapters.values() for part in adapter.parts]
+    def _make_room(self) -> None:
+        """For adapters that came; the slots of those that went are free again."""
+        for slot, name in enumerate(self.places):
+            if name is not None and name not in self._adapters:
+                self._put(slot, None)
+                self._states.pop(name)
+                self.places[slot] = None
+        parts = [part for adapter in self._adapters.values() for part in adapter.parts]
         count = self.count
-        while count < len(adapters):
+        while count < len(self._adapters):
             count *= 2
         rank = max((part.method.factors()[1].shape[1] for part in parts), default=1)  # type: ignore[union-attr]
         self.reserve({part.place.module: part.place.path for part in parts}, count, rank)

@@ -283,7 +283,8 @@ class View(nn.Module, ABC):
 
     def _slotted(self, nodes: Sequence[Node], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Frame | None:
         """The frame of a compiled call without a backward, where all that is attached goes into slots."""
-        if not self._slots.fill(self._names):
+        used = dict.fromkeys(name for node in nodes for name in composition.names(node))
+        if not self._slots.fill(self._names, used):
             return None
         self._keep_sites()
         mixture = self._slots.mixture(nodes)
