@@ -146,15 +146,18 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False, bl
     places = cls.places(config, base)
     adapter.facts = cls.facts(config, base)
     with _seeded(config.init_seed), _Blank() if blank else nullcontext():
-        shared = cls.shared(config, base, places)
-        adapter.shared = None if shared is None else _settled(shared, places[0].module, half)
+        adapter.shared = cls.shared(config, base, places)
         for place in places:
-            adapter.add(place, make(cls, config, place, base, adapter.shared, half))
+            adapter.add(place, _made(cls, config, place, base, adapter.shared))
         for companion in cls.companions(config, base, places):
             for place in companion.places:
-                adapter.add(place, make(companion.method, companion.config, place, base, None, half))
+                adapter.add(place, _made(companion.method, companion.config, place, base))
     for place in ModuleCopy.places(config, base):
-        adapter.add(place, make(ModuleCopy, config, place, base, None, half))
+        adapter.add(place, _made(ModuleCopy, config, place, base))
+    if adapter.shared is not None:
+        _settled(adapter.shared, places[0].module, half)
+    for part in adapter.parts:
+        _settled(part.method, part.place.module, half)
     if any(isinstance(p.method, InputMethod) or getattr(p.method, "position_offset", 0) for p in adapter.parts):
         adapter.stacks = backbones(base)
     _share(adapter, base)
@@ -194,22 +197,24 @@ def replace_options(config: PeftConfig, **changes: Any) -> PeftConfig:
     return dataclasses.replace(config, **changes)
 
 
-def make(
-    cls: type[Method], config: PeftConfig, place: Place, base: nn.Module, shared: nn.Module | None, half: bool
-) -> Method:
+def make(cls: type[Method], config: PeftConfig, place: Place, base: nn.Module, half: bool) -> Method:
     """One method at one place, on the place's device and, unless that is half precision, in its dtype."""
+    return _settled(_made(cls, config, place, base), place.module, half)
+
+
+def _made(
+    cls: type[Method], config: PeftConfig, place: Place, base: nn.Module, shared: nn.Module | None = None
+) -> Method:
     made: Callable[..., Method] = cls
     layer = Layer(place.module, place.path)
     if place.parameter:
         layer = ParameterLayer(place.module, place.path, place.parameter)
     layer.role = place.role
     if place.reads is not None:
-        method = made(config, layer, shared, Layer(place.reads[1], place.reads[0]))
-    elif issubclass(cls, WeightMethod | ModuleMethod):
-        method = made(config, layer, shared)
-    else:
-        method = made(config, place, base, shared)
-    return _settled(method, place.module, half)
+        return made(config, layer, shared, Layer(place.reads[1], place.reads[0]))
+    if issubclass(cls, WeightMethod | ModuleMethod):
+        return made(config, layer, shared)
+    return made(config, place, base, shared)
 
 
 M = TypeVar("M", bound=nn.Module)

@@ -93,7 +93,7 @@ def _keep(adapter: Adapter, base: nn.Module, path: str, ids: Tensor, stored: Ten
     named = None if path == next(iter(embeddings(base))) else [path]
     config = TrainableTokensConfig(token_indices=ids.tolist(), target_modules=named)
     for i, place in enumerate(TrainableTokens.places(config, base)):
-        method = make(KeptRows, config, place, base, None, half)
+        method = make(KeptRows, config, place, base, half)
         assert isinstance(method, KeptRows)
         method.rows.copy_(stored[ids])
         adapter.add(place, method)
