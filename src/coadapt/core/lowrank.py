@@ -248,4 +248,4 @@ def _is_frozen(linear: Any, x: Tensor) -> bool:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether factors can be applied to what goes in and comes out: not for grouped convolutions."""
-    return getattr(module, "groups", 1) == 1
+    return vars(module).get("groups", 1) == 1  # not getattr: modules are slow to tell that they lack something

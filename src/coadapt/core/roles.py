@@ -1,5 +1,6 @@
 """What the modules of a model are, found from its structure: layers, blocks, attention, heads, what is tied."""
 
+import functools
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -265,14 +266,12 @@ def _attention(base: Any, path: str, module: Any) -> Attention | None:
     return Attention(path, module, role=role, heads=int(kv), head_dim=int(dim))
 
 
-def siblings(path: str) -> list[str]:
+@functools.cache
+def siblings(path: str) -> Sequence[str]:
     """The layers that are given the same input as the one at `path`, as a rule, and after it."""
     parent, _, end = path.rpartition(".")
-    return (
-        []
-        if _CROSS.search(path.lower())
-        else [f"{parent}.{n}" for names in SIBLINGS if end == names[0] for n in names[1:]]
-    )
+    after = [f"{parent}.{n}" for names in SIBLINGS if end == names[0] for n in names[1:]]
+    return [] if _CROSS.search(path.lower()) else after
 
 
 _CROSS = re.compile(r"encdecattention|encoder_attn|crossattention|cross_attn")
