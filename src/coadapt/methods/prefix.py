@@ -73,20 +73,21 @@ class Projection(Reparametrization):
         self.second = nn.ModuleList(nn.Linear(hidden, size) for size in outputs)
 
     def forward(self, number: int) -> Tensor:
-        """(N, outputs) of one site."""
+        """(N, 2 H D) of one site."""
         return self.second[number](torch.tanh(self.first(self.embedding)))
 
 
 class Blocks(nn.Module):
     """The field's layout for encoder-decoders: a block per layer; decoder layer i uses number 2i modulo layers."""
 
-    def __init__(self, tokens: int, outputs: int) -> None:
+    def __init__(self, tokens: int, outputs: Sequence[int]) -> None:
         super().__init__()
-        self.P = nn.Parameter(0.02 * torch.randn(tokens, outputs))  # (N, layers 2 H D)
+        self.outputs = list(outputs)
+        self.P = nn.Parameter(0.02 * torch.randn(tokens, sum(outputs)))  # (N, layers 2 H D)
 
-    def forward(self, start: int, stop: int) -> Tensor:
-        """(N, stop - start)"""
-        return self.P[:, start:stop]
+    def forward(self, number: int) -> Tensor:
+        """(N, 2 H D) of one block."""
+        return self.P.split(self.outputs, dim=1)[number]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +96,8 @@ class Joined(Attention):
 
     offset: int
     """By how much real tokens are shifted."""
-    part: tuple[int, ...]
-    """Where its keys and values lie in what is shared: its number, or from where to where."""
+    number: int
+    """Which part of what is shared is its own."""
     bias_of: tuple[Any, ...]
     """The module that makes relative positions, where virtual tokens have some."""
 
@@ -122,7 +123,7 @@ class PrefixTuning(AttentionMethod):
         self.shape = (n, 2, place.heads, place.head_dim)
         self.joint = config.prefix_type == "joint"
         self.position_offset, self.bias_of = place.offset, place.bias_of
-        self.projection = (shared, place.part) if shared is not None else None  # in a tuple: no part of this site
+        self.projection = (shared, place.number) if shared is not None else None
         if shared is None:
             self.P = nn.Parameter(0.02 * torch.randn(self.shape))  # (N, 2, H, D): keys, then values
         if not self.joint:
@@ -131,18 +132,20 @@ class PrefixTuning(AttentionMethod):
     @classmethod
     def places(cls, config: PrefixTuningConfig, base: nn.Module) -> list[Place]:
         found, offset = places_of(config, base), _offset(config, base)
-        parts = _slices(found) if _is_field_layout(config, base) else [(number,) for number in range(len(found))]
+        step = 2 if config.prefix_layout == "peft" else 1
         first: Any = found[0].module
         bias_of = (first,) if config.prefix_layout == "peft" and hasattr(first, "compute_bias") else ()
+        numbers = [step * i % len(found) for i in range(len(found))]
         return [
-            Joined(**vars(p), offset=offset, part=part, bias_of=bias_of) for p, part in zip(found, parts, strict=True)
+            Joined(**vars(p), offset=offset, number=number, bias_of=bias_of)
+            for p, number in zip(found, numbers, strict=True)
         ]
 
     @classmethod
     def shared(cls, config: PrefixTuningConfig, base: Any, places: list[Any]) -> nn.Module | None:
         outputs = [2 * p.heads * p.head_dim for p in places]
         if _is_field_layout(config, base):
-            return Blocks(config.num_virtual_tokens, sum(outputs))
+            return Blocks(config.num_virtual_tokens, outputs)
         if not config.prefix_projection:
             return None
         width = base.config.get_text_config().hidden_size
@@ -163,8 +166,8 @@ class PrefixTuning(AttentionMethod):
         if self.projection is None:
             both = self.P
         else:
-            shared, where = self.projection
-            both = shared(*where).view(self.shape)
+            shared, number = self.projection
+            both = shared(number).view(self.shape)
         keys, values = both.permute(1, 2, 0, 3)  # each (H, N, D)
         return keys, values
 
@@ -214,14 +217,6 @@ def places_of(config: PrefixTuningConfig, base: Any) -> list[Attention]:
 def _is_field_layout(config: PrefixTuningConfig, base: Any) -> bool:
     """On a model that is one stack, both layouts are the same."""
     return config.prefix_layout == "peft" and bool(getattr(base.config, "is_encoder_decoder", False))
-
-
-def _slices(places: Sequence[Attention]) -> list[tuple[int, ...]]:
-    """Where each site's keys and values lie in the field's blocks."""
-    widths = [2 * p.heads * p.head_dim for p in places]
-    starts = [sum(widths[:i]) for i in range(len(widths))]
-    numbers = [(2 * i) % len(places) for i in range(len(places))]
-    return [(starts[n], starts[n] + widths[n]) for n in numbers]
 
 
 def _offset(config: PrefixTuningConfig, base: Any) -> int:
