@@ -119,10 +119,11 @@ def test_forward_follows_from_merge(kind: str, case: str) -> None:
     assert torch.equal(view.base(x), plain)
 
 
-@pytest.mark.parametrize("kind", [k for k in LAYERS if k != "norm"])
-def test_gradients_follow_from_merge(kind: str) -> None:
-    """The fused path differentiates as the definition does, its input included."""
-    view, x = prepared(kind, "lora")
+@pytest.mark.parametrize("case", WEIGHTS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_follow_from_merge(kind: str, case: str) -> None:
+    """What is written for speed differentiates as the definition does, its input included."""
+    view, x = prepared(kind, case)
     layer: Any = view.base.layer
     x = x.requires_grad_() if x.is_floating_point() else x.clamp(min=1)  # the padding's row learns nothing either way
     inputs = [*view.adapters.parameters(), *([x] if x.requires_grad else [])]

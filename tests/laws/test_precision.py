@@ -1,10 +1,13 @@
 """Half precision bases with adapters in full precision, and autocast, are as exact as their bases are."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from coadapt import LoraConfig, PeftModel
-from laws.setting import MAKE, attach, close, far, gradients, ids, logits, loss, pairs, rest, view_on
+from coadapt.core.precision import scaled
+from laws.setting import EVERY, MAKE, attach, close, far, gradients, ids, logits, loss, pairs, rest, view_on
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 
@@ -136,3 +139,39 @@ def test_gates_of_joint_prefixes_in_any_dtype(dtype: torch.dtype) -> None:
     within = {torch.float64: 1e-6, torch.bfloat16: 3e-2, torch.float16: 5e-3}[dtype]
     close(mixed[0], logits(view, ids(2)[:1])[0], within)
     close(mixed[1], logits(view.base, ids(2)[1:])[0], within)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_are_not_rounded(dtype: torch.dtype) -> None:
+    """y * factors is as near to float64 as half precision can be, and so are the gradients, summed as they are."""
+    torch.manual_seed(0)
+    y = torch.randn(40, 30, dtype=dtype, requires_grad=True)
+    factors = torch.cat([torch.ones(10) + 1e-3 * torch.randn(10), torch.randn(10), 1e-3 * torch.randn(10)])
+    factors.requires_grad_()
+    exact = y.double() * factors.double()
+    found = scaled(y, factors)
+    assert found.dtype == dtype
+    half_a_step = 0.5 * torch.finfo(dtype).eps * exact.abs()
+    assert bool(((found - exact).abs() <= 1.01 * half_a_step + 1e-7).all())
+    chosen = torch.randn(40, 30).to(dtype)
+    gradients = torch.autograd.grad(found, (y, factors), chosen)
+    assert gradients[1].dtype == torch.float32
+    for one, other in zip(gradients, torch.autograd.grad(exact, (y, factors), chosen.double()), strict=True):
+        assert float((one - other).norm() / other.norm()) < torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("case", ["ia3", "dora"])
+def test_small_steps_show_beside_a_base_in_half_precision(case: str) -> None:
+    """Factors that train at 1.003, which is 1 in bf16: the outputs follow, as far as they can be told apart."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(30, 20, bias=False, dtype=torch.bfloat16)
+    config = replace(EVERY[case], target_modules=["0"], **({"init_lora_weights": True} if case == "dora" else {}))
+    view = PeftModel(torch.nn.Sequential(layer), config)
+    factors = next(p for n, p in view.get_adapter("default").named_parameters() if n.endswith((".m", ".l")))
+    x = torch.randn(500, 30, dtype=torch.bfloat16)
+    with torch.no_grad():
+        plain = layer(x).float()
+        assert torch.equal(view(x).float(), plain)
+        factors.mul_(1.003)
+        step = ((view(x).float() - plain) * plain).sum() / plain.square().sum()
+    assert 0.002 < float(step) < 0.004

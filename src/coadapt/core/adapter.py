@@ -30,8 +30,7 @@ class ModuleCopy(ModuleMethod):
     def __init__(self, config: PeftConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
         self.copy = _plain_copy(layer.module).requires_grad_(True)
-        self.linear = type(self.copy).forward is nn.Linear.forward
-        self.widens = not self.linear
+        self.widens = type(self.copy).forward is not nn.Linear.forward
 
     @classmethod
     def places(cls, config: PeftConfig, base: nn.Module) -> list[Place]:
@@ -39,7 +38,8 @@ class ModuleCopy(ModuleMethod):
         return [Place(path, module) for path, module in found]
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
-        return linear(self.copy, x) if self.linear else self.copy(x)
+        copied: Any = self.copy
+        return copied(x) if self.widens else linear(copied, x)
 
 
 def _plain_copy(module: nn.Module) -> nn.Module:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 def linear(module: Any, x: Tensor) -> Tensor:
     """A linear layer of an adapter, multiplied in the dtype of x as the base's own are."""
-    return F.linear(x, module.weight.to(x.dtype), None if module.bias is None else module.bias.to(x.dtype))
+    bias: Tensor | None = module.bias
+    return F.linear(x, module.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def wide(module: nn.Module, x: Tensor) -> Tensor:

@@ -44,7 +44,10 @@ class DoRA(WeightMethod):
 
     @torch.no_grad()
     def norms(self, base: Layer) -> Tensor:
-        """(O,) of the rows of W + s B A, which is not made: |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b."""
+        """(O,) of the rows of W + s B A, which is not made: |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b.
+
+        In fp32 at least but for w A^T, which is multiplied in the dtype of W as the layer's own product is.
+        """
         weight, own, (a, b, s) = base.weight().flatten(1), base.squares(), self.change.factors()
         a, b = a.flatten(1).to(own.dtype), b.to(own.dtype)
         crossed = (weight @ a.mT.to(weight.dtype)).to(own.dtype)  # (O, R)
