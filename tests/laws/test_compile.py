@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from coadapt import BottleneckConfig, Learned, LoraConfig, PeftModel, Sum
 from laws.setting import EVERY, MAKE, attach, close, far, gradients, ids, logits, loss, pairs, same_gradients
@@ -138,6 +139,39 @@ def test_one_graph_for_whatever_is_active(roomy: bool) -> None:
                     add(name)
                     how = {"adapters": name}
             close(made(tokens, **how).logits, view(tokens, **how).logits, 2e-6)
+    assert len(graphs) == 1
+
+
+def test_dropout_is_not_left_out() -> None:
+    view = PeftModel(MAKE["llama"](num_hidden_layers=1), LoraConfig(lora_dropout=0.9, init_lora_weights=False), "a")
+    made = compiled(view.train())
+    with torch.no_grad():
+        far(logits(made), logits(made))
+        close(logits(compiled(view.eval())), logits(view))
+
+
+def test_slots_filled_in_inference_mode_are_filled_again_outside() -> None:
+    view = one_layer("llama", "lora")
+    made = compiled(view)
+    with torch.inference_mode():
+        first = made(ids()).logits.clone()
+    with torch.no_grad():
+        for parameter in view.adapters.parameters():
+            parameter.mul_(2)
+        far(made(ids()).logits, first)
+        close(made(ids()).logits, view(ids()).logits)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_base_of_pytorchs_own_classes_is_one_graph(gradients: bool) -> None:
+    """torch.compile starts in no code of PyTorch's own, as that of nn.Sequential, and says nothing of it."""
+    base = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
+    view = PeftModel(base, LoraConfig(r=2, target_modules=r"\d", init_lora_weights=False), "a")
+    graphs: list[Any] = []
+    made = torch.compile(view, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)  # type: ignore[func-returns-value]
+    x = torch.randn(3, 6)
+    with torch.set_grad_enabled(gradients):
+        close(made(x), view(x))
     assert len(graphs) == 1
 
 

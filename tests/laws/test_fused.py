@@ -190,3 +190,59 @@ def test_a_sibling_with_another_input_makes_its_own() -> None:
     grads = {p.place.path: p.method.B.grad for p in view.get_adapter("a").parts}
     assert grads["v_proj"] is None
     assert all(part.method.A.grad is None for part in view.get_adapter("a").parts if part.place.path == "v_proj")
+
+
+class Turned(nn.Module):
+    """A linear layer of somebody else's, whose output does not lie in memory as it is indexed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = 6, 5, None
+        self.weight = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight @ x.mT).mT
+
+
+def test_an_output_that_lies_otherwise_in_memory() -> None:
+    view = PeftModel(nn.Sequential(Turned()), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), "a")
+    x, method = torch.randn(3, 4, 6), view.get_adapter("a").parts[0].method
+    expected = view.get_base_model()(x) + x @ (method.B @ method.A * method.scale).mT  # type: ignore[operator]
+    close(view(x), expected)
+    with torch.no_grad():
+        close(view(x), expected)
+
+
+def test_siblings_of_which_one_drops() -> None:
+    """Two adapters with one dropout, of which only the first trains: what the second adds is not dropped."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q_proj, self.k_proj = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q_proj(x) * 0 + self.k_proj(x)
+
+    view = PeftModel(nn.Sequential(Block()))
+    for name in ("q", "k"):
+        how = LoraConfig(r=2, target_modules=[f"{name}_proj"], lora_dropout=0.5, init_lora_weights=False)
+        view.add_adapter(name, how)
+    x = torch.randn(3, 6)
+    dry = view.eval()(x, adapters="k")
+    view.train()
+    assert not torch.equal(view(x, adapters="k"), dry)
+    view.get_adapter("k").eval()
+    close(view(x, adapters=["q", "k"]), dry)
+
+
+def test_adapters_made_in_inference_mode() -> None:
+    """PyTorch counts no changes of their parameters."""
+    with torch.inference_mode():
+        view = several(12)
+        names = [f"a{i}" for i in range(12)]
+        out = view(ids(12, 4), adapter_names=names).logits
+        for p in view.get_adapter("a3").parameters():
+            p.mul_(2)
+        close(view(ids(12, 4), adapter_names=names).logits[3], view(ids(12, 4)[3:4], adapters="a3").logits[0])
+        close(view(ids(12, 4), adapter_names=names).logits[4], out[4])

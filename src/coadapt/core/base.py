@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import site
 from .roles import HEADS, weights, word_embeddings
-from .store import value
+from .store import stamp, value
 
 _BASES: "weakref.WeakKeyDictionary[nn.Module, Base]" = weakref.WeakKeyDictionary()
 
@@ -38,7 +38,8 @@ class Base:
         self.trained: list[nn.Parameter] = []
         self.counting: list[nn.Module] = []
         """Layers that kept running statistics before: those are part of the base, and frozen while views last."""
-        self._fingerprint, self._weights = "", [(0, 0)]
+        self._fingerprint = ""
+        self._weights: list[Any] = []
         self.checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
         """Modules that may checkpoint: as sites they take the frame along into recomputation."""
 
@@ -98,7 +99,7 @@ class Base:
         into the weights, it is what it was before.
         """
         if self.merged_by is None or not self._fingerprint:
-            now = [(id(p), 0 if p.is_inference() else p._version) for p in self.model.parameters()]
+            now = [(id(p), stamp(p)) for p in self.model.parameters()]
             if not self._fingerprint or now != self._weights:
                 self._fingerprint, self._weights = fingerprint(self.model), now
         return self._fingerprint

@@ -6,14 +6,14 @@ from typing import Any, Self, TypeVar
 import torch
 
 _eval_frame: Any = torch._C._dynamo.eval_frame  # pyright: ignore
-F = TypeVar("F", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def not_traced(function: F) -> F:
+def not_traced(function: Function) -> Function:
     """`function` runs as it is where it is the first thing that torch.compile would trace; what it calls is traced.
 
-    As `torch.compiler.disable(recursive=False)`, without importing the compiler, and without breaking
-    the graph of a compiled function that calls it.
+    As `torch.compiler.disable(recursive=False)`, without importing the compiler, and without breaking the graph of a
+    compiled function that calls it.
     """
     code = function.__code__
     if hasattr(_eval_frame, "skip_code"):  # in earlier releases of PyTorch
@@ -41,9 +41,14 @@ class untraced:
     def traced(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         _eval_frame.set_eval_frame(self.tracer)
         try:
-            return function(*args, **kwargs)
+            return _called(function, args, kwargs)
         finally:
             _eval_frame.set_eval_frame(None)
+
+
+def _called(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What is traced starts here: torch.compile does not start in PyTorch's own code, as that of nn.Sequential."""
+    return function(*args, **kwargs)
 
 
 not_traced(untraced.__enter__)

@@ -59,6 +59,7 @@ class Product(torch.autograd.Function):
             z, *rest = _down(x, dropped, downs)
             others = tuple(rest)
         out = F.linear(x, weight, bias) if y is None else y.clone()  # type: ignore[arg-type]
+        out = out.contiguous()  # it is written to as rows
         _add(_rows(out, up), z * gate, _columns(up, x.dtype))
         ctx.gate, ctx.dropped, ctx.ran = None if isinstance(gate, Tensor) else gate, dropped, y is None
         ctx.save_for_backward(x if downs else None, weight, up, gate if ctx.gate is None else None, z, *downs)

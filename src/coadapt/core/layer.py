@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .precision import scaled, squares
 from .site import plain_class
-from .store import store_of, value
+from .store import stamp, store_of, value
 
 
 def _linear(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
@@ -164,9 +164,9 @@ class Layer:
     def squares(self) -> Tensor:
         """(O,) the squared length of each row of the weight; kept for as long as the weight is the same."""
         weight, held = self.weight(), getattr(self.module, "weight", None)
-        if torch.compiler.is_compiling() or not isinstance(held, nn.Parameter) or held.is_inference():
+        if torch.compiler.is_compiling() or not isinstance(held, nn.Parameter) or (now := stamp(held)) is None:
             return squares(weight)
-        state = (weight.data_ptr(), held.data_ptr(), held._version)
+        state = weight.data_ptr(), now
         if (known := _SQUARES.get(held)) is None or known[0] != state:
             known = _SQUARES[held] = state, squares(weight)
         return known[1]

@@ -23,6 +23,11 @@ class LowRankMethod(WeightMethod):
     dropout: float = 0.0
     """Of the input to A, while training."""
 
+    @property
+    def drops(self) -> float:
+        """What share of its input to A is dropped in a call now."""
+        return self.dropout if self.training else 0.0
+
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """A (R, I, *K), B (O, R) and the scale s; for experts A (E, R, I) and B (E, O, R)."""
@@ -70,14 +75,14 @@ def _by_dropout(terms: Sequence[Term]) -> list[list[Term]]:
     """Terms that drop the same share of their inputs drop the same ones."""
     found: dict[float, list[Term]] = {}
     for term in terms:
-        found.setdefault(term.method.dropout if term.method.training else 0.0, []).append(term)
+        found.setdefault(term.method.drops, []).append(term)
     return list(found.values())
 
 
 def _added(layer: Layer, x: Tensor, y: Tensor, terms: Sequence[Term], rows: Tensor | None, at: Reading) -> Tensor:
     """The definition, for layers of every kind."""
     dtype = x.dtype if x.is_floating_point() else y.dtype
-    share = _share(terms) if x.is_floating_point() else 0.0
+    share = terms[0].method.drops if x.is_floating_point() else 0.0
     factors = [term.method.factors() for term in terms]
     down = torch.cat([a.to(dtype) for a, _, _ in factors])
     up = torch.cat([b.to(dtype) for _, b, _ in factors], dim=1)
@@ -110,10 +115,6 @@ def _gate(
     return torch.cat(columns, dim=-1)
 
 
-def _drops(term: Term) -> bool:
-    return term.method.training and term.method.dropout > 0
-
-
 def _can_fuse(x: Tensor) -> bool:
     """Whether fused.py can do it at a linear layer: outside of what traces or transforms functions."""
     return (
@@ -139,17 +140,15 @@ def _product(
     gate = _gate(terms, factors, rows, at, x.dim(), x)
     if isinstance(gate, Tensor) and gate.dim() > 1:
         gate = gate.expand(*x.shape[:-1], -1).flatten(0, -2)  # (N, R)
-    up = factors[0][1] if len(factors) == 1 else torch.cat([b for _, b, _ in factors], dim=1)
-    return fused(x, y, linear, up, gate, _share(terms), z, (_down(factors), *others))
-
-
-def _share(terms: Sequence[Term]) -> float:
-    """What is dropped of the input of terms that drop the same."""
-    return terms[0].method.dropout if terms[0].method.training else 0.0
+    return fused(x, y, linear, _up(factors), gate, terms[0].method.drops, z, (_down(factors), *others))
 
 
 def _down(factors: Sequence[_Factors]) -> Tensor:
     return factors[0][0] if len(factors) == 1 else torch.cat([a for a, _, _ in factors])
+
+
+def _up(factors: Sequence[_Factors]) -> Tensor:
+    return factors[0][1] if len(factors) == 1 else torch.cat([b for _, b, _ in factors], dim=1)
 
 
 class LowRankCall:
@@ -158,7 +157,7 @@ class LowRankCall:
     def __init__(self, layer: Layer, terms: Sequence[Term]) -> None:
         self.layer, self.terms = layer, tuple(terms)
         self.linear = layer.kind.name == "linear"
-        self.shares = {term.method.dropout for term in terms}
+        self.dry = not any(term.method.dropout for term in terms)
         self.rows = self._row_factors()
         self.siblings: list[LowRankCall] = []
         """At layers that are called after this one, as a rule with the same input: keys and values after queries."""
@@ -179,30 +178,35 @@ class LowRankCall:
         return RowFactors(uses) if worth(uses, list(ups.values())) else None
 
     def goes_with(self, other: "LowRankCall") -> bool:
-        """Whether both can be made in one product: of linear layers with one dropout."""
-        return self.linear and other.linear and len(self.shares | other.shares) == 1
+        """Whether both can be made in one product, in calls in which both drop the same."""
+        return self.linear and other.linear
+
+    def share(self) -> float | None:
+        """What all of its terms drop of their input in a call now; None where they differ."""
+        if self.dry:
+            return 0.0
+        shares = {term.method.drops for term in self.terms}
+        return shares.pop() if len(shares) == 1 else None
 
     def __call__(self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, call = first_input(forward, args, kwargs)
-        if (
-            not self.linear
-            or not _can_fuse(x)
-            or (len(self.terms) > 1 and self.shares != {0.0} and len(_by_dropout(self.terms)) > 1)
-        ):
+        share = self.share()
+        if not self.linear or share is None or not _can_fuse(x):
             return added(self.layer, x, call(x), self.terms, frame.rows)
         rows = frame.rows_of(x) if self.rows is not None and x.dim() == 3 else None
-        if not torch.is_grad_enabled() and (self.shares == {0.0} or not any(map(_drops, self.terms))):
-            return self._inferred(x, call(x), frame.rows, rows)
-        runs = getattr(forward, "func", None) is nn.Linear.forward and _is_frozen(self.layer.module, x)
+        plain = getattr(forward, "func", None) is nn.Linear.forward
+        if not torch.is_grad_enabled() and not share:
+            return self._inferred(x, call(x), frame.rows, rows, plain)
+        runs = plain and _is_frozen(self.layer.module, x)
         y = None if runs else call(x)
         used = x if y is None else x.to(y.dtype)
         given = frame.given.pop(self, None) if frame.given else None
         linear = self.layer.module if runs else None
         if rows is not None and self.rows is not None:
             down, up, gate = self.rows.stacked(rows)
-            return fused(used, y, linear, up, gate, _share(self.terms), None, (down,))[0]
+            return fused(used, y, linear, up, gate, share, None, (down,))[0]
         z = given[1] if given is not None and given[0] is x else None
-        siblings = self.siblings if z is None else ()
+        siblings = [s for s in self.siblings if s.share() == share] if z is None else []
         others = [_down([t.method.factors() for t in s.terms]) for s in siblings]
         at = Reading(self.layer.path, x, x if y is None else y)
         out, _, *zs = _product(used, y, linear, self.terms, frame.rows, at, z, others)
@@ -210,25 +214,26 @@ class LowRankCall:
             frame.given[sibling] = x, made
         return out
 
-    def _inferred(self, x: Tensor, y: Tensor, rows: Tensor | None, chosen: tuple[int, ...] | None) -> Tensor:
-        """Where there is no backward."""
+    def _inferred(
+        self, x: Tensor, y: Tensor, rows: Tensor | None, chosen: tuple[int, ...] | None, fresh: bool
+    ) -> Tensor:
+        """Where there is no backward. `fresh`: y was made in this call and belongs to nobody else."""
         if chosen is not None and self.rows is not None:
             down, up = self.rows.kept(chosen, y.dtype)
-            return _plus(self.layer.module, y, x.to(y.dtype) @ down, up)
+            return _plus(y, x.to(y.dtype) @ down, up, fresh)
         factors = [term.method.factors() for term in self.terms]
         x = x.to(y.dtype)
         gate = _gate(self.terms, factors, rows, Reading(self.layer.path, x, y), x.dim(), x)
-        up = factors[0][1] if len(factors) == 1 else torch.cat([b for _, b, _ in factors], dim=1)
         z = F.linear(x, _down(factors).to(y.dtype)) * gate
-        return _plus(self.layer.module, y, z, up.to(y.dtype).mT)
+        return _plus(y, z, _up(factors).to(y.dtype).mT, fresh)
 
 
-def _plus(module: nn.Module, y: Tensor, z: Tensor, up: Tensor) -> Tensor:
-    """y + z up, in place where `module` has just made y. up is (R, O), or (B, R, O)."""
+def _plus(y: Tensor, z: Tensor, up: Tensor, fresh: bool) -> Tensor:
+    """y + z up, in place where y is fresh. up is (R, O), or (B, R, O)."""
     if up.dim() == 3:
-        return y.baddbmm_(z, up) if isinstance(module, nn.Linear) else torch.baddbmm(y, z, up)
+        return y.baddbmm_(z, up) if fresh else torch.baddbmm(y, z, up)
     flat, z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
-    if isinstance(module, nn.Linear) and y.is_contiguous():
+    if fresh and y.is_contiguous():
         flat.addmm_(z, up)
         return y
     return torch.addmm(flat, z, up).view(y.shape)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .store import stamp
+
 WORTH = 4
 """Up to so many times the rank of one row, it costs less to multiply all rows by all adapters side by side and to mask
 what is not theirs (benchmarks/, one thread of a Xeon: 16 rows, rank 8)."""
@@ -57,11 +59,7 @@ class RowFactors:
 
         They are made again where PyTorch has counted a change in place, or one has another place in memory.
         """
-        state = [
-            (t._version, t.data_ptr(), t.requires_grad)
-            for m in self.methods
-            for t in m._parameters.values()  # as they are
-        ]
+        state = [stamp(t) for m in self.methods for t in m._parameters.values()]
         key = rows, dtype, state
         kept = self._kept  # another thread may release it
         if kept is not None and kept[0] == key:
@@ -69,7 +67,7 @@ class RowFactors:
         down, up, gate = self.stacked(rows)
         up_t = up.mT * gate.mT if isinstance(gate, Tensor) else up.mT * gate
         made = down.to(dtype).mT.contiguous(), up_t.to(dtype).contiguous()
-        if all(map(_is_settled, self.methods)):
+        if None not in state and all(map(_is_settled, self.methods)):
             self._kept = key, made
         return made
 
@@ -81,4 +79,4 @@ class RowFactors:
 def _is_settled(method: Any) -> bool:
     """Whether its factors are frozen parameters, and not made anew in each call."""
     own = {id(p) for p in method._parameters.values()}
-    return all(id(t) in own and not t.requires_grad and not t.is_inference() for t in method.factors()[:2])
+    return all(id(t) in own and not t.requires_grad for t in method.factors()[:2])

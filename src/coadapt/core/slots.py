@@ -4,7 +4,7 @@ A compiled call without a backward runs the same operations on tensors of the sa
 weights, other adapters for each row, and adapters that come and go change what is in the tensors only.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,21 +18,22 @@ from .gates import per_row
 from .layer import Layer
 from .lowrank import LowRankMethod
 from .site import first_input
+from .store import stamp
 
 
 class SlotCall:
     """y + sum_s g_s B_s (A_s x) over all slots s, at one layer."""
 
+    @torch.inference_mode(False)  # tensors that were made in it could not be written to outside of it
     def __init__(self, layer: Layer, slots: int, rank: int) -> None:
         out_features, in_features = layer.shape
         weight = layer.like()
-        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.rank = rank
-        self.down = torch.zeros(slots, rank, in_features, device=weight.device, dtype=dtype)  # (S, R, I)
-        self.up = torch.zeros(
-            slots, rank, out_features, device=weight.device, dtype=dtype
-        )  # (S, R, O), times the scale
+        self.down = torch.zeros(slots, rank, in_features, **like)  # (S, R, I)
+        self.up = torch.zeros(slots, rank, out_features, **like)  # (S, R, O), times the scale
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def put(self, slot: int, method: LowRankMethod | None) -> None:
         """Fills a slot; with None it changes nothing."""
@@ -40,13 +41,14 @@ class SlotCall:
         self.up[slot].zero_()
         if method is not None:
             a, b, scale = method.factors()
+            self.down, self.up = self.down.to(a.device), self.up.to(a.device)  # the model may have been moved
             self.down[slot, : len(a)] = a
             self.up[slot, : len(a)] = b.mT * scale
 
     def __call__(self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, call = first_input(forward, args, kwargs)
         y = call(x)
-        gates = per_row(frame.mixture, len(x)).to(y.dtype).repeat_interleave(self.rank, 1)  # (B, S R)
+        gates = per_row(frame.mixture, len(x)).to(y).repeat_interleave(self.rank, 1)  # (B, S R)
         z = F.linear(x.to(y.dtype), self.down.flatten(0, 1).to(y.dtype))
         return y + (z * gates.view(len(gates), *[1] * (x.dim() - 2), -1)) @ self.up.flatten(0, 1).to(y.dtype)
 
@@ -65,22 +67,22 @@ class Slots:
         self._fit = True
         """Whether all of them go into slots."""
 
-    def fill(self, adapters: Mapping[str, Adapter], used: Iterable[str]) -> bool:
+    def fill(self, adapters: Mapping[str, Adapter], used: Collection[str]) -> bool:
         """Has the slot of each adapter in `used` hold what that is now; the others' are not looked at.
 
         Returns:
-            False where one of all `adapters` has something that goes into no slot.
+            False where one of all `adapters` has something that goes into no slot, or of those in `used` drops inputs.
         """
         if self._adapters != adapters:
             self._adapters = dict(adapters)
             self._fit = all(fits(part) for adapter in adapters.values() for part in adapter.parts)
             if self._fit:
                 self._make_room()
-        if not self._fit:
+        if not self._fit or any(part.method.drops for name in used for part in adapters[name].parts):  # type: ignore[union-attr]
             return False
         for name in used:
-            state = [(id(p), p._version, p.data_ptr()) for p in adapters[name].parameters()]
-            if self._states.get(name) != state:
+            state = [stamp(p) for p in adapters[name].parameters()]
+            if None in state or self._states.get(name) != state:
                 slot = self.places.index(name if name in self.places else None)
                 self._put(slot, adapters[name])
                 self.places[slot], self._states[name] = name, state
@@ -102,7 +104,7 @@ class Slots:
                 if not gate.is_number:
                     return None
                 out[row, self.places.index(name)] += gate.number
-        return out
+        return out.to(next((call.down.device for call in self.calls.values()), "cpu"))
 
     def _make_room(self) -> None:
         """For adapters that came; the slots of those that went are free again."""

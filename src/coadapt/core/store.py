@@ -42,3 +42,8 @@ _PLAIN = Plain()
 def store_of(module: nn.Module) -> Store:
     """The store of the first class in STORES that `module` is an instance of, else the plain one."""
     return next((store for cls, store in STORES.items() if isinstance(module, cls)), _PLAIN)
+
+
+def stamp(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Differs once a tensor was written to in place, trains, or lies elsewhere; None where PyTorch counts no writes."""
+    return None if tensor.is_inference() else (tensor._version, tensor.data_ptr(), tensor.requires_grad)
