@@ -114,6 +114,8 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(given.threads)
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore")  # peft's, about what it is asked to do here
+    if given.rounds < 2:
+        parser.error(f"--rounds {given.rounds}: a median with quartiles needs 2 at least.")
     setting = Setting(given.device, given.rounds, given.quick)
     told, rows, table = about(setting), list[Row](), ""
     failed: list[str] = []

@@ -179,6 +179,13 @@ def test_room_that_cannot_be() -> None:
     view = one_layer("llama", "lora")
     with pytest.raises(ValueError, match="only what has factors at linear layers"):
         view.reserve(2, BottleneckConfig())
+    for number in (0, True, "2"):
+        with pytest.raises(ValueError, match="whole number of at least 1"):
+            view.reserve(number, LoraConfig())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="A configuration of coadapt is needed"):
+        view.reserve(2, "lora")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="target_modules matches no module"):
+        view.reserve(2, LoraConfig(target_modules=["nope"]))
 
 
 def test_compiled_first_of_all_on_a_thread() -> None:

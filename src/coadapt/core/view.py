@@ -22,6 +22,7 @@ from .compiling import not_traced, untraced
 from .composition import Node, as_node
 from .frame import Bare, Frame, entered
 from .merging import Merged
+from .method import method_for
 from .plan import Plans
 from .site import plain_class
 from .slots import Slots, fits
@@ -312,11 +313,18 @@ class View(nn.Module, ABC):
                 target_modules="all-linear")`).
 
         Raises:
-            ValueError: such an adapter has something that is no product of two factors at a linear layer.
+            TypeError: `config` is no configuration.
+            ValueError: such an adapter has something that is no product of two factors at a linear layer, or does not
+                fit the model; or `adapters` is no whole number of at least 1.
         """
+        if isinstance(adapters, bool) or not isinstance(adapters, int) or adapters < 1:
+            raise ValueError(f"reserve: adapters={adapters!r} must be a whole number of at least 1.")
+        method_for(config)
         parts = build("reserve", replace_options(config, init_seed=0), self.base).parts
         if not all(map(fits, parts)):
-            raise ValueError(f"{type(config).__name__}: only what has factors at linear layers can share one graph.")
+            raise ValueError(
+                f"{type(config).__name__}: only what has factors at linear layers can share one graph, such as LoRA."
+            )
         rank = max(part.method.factors()[1].shape[1] for part in parts)  # type: ignore[union-attr]
         self._slots.reserve({part.place.module: part.place.path for part in parts}, adapters, rank)
         self._keep_sites()
