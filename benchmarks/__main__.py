@@ -104,6 +104,8 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     given = parser.parse_args(arguments)
     if unknown := [number for number in given.only or () if number not in ROWS]:
         parser.error(f"--only {','.join(unknown)}: there are {', '.join(ROWS)}.")
+    if given.rounds < 2 or given.threads < 1:
+        parser.error("--rounds are at least 2, which quartiles need, and --threads at least 1.")
     if given.publish and (given.only or given.quick):
         parser.error("--publish is for a whole run, without --only and --quick.")
     return given
@@ -114,8 +116,6 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(given.threads)
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore")  # peft's, about what it is asked to do here
-    if given.rounds < 2:
-        parser.error(f"--rounds {given.rounds}: a median with quartiles needs 2 at least.")
     setting = Setting(given.device, given.rounds, given.quick)
     told, rows, table = about(setting), list[Row](), ""
     failed: list[str] = []

@@ -317,7 +317,7 @@ class View(nn.Module, ABC):
             ValueError: such an adapter has something that is no product of two factors at a linear layer, or does not
                 fit the model; or `adapters` is no whole number of at least 1.
         """
-        if isinstance(adapters, bool) or not isinstance(adapters, int) or adapters < 1:
+        if type(adapters) is not int or adapters < 1:
             raise ValueError(f"reserve: adapters={adapters!r} must be a whole number of at least 1.")
         method_for(config)
         parts = build("reserve", replace_options(config, init_seed=0), self.base).parts
