@@ -161,7 +161,7 @@ def test_a_row_that_fails_stops_no_other(
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(bench, "ROWS", {**bench.ROWS, "F1": broken})
-    assert bench.main(["--only", "F1,F15", "--quick", "--rounds", "1", "--threads", "1", "--out", str(tmp_path)]) == 1
+    assert bench.main(["--only", "F1,F15", "--quick", "--rounds", "2", "--threads", "1", "--out", str(tmp_path)]) == 1
     out, error = capsys.readouterr()
     assert "| F15 |" in out
     assert "out of luck" in error and error.endswith("errors above: F1.\n")
