@@ -112,7 +112,7 @@ def test_one_graph_for_whatever_is_active(roomy: bool) -> None:
         view.add_adapter(name, LoraConfig(r=drawn.choice((1, 2, 4)), target_modules=targets, init_lora_weights=False))
 
     def some() -> Sum:
-        names = drawn.sample("abcdefgh", drawn.randint(0, 3))
+        names = drawn.sample("abcdefgh", drawn.randint(1, 3))
         return Sum(*names, weights=[drawn.uniform(-1, 1) for _ in names])
 
     for name in "abcdefgh":
@@ -140,6 +140,25 @@ def test_one_graph_for_whatever_is_active(roomy: bool) -> None:
                     how = {"adapters": name}
             close(made(tokens, **how).logits, view(tokens, **how).logits, 2e-6)
     assert len(graphs) == 1
+
+
+def test_nothing_active_costs_nothing() -> None:
+    """The base has a graph of its own then, and keeps it."""
+    view = one_layer("plain", "lora")
+    graphs: list[Any] = []
+
+    def kept(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(view.base, fullgraph=True, backend=kept)(input_ids=ids())  # type: ignore[arg-type]
+        made = torch.compile(view, fullgraph=True, backend=kept)  # type: ignore[arg-type]
+        for name in (None, "a", None, "a"):
+            view.set_adapter(name)
+            close(logits(made), logits(view), 2e-6)
+    base, nothing, slots = (len(graph.graph.nodes) for graph in graphs)
+    assert base == nothing < slots
 
 
 def test_dropout_is_not_left_out() -> None:

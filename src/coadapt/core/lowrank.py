@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .frame import Frame
-from .fused import fused
+from .fused import fused, narrow
 from .gates import Gate, Gates, Reading, leading
 from .layer import Layer
 from .method import WeightMethod
@@ -220,7 +220,7 @@ class LowRankCall:
         """Where there is no backward. `fresh`: y was made in this call and belongs to nobody else."""
         if chosen is not None and self.rows is not None:
             down, up = self.rows.kept(chosen, y.dtype)
-            return _plus(y, x.to(y.dtype) @ down, up, fresh)
+            return _plus(y, narrow(x.to(y.dtype), down), up, fresh)
         factors = [term.method.factors() for term in self.terms]
         x = x.to(y.dtype)
         gate = _gate(self.terms, factors, rows, Reading(self.layer.path, x, y), x.dim(), x)

@@ -55,7 +55,7 @@ class RowFactors:
         return down, up, gate[:, None]  # (B, 1, R)
 
     def kept(self, rows: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A^T (B, I, R) and g B^T (B, R, O) for calls without a backward; of frozen adapters from the last call.
+        """A (B, R, I) and g B^T (B, R, O) for calls without a backward; of frozen adapters from the last call.
 
         They are made again where PyTorch has counted a change in place, or one has another place in memory.
         """
@@ -66,7 +66,7 @@ class RowFactors:
             return kept[1]  # type: ignore[no-any-return]
         down, up, gate = self.stacked(rows)
         up_t = up.mT * gate.mT if isinstance(gate, Tensor) else up.mT * gate
-        made = down.to(dtype).mT.contiguous(), up_t.to(dtype).contiguous()
+        made = down.to(dtype), up_t.to(dtype).contiguous()
         if None not in state and all(map(_is_settled, self.methods)):
             self._kept = key, made
         return made

@@ -285,8 +285,8 @@ class View(nn.Module, ABC):
     def _slotted(self, nodes: Sequence[Node], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Frame | None:
         """The frame of a compiled call without a backward, where all that is attached goes into slots."""
         used = dict.fromkeys(name for node in nodes for name in composition.names(node))
-        if not self._slots.fill(self._names, used):
-            return None
+        if not used or not self._slots.fill(self._names, used):
+            return None  # where nothing is active, the base has a graph of its own, without a thing in it
         self._keep_sites()
         mixture = self._slots.mixture(nodes)
         if mixture is None:
