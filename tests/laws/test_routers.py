@@ -285,6 +285,24 @@ def test_per_layer_gates() -> None:
     assert gradients(view)["gates.0.log_gate"].abs().min() > 0
 
 
+def test_a_per_layer_gate_goes_on_before_fewer_layers(tmp_path: Any) -> None:
+    """Where one of the adapters behind it was taken away: with the numbers that the layers left have, saved too."""
+    view = PeftModel(MAKE["llama"](), LoraConfig(target_modules=["v_proj"], layers_to_transform=[1]), "a")
+    view.add_adapter("b", LoraConfig(target_modules=["q_proj"], layers_to_transform=[0]))
+    stirred(view)
+    gate = Learned(per_layer=True)
+    view.set_adapter(Sum(Seq("a", "b"), weights=[gate]))
+    with torch.no_grad():
+        gate.log_gate.copy_(torch.tensor([0.3, 2.0]).log())
+    expected = logits(view, adapters="2*a")
+    view.delete_adapter("b")
+    close(logits(view), expected)
+    view.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(MAKE["llama"](), tmp_path)
+    close(logits(again), expected)
+    assert trained_gates(again.composition)[0].values() == pytest.approx(gate.values())  # type: ignore[attr-defined]
+
+
 # ---- rows, tokens, time ----------------------------------------------------------------------------------------------
 
 ROUTERS: dict[str, Any] = {

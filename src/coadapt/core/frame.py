@@ -45,6 +45,8 @@ class Frame:
         """Running sums of pooled features, while a cache grows."""
         self.inputs: dict[str, Any] = {}
         """Inputs of modules that a site further on reads, by path; each is taken out when it is read."""
+        self.gates: dict[Any, Tensor] = {}
+        """Gates that are the same numbers at many sites, as tensors."""
         self.given: dict[Any, Any] = {}
         """Products that one layer made for another which reads the same input: see lowrank.py."""
 

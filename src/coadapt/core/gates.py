@@ -126,13 +126,17 @@ class Learned(TrainedGate):
 
     def prepare(self, spots: Sequence[Spot]) -> None:
         layers = list(dict.fromkeys(layer_of(spot.path) for spot in spots))
-        if not self.per_layer or layers == list(self.layers):
-            return
+        if not self.per_layer or (self.layers and self.layers.keys() >= set(layers)):
+            return  # of those that it has it may stand before a few: where an adapter went, others are left
         if self.layers:
             raise ValueError(
                 f"{self!r} was made for {len(self.layers)} layers and stands before adapters at {len(layers)} now; "
                 "make a new Learned(per_layer=True)."
             )
+        self.spread(layers)
+
+    def spread(self, layers: Sequence[str]) -> None:
+        """Has one number for each of these layers from now on, which all start from the one that it has."""
         self.layers = {layer: i for i, layer in enumerate(layers)}
         old = self.log_gate.detach()
         self.log_gate = nn.Parameter(old.expand(len(layers)).clone(), requires_grad=self.log_gate.requires_grad)
@@ -307,6 +311,13 @@ class Gates:
         own = [(c, gate) for c, gate in enumerate(self.each) if gate is not None]
         return [(c, gate.number) for c, gate in own] if all(gate.is_number for _, gate in own) else None
 
+    @cached_property
+    def table(self) -> tuple[float, ...] | None:
+        """The gate in each composition, 0 where it takes no part; None where one of them is no number."""
+        if self.numbers is None:
+            return None
+        return tuple(0.0 if gate is None else gate.number for gate in self.each)
+
     @property
     def is_one(self) -> bool:
         """Whether it is the number 1 in every row."""
@@ -324,8 +335,8 @@ class Gates:
             assert self.each[0] is not None
             return self.each[0].value(at)
         chosen = per_row(rows, len(at.y)).to(at.y.device)
-        if all(g is None or g.is_number for g in self.each):
-            return torch.tensor([0.0 if g is None else g.number for g in self.each], device=at.y.device)[chosen]
+        if self.table is not None:
+            return torch.tensor(self.table, device=at.y.device)[chosen]
         out = torch.zeros(len(chosen), device=at.y.device)
         for c, gate in enumerate(self.each):
             if gate is not None:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .frame import Frame
+from .frame import Frame, current
 from .fused import fused, narrow
-from .gates import Gate, Gates, Reading, leading
+from .gates import Gate, Gates, Reading, leading, per_row
 from .layer import Layer
 from .method import WeightMethod
 from .rows import RowFactors, worth
@@ -102,6 +102,10 @@ def _gate(
     terms: Sequence[Term], factors: Sequence[_Factors], rows: Tensor | None, at: Reading, dims: int, like: Tensor
 ) -> Tensor | float:
     """g_i s_i of all terms, as a factor of (B, ..., R) with `dims` dims: a number, (R,) or (B or 1, ..., R)."""
+    if rows is not None and (frame := current()) is not None and not torch.compiler.is_compiling():
+        tables = [term.gates.table for term in terms]
+        if None not in tables:
+            return _numbers(tables, factors, rows, dims, like, frame)
     gates = [term.gates.value(rows, at) * scale for term, (_, _, scale) in zip(terms, factors, strict=True)]
     if len(gates) == 1 and isinstance(gates[0], float):
         return gates[0]
@@ -113,6 +117,19 @@ def _gate(
     shape = torch.broadcast_shapes((1,) * (dims - 1), *[p.shape for p in parts])  # (B or 1, ...)
     columns = [p.expand(shape)[..., None].expand(*shape, r) for p, r in zip(parts, ranks, strict=True)]
     return torch.cat(columns, dim=-1)
+
+
+def _numbers(
+    tables: Sequence[Any], factors: Sequence[_Factors], rows: Tensor, dims: int, like: Tensor, frame: Frame
+) -> Tensor:
+    """`_gate` where all gates are numbers: made once in a call for all layers that have the same ones."""
+    columns = tuple((table, scale, b.shape[1]) for table, (_, b, scale) in zip(tables, factors, strict=True))
+    key = columns, dims, len(like), like.dtype, like.device
+    if (known := frame.gates.get(key)) is None:
+        each = [[g * scale for g in table] for table, scale, r in columns for _ in range(r)]  # R x compositions
+        chosen = torch.tensor(each, dtype=like.dtype).T[per_row(rows, len(like))].to(like.device)
+        known = frame.gates[key] = chosen.view(len(chosen), *[1] * (dims - 2), -1)
+    return known
 
 
 def _can_fuse(x: Tensor) -> bool:

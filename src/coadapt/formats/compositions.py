@@ -37,7 +37,7 @@ def _weight_to_json(weight: Any, gates: list[TrainedGate]) -> Any:
     if isinstance(weight, float):
         return weight
     if isinstance(weight, Learned):
-        per_layer = {"per_layer": True} if weight.per_layer else {}
+        per_layer = {"per_layer": list(weight.layers) or True} if weight.per_layer else {}
         return {"learned": gates.index(weight), "value": weight.shares()[0], **per_layer}
     raise ValueError("A composition with a gate per row belongs to one batch and cannot be saved.")
 
@@ -69,11 +69,18 @@ def _router(name: str, options: dict[Any, Any]) -> Router:
     return router_named(name, {str(k): v for k, v in options.items()})
 
 
+def _learned(start: float, per_layer: Any) -> Learned:
+    gate = Learned(start, per_layer=bool(per_layer))
+    if isinstance(per_layer, list):
+        gate.spread([str(layer) for layer in per_layer])
+    return gate
+
+
 def _weight(said: Any, gates: dict[int, Learned]) -> Any:
     match said:
         case {"learned": int(number), "value": int() | float() as value}:
             start = value if 0 < value < math.inf else 1.0
-            return gates.setdefault(number, Learned(start, per_layer=bool(said.get("per_layer", False))))
+            return gates.setdefault(number, _learned(start, said.get("per_layer", False)))
         case int() | float():
             return float(said)
         case _:
