@@ -10,7 +10,7 @@ import argparse
 import re
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -55,7 +55,7 @@ def spent(call: Callable[[], Any], calls: int) -> Spent:
         for _ in range(calls):
             call()
         whole = (time.perf_counter() - begun) * 1e6
-    us, times = Counter[str](), Counter[str]()
+    us, times = defaultdict[str, float](float), defaultdict[str, float](float)
     for event in profiler.key_averages():
         us[kind(event.key)] += event.self_cpu_time_total
         times[kind(event.key)] += event.count

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import coadapt
 from benchmarks import __main__ as bench
-from benchmarks import memory, training_step
+from benchmarks import memory, profiles, training_step
 from benchmarks.measuring import Candidate, Live, alive_after, interleaved
 from benchmarks.report import BYTES, COUNT, RATIO, SECONDS, Figure, Row, ratio, shown
 from benchmarks.setting import LORA, Setting, Step, adapted, batch, limit, llama
@@ -194,3 +194,16 @@ def test_bytes_counted_without_data_are_those_of_a_real_step(way: str, checkpoin
     assert empty.weights == pytest.approx(real.weights, rel=0.01)
     assert empty.activations == pytest.approx(real.activations, rel=0.1)
     assert empty.peak == pytest.approx(real.peak, rel=0.1)
+
+
+def test_profiles_tell_where_all_of_the_time_goes() -> None:
+    found = profiles.spent(lambda: torch.ones(40, 40) @ torch.ones(40, 40), 3)
+    parts = {what: us for what, us in found.us.items() if what != "whole"}
+    assert sum(parts.values()) == pytest.approx(found.us["whole"])
+    assert found.times["products of matrices"] == 1
+    assert found.times["copies, and new memory"] >= 2
+
+
+def test_profiles_run(capsys: pytest.CaptureFixture[str]) -> None:
+    profiles.main(["--quick", "--threads", "1"])
+    assert capsys.readouterr().out.count("| whole |") == 7

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import StaticCache
 
 from coadapt import BottleneckConfig, Learned, LoraConfig, PeftModel, Sum
 from laws.setting import EVERY, MAKE, attach, close, far, gradients, ids, logits, loss, pairs, same_gradients
@@ -222,3 +223,21 @@ def test_compiled_first_of_all_on_a_thread() -> None:
     assert len(found) == 2
     for one, other in zip(found, expected, strict=True):
         close(one, other)
+
+
+@pytest.mark.parametrize("mix", [("lora",), ("lora", "bottleneck", "ia3"), ("dora", "lora")])
+def test_tokens_one_by_one_into_a_static_cache(mix: tuple[str, ...]) -> None:
+    """In two graphs, one for the prompt and one for every token after it; as `generate` writes them uncompiled."""
+    view = one_layer("llama", *mix).eval()
+    tokens, count = ids(2, 5), 6
+    expected = view.generate(tokens, max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None)
+    graphs: list[Any] = []
+    made = torch.compile(view, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)  # type: ignore[func-returns-value]
+    written, new, at = tokens, tokens, torch.arange(5).expand(2, -1)
+    cache = StaticCache(config=view.base.config, max_cache_len=16)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for _ in range(count):
+            new = made(input_ids=new, past_key_values=cache, position_ids=at, use_cache=True).logits[:, -1:].argmax(-1)
+            written, at = torch.cat([written, new], 1), at[:, -1:] + 1
+    assert torch.equal(written, expected)
+    assert len(graphs) == 2
