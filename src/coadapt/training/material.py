@@ -15,13 +15,13 @@ from coadapt.data.prepare import Plan, Prepared, has_tags, plan, prepare
 from coadapt.data.segments import Framing
 from coadapt.data.show import describe, one_image, one_sample
 from coadapt.data.source import Source, read
+from coadapt.data.tokens import pad_token
 from coadapt.training.assemble import (
     Processor,
     check_sight,
     load_config,
     load_processor,
     longest,
-    pad_token,
     task_of_model,
 )
 from coadapt.training.datasets import DatasetSettings
