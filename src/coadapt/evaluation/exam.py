@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from coadapt.data.collate import Collator
 from coadapt.data.tokens import IGNORED, Example, end_tokens, pad_token
 from coadapt.evaluation.losses import row_losses, trained
-from coadapt.evaluation.metrics import CLASSES, Finding, Metric
+from coadapt.evaluation.metrics import CLASSES, Metric, Response
 from coadapt.model import PeftModel
 
 
@@ -64,20 +64,20 @@ class Exam:
             *(rest[at : at + self.batch_size] for at in range(0, len(rest), self.batch_size)),
         ]
 
-    def sit(self, view: PeftModel, composition: Any, batch: Sequence[int]) -> dict[int, Finding]:
-        """What `composition` (None: the base alone) makes of a batch: row -> finding."""
+    def sit(self, view: PeftModel, composition: Any, batch: Sequence[int]) -> dict[int, Response]:
+        """What `composition` (None: the base alone) makes of a batch: row -> response."""
         was = view.training
         view.eval()
         try:
             with torch.no_grad(), view.disable_adapter() if composition is None else view.using(composition):
                 answers = self._answers(view, batch) if any(m.generates for m in self.metrics) else [None] * len(batch)
-                losses = [Finding()] * len(batch)
+                losses = [Response()] * len(batch)
                 if not all(m.generates for m in self.metrics):
                     losses = self._losses(view, batch)
         finally:
             view.train(was)
         return {
-            row: Finding(loss=found.loss, tokens=found.tokens, right=found.right, answer=answer)
+            row: Response(loss=found.loss, tokens=found.tokens, right=found.right, answer=answer)
             for row, found, answer in zip(batch, losses, answers, strict=True)
         }
 
@@ -92,7 +92,7 @@ class Exam:
 
     # ---- what it should say ------------------------------------------------------------------------------------------
 
-    def _losses(self, view: PeftModel, batch: Sequence[int]) -> list[Finding]:
+    def _losses(self, view: PeftModel, batch: Sequence[int]) -> list[Response]:
         made = self._collated([self.rows[row] for row in batch])
         device = cast(Any, view).device
         inputs = {name: tensor.to(device) for name, tensor in made.items()}
@@ -107,7 +107,7 @@ class Exam:
             same = logits.argmax(-1).eq(labels)  # labels that are ignored equal no class
             right = same.reshape(len(labels), -1).sum(1)
         found = zip(losses.tolist(), tokens.tolist(), right.tolist(), strict=True)
-        return [Finding(loss=loss, tokens=int(n), right=int(r)) for loss, n, r in found]
+        return [Response(loss=loss, tokens=int(n), right=int(r)) for loss, n, r in found]
 
     def _collated(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         if self.collate is not None:

@@ -17,7 +17,7 @@ EXTRA = "pip install 'coadapt[eval]'"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class Response:
     """What a model made of one row."""
 
     loss: float = 0.0
@@ -32,13 +32,13 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """How a finding becomes a value with a weight, and many of them a figure."""
+    """How a response becomes a value with a weight, and many of them a figure."""
 
     name: str
     tasks: tuple[str, ...]
-    value: Callable[[Finding, str], float]
-    """Finding, wanted answer -> value."""
-    weight: Callable[[Finding], float] = lambda finding: 1.0
+    value: Callable[[Response, str], float]
+    """Response, wanted answer -> value."""
+    weight: Callable[[Response], float] = lambda response: 1.0
     generates: bool = False
     """Whether answers are needed; otherwise losses are."""
     proportion: bool = False
@@ -63,8 +63,8 @@ def _rouge() -> Any:
 
 
 def _rouge_metric(name: str) -> Metric:
-    def value(finding: Finding, wanted: str) -> float:
-        return float(_rouge().score(wanted, finding.answer or "")[name].fmeasure)
+    def value(response: Response, wanted: str) -> float:
+        return float(_rouge().score(wanted, response.answer or "")[name].fmeasure)
 
     return Metric(name=name, tasks=LANGUAGE, value=value, generates=True, package="rouge_score")
 
@@ -73,30 +73,30 @@ _ALL = (
     Metric(
         name="exact_match",
         tasks=LANGUAGE,
-        value=lambda finding, wanted: exact_match(finding.answer or "", wanted),
+        value=lambda response, wanted: exact_match(response.answer or "", wanted),
         generates=True,
         proportion=True,
     ),
     Metric(
         name="accuracy",
         tasks=CLASSES,
-        value=lambda finding, wanted: finding.right / finding.tokens,
-        weight=lambda finding: float(finding.tokens),
+        value=lambda response, wanted: response.right / response.tokens,
+        weight=lambda response: float(response.tokens),
         proportion=True,
     ),
     Metric(
         name="perplexity",
         tasks=LANGUAGE,
-        value=lambda finding, wanted: finding.loss / finding.tokens,
-        weight=lambda finding: float(finding.tokens),
+        value=lambda response, wanted: response.loss / response.tokens,
+        weight=lambda response: float(response.tokens),
         higher_is_better=False,
         reading=np.exp,
     ),
     Metric(
         name="loss",
         tasks=(*LANGUAGE, *CLASSES),
-        value=lambda finding, wanted: finding.loss / finding.tokens,
-        weight=lambda finding: float(finding.tokens),
+        value=lambda response, wanted: response.loss / response.tokens,
+        weight=lambda response: float(response.tokens),
         higher_is_better=False,
     ),
     *(_rouge_metric(name) for name in ("rouge1", "rouge2", "rougeL")),

@@ -1,4 +1,4 @@
-"""From findings to scores: each metric's values, row by row, their mean, and the difference from another model's."""
+"""From responses to scores: each metric's values, row by row, their mean, and the difference from another model's."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy as np
 from coadapt.evaluation import intervals
 from coadapt.evaluation.exam import Exam
 from coadapt.evaluation.intervals import Estimate, Values
-from coadapt.evaluation.metrics import Finding, Metric, Verdict
+from coadapt.evaluation.metrics import Metric, Response, Verdict
 from coadapt.model import PeftModel
 
 
@@ -64,25 +64,25 @@ def score(view: PeftModel, exam: Exam, composition: Any = None) -> dict[str, Sco
     Raises:
         ValueError: the view has no such adapter, or a loss is not finite.
     """
-    found: dict[int, Finding] = {}
+    found: dict[int, Response] = {}
     for batch in exam.batches:
         found |= exam.sit(view, composition, batch)
     return scores(exam, [found[row] for row in range(len(exam.rows))])
 
 
-def scores(exam: Exam, findings: Sequence[Finding]) -> dict[str, Score]:
-    """The scores of findings, one for each row of the exam, in its order."""
-    return {metric.name: _score(metric, findings, exam.wanted) for metric in exam.metrics}
+def scores(exam: Exam, responses: Sequence[Response]) -> dict[str, Score]:
+    """The scores of responses, one for each row of the exam, in its order."""
+    return {metric.name: _score(metric, responses, exam.wanted) for metric in exam.metrics}
 
 
-def _score(metric: Metric, findings: Sequence[Finding], wanted: Sequence[str]) -> Score:
-    values = np.array([metric.value(finding, text) for finding, text in zip(findings, wanted, strict=True)])
+def _score(metric: Metric, responses: Sequence[Response], wanted: Sequence[str]) -> Score:
+    values = np.array([metric.value(response, text) for response, text in zip(responses, wanted, strict=True)])
     if lost := [row for row, value in enumerate(values.tolist()) if not np.isfinite(value)]:
         raise ValueError(
             f"{metric.name} is not finite in {len(lost)} of {len(values)} rows (the first: {lost[0]}). A base in "
             "float16 overflows so; load it in float32 or bfloat16."
         )
-    return Score(metric=metric, values=values, weights=np.array([metric.weight(finding) for finding in findings]))
+    return Score(metric=metric, values=values, weights=np.array([metric.weight(response) for response in responses]))
 
 
 def plain(of: Mapping[str, Score]) -> dict[str, dict[str, float]]:
