@@ -5,7 +5,7 @@ Prompts are the tokens that training put before the answer, taken from the same 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -36,6 +36,8 @@ class Exam:
     max_new_tokens: int = 128
     room: int | None = None
     """Tokens that the model takes beside virtual ones; None: any number."""
+    classes: Sequence[str] = ()
+    """Their names, where the rows have classes."""
 
     @cached_property
     def parts(self) -> Sequence[tuple[list[int], list[int]]]:
@@ -44,10 +46,18 @@ class Exam:
 
     @cached_property
     def wanted(self) -> Sequence[str]:
-        """Of each row, the answer as text; of classes the number."""
-        if self.task in CLASSES or self.tokenizer is None:
-            return [str(row["labels"]) for row in self.rows]
+        """Of each row, the answer, the class, or the tags, as text."""
+        if self.task in CLASSES:
+            return [" ".join(self.classes[label] for label in _labels(row)) for row in self.rows]
+        assert self.tokenizer is not None
         return [cast(str, self.tokenizer.decode(answer, skip_special_tokens=True)) for _, answer in self.parts]
+
+    def asked(self, row: int) -> str:
+        """What is asked, as text: the prompt, the text to classify, the file of an image; of plain text nothing."""
+        if self.tokenizer is None:
+            return str(self.rows[row]["image"])
+        tokens = self.rows[row]["input_ids"] if self.task in CLASSES else self.parts[row][0]
+        return cast(str, self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     @cached_property
     def batches(self) -> Sequence[Sequence[int]]:
@@ -70,19 +80,26 @@ class Exam:
         view.eval()
         try:
             with torch.no_grad(), view.disable_adapter() if composition is None else view.using(composition):
-                answers = self._answers(view, batch) if any(m.generates for m in self.metrics) else [None] * len(batch)
-                losses = [Response()] * len(batch)
-                if not all(m.generates for m in self.metrics):
-                    losses = self._losses(view, batch)
+                found = self._losses(view, batch) if self.needs_losses else [Response()] * len(batch)
+                if self.needs_answers:
+                    answers = self._answers(view, batch)
+                    found = [replace(one, answer=answer) for one, answer in zip(found, answers, strict=True)]
         finally:
             view.train(was)
-        return {
-            row: Response(loss=found.loss, tokens=found.tokens, right=found.right, answer=answer)
-            for row, found, answer in zip(batch, losses, answers, strict=True)
-        }
+        return dict(zip(batch, found, strict=True))
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether a metric compares answers."""
+        return any(metric.generates for metric in self.metrics)
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether a metric is about what should have been said."""
+        return not all(metric.generates for metric in self.metrics)
 
     def __post_init__(self) -> None:
-        if not any(m.generates for m in self.metrics):
+        if not self.needs_answers:
             return
         if empty := [number for number, (asked, wanted) in enumerate(self.parts) if not asked or not wanted]:
             raise ValueError(
@@ -102,12 +119,16 @@ class Exam:
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=labels)
         logits = cast(Any, view)(**inputs).logits
         losses, tokens = row_losses(logits, labels, self.task), trained(labels, self.task)
-        right = torch.zeros_like(tokens)
-        if self.task in CLASSES:
-            same = logits.argmax(-1).eq(labels)  # labels that are ignored equal no class
-            right = same.reshape(len(labels), -1).sum(1)
-        found = zip(losses.tolist(), tokens.tolist(), right.tolist(), strict=True)
-        return [Response(loss=loss, tokens=int(n), right=int(r)) for loss, n, r in found]
+        found = zip(losses.tolist(), tokens.tolist(), strict=True)
+        if self.task not in CLASSES:
+            return [Response(loss=loss, tokens=int(n)) for loss, n in found]
+        likeliest = logits.argmax(-1)
+        right = likeliest.eq(labels).reshape(len(labels), -1).sum(1)  # labels that are ignored equal no class
+        chosen = [one[label.ne(IGNORED)].reshape(-1).tolist() for one, label in zip(likeliest, labels, strict=True)]
+        return [
+            Response(loss=loss, tokens=int(n), right=int(r), answer=" ".join(self.classes[c] for c in classes))
+            for (loss, n), r, classes in zip(found, right.tolist(), chosen, strict=True)
+        ]
 
     def _collated(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         if self.collate is not None:
@@ -125,9 +146,15 @@ class Exam:
 
     def _longest(self, row: int) -> int:
         """Tokens of an answer that there is room for."""
-        if self.room is None or self.task != "causal-lm" or not any(m.generates for m in self.metrics):
+        if self.room is None or self.task != "causal-lm" or not self.needs_answers:
             return self.max_new_tokens
         return min(self.max_new_tokens, max(1, self.room - len(self.parts[row][0])))
+
+
+def _labels(row: Example) -> list[int]:
+    """Its class, or those of its words."""
+    labels = row["labels"]
+    return [labels] if isinstance(labels, int) else [label for label in labels if label != IGNORED]
 
 
 def asked_and_wanted(row: Mapping[str, Any], task: str) -> tuple[list[int], list[int]]:

@@ -62,6 +62,11 @@ class Journal:
         self._lines.flush()
         self.known.setdefault(who, {}).update(rows)
 
+    @property
+    def count(self) -> int:
+        """Responses that are kept."""
+        return sum(map(len, self.known.values()))
+
     def remove(self) -> None:
         """What it was kept for is written."""
         self._lines.close()

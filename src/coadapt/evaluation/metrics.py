@@ -25,9 +25,9 @@ class Response:
     tokens: int = 1
     """How many tokens (tags, classes) that is the sum of."""
     right: int = 0
-    """How many of them are the likeliest; of language models not counted."""
+    """How many of them were the likeliest; of language models not counted."""
     answer: str | None = None
-    """What it went on with, greedily; None where it was not asked."""
+    """What it went on with, greedily; the class or the tags that it chose. None where it was not asked."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,6 +120,7 @@ def make_questions(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         room=_room(ready, view) if text else None,
+        classes=_classes(ready) if task in CLASSIFYING else (),
     )
     told = [*notes, *_told(ready, rows, made, found, trained_on)]
     return Questions(exam=exam, name=rows.source.name, fingerprint=made.fingerprint, form=found.form, told=told)
