@@ -126,8 +126,8 @@ class Exam:
         right = likeliest.eq(labels).reshape(len(labels), -1).sum(1)  # labels that are ignored equal no class
         chosen = [one[label.ne(IGNORED)].reshape(-1).tolist() for one, label in zip(likeliest, labels, strict=True)]
         return [
-            Response(loss=loss, tokens=int(n), right=int(r), answer=" ".join(self.classes[c] for c in classes))
-            for (loss, n), r, classes in zip(found, right.tolist(), chosen, strict=True)
+            Response(loss=loss, tokens=int(n), right=int(r), answer=" ".join(str(self.classes[c]) for c in ids))
+            for (loss, n), r, ids in zip(found, right.tolist(), chosen, strict=True)
         ]
 
     def _collated(self, examples: Sequence[Example]) -> dict[str, Tensor]:
