@@ -120,7 +120,7 @@ def _transformers(facts: Facts) -> Iterator[str]:
     if facts.kind in NOT_INJECTED:
         yield "it puts adapters into layers, and takes no prompts or prefixes"
     if facts.kind == "DORA":
-        yield f"transformers {TRANSFORMERS_VERSION} leaves DoRA's magnitudes out, and says nothing"
+        yield f"transformers {TRANSFORMERS_VERSION} loads DoRA without its magnitudes"
 
 
 def _only_lora(facts: Facts) -> Iterator[str]:
