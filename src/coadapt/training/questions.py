@@ -123,7 +123,8 @@ def make_questions(
         classes=_classes(ready) if task in CLASSIFYING else (),
     )
     told = [*notes, *_told(ready, rows, made, found, trained_on)]
-    return Questions(exam=exam, name=rows.source.name, fingerprint=made.fingerprint, form=found.form, told=told)
+    source = rows.held_out or rows.source
+    return Questions(exam=exam, name=source.name, fingerprint=made.fingerprint, form=found.form, told=told)
 
 
 def _prepared(
