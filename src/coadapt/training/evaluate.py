@@ -18,8 +18,6 @@ from coadapt.evaluation.scoring import Score, figures, plain, scores
 from coadapt.formats.files import aside
 from coadapt.formats.provenance import versions
 from coadapt.model import PeftModel
-from coadapt.training.assemble import load_config
-from coadapt.training.load import Ready
 from coadapt.training.questions import Questions
 
 BASE = "the base"
@@ -98,15 +96,6 @@ def question(view: PeftModel, exam: Exam) -> str:
 
 
 # ---- what is said of it ----------------------------------------------------------------------------------------------
-
-
-def untrained_head(ready: Ready, name: str | None) -> bool:
-    """Whether the base's own head is new, so that its classes are guesses."""
-    if ready.task not in CLASSES or name is None:
-        return False
-    config = load_config(name)
-    fitting = any("Classification" in architecture for architecture in config.architectures or [])
-    return not (fitting and config.id2label == ready.model.config.id2label)  # type: ignore[union-attr]
 
 
 def report(questions: Questions, results: Sequence[Result], facts: Mapping[str, Any]) -> dict[str, Any]:
