@@ -15,13 +15,13 @@ from coadapt.data.prepare import Plan, Prepared, has_tags, plan, prepare
 from coadapt.data.segments import Framing
 from coadapt.data.show import describe, one_image, one_sample
 from coadapt.data.source import Source, read
+from coadapt.data.tokens import pad_token
 from coadapt.training.assemble import (
     Processor,
     check_sight,
     load_config,
     load_processor,
     longest,
-    pad_token,
     task_of_model,
 )
 from coadapt.training.datasets import DatasetSettings
@@ -144,17 +144,22 @@ def _read(settings: DatasetSettings) -> tuple[Source, Source | None]:
     return rows, read(settings.eval_data, settings.dataset_config) if settings.eval_data else None
 
 
-def _seen(
-    run: RunConfig, config: PreTrainedConfig, settings: DatasetSettings, source: Source, held_out: Source | None
-) -> tuple[Task, Plan]:
-    """The task and the format of one data set."""
-    told = Told(
+def columns(settings: DatasetSettings) -> Told:
+    """The columns that the settings name."""
+    return Told(
         text=settings.text_column,
         prompt=settings.prompt_column,
         completion=settings.completion_column,
         label=settings.label_column,
         image=settings.image_column,
     )
+
+
+def _seen(
+    run: RunConfig, config: PreTrainedConfig, settings: DatasetSettings, source: Source, held_out: Source | None
+) -> tuple[Task, Plan]:
+    """The task and the format of one data set."""
+    told = columns(settings)
     task = run.task or task_of_model(config)
     if run.task is None and task == "sequence-classification" and has_tags(source):
         task = "token-classification"  # an encoder can be either
