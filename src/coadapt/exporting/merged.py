@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from ..core import merging
+from ..core.adapter import ModuleCopy
 from ..core.composition import Node, names
 from ..core.method import AttentionMethod, InputMethod, WeightMethod
-from ..core.adapter import ModuleCopy
 from ..model import PeftModel
 from .plain import is_new_bias
 

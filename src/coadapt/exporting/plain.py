@@ -42,10 +42,14 @@ def obstacles(base: Any, adapters: Mapping[str, Adapter], node: Node, ends: bool
             path, kind = part.place.path, type(part.method).__name__
             match part.method:
                 case AttentionMethod() | InputMethod():
-                    found.setdefault(name, Obstacle(f"{name!r} is virtual tokens ({kind}), no change of weights", False))
+                    found.setdefault(
+                        name, Obstacle(f"{name!r} is virtual tokens ({kind}), no change of weights", False)
+                    )
                 case ModuleCopy() as method:
                     if reason := _no_matrix(part.place.module, path, base, ends):
-                        found.setdefault(f"{name} {path}", Obstacle(f"{name!r} holds a trained copy of {path!r}{reason}"))
+                        found.setdefault(
+                            f"{name} {path}", Obstacle(f"{name!r} holds a trained copy of {path!r}{reason}")
+                        )
                     elif not _same_bias(method.copy, part.place.module):
                         found.setdefault(f"{name} {path}", Obstacle(f"{name!r} trains the bias of {path!r}"))
                 case WeightMethod():
@@ -79,7 +83,9 @@ def _no_matrix(module: nn.Module, path: str, base: Any, ends: bool) -> str:
         return ", an embedding or a head, where this program takes no adapters"
     weights = roles.weights(base, words)
     if len(words) == 2 and weights[words[0]] is weights[words[1]]:
-        return ", and the embedding and the head are one weight in this model, which the program adapts at both or neither"
+        return (
+            ", and the embedding and the head are one weight in this model, which the program adapts at both or neither"
+        )
     return "" if module in words or kind == "linear" else ", an embedding other than that of the tokens"
 
 

@@ -27,7 +27,7 @@ class Target:
     most_rank: int | None = None
     """The largest rank that it takes."""
     use: str
-    """The line that uses what was written: {out} is the folder, {base} the base, {r} the rank, {file} the file in it."""
+    """The line that uses what was written: of {out}, the folder; {base}; {room} for ranks; {file}, the file in it."""
     use_merged: str = ""
     """The same for a merged model."""
 
@@ -100,7 +100,5 @@ TARGETS = {
 def target_named(name: str) -> Target:
     """Raises ValueError where there is none of that name."""
     if name not in TARGETS:
-        raise ValueError(
-            f"There is no target {name!r}.{did_you_mean(name, TARGETS)} Known: {', '.join(TARGETS)}."
-        )
+        raise ValueError(f"There is no target {name!r}.{did_you_mean(name, TARGETS)} Known: {', '.join(TARGETS)}.")
     return TARGETS[name]

@@ -44,7 +44,7 @@ def mlx_name(path: str, base: Any) -> str:
 
 
 def config(adapter: Adapter, base: nn.Module) -> dict[str, Any]:
-    """All layers get an adapter at `keys`, named from their layer; what stands outside of the layers by its whole name."""
+    """All layers get an adapter at `keys`, named from there on; what stands outside of the layers by its whole name."""
     layers = [block.path for block in blocks(base)]
     keys: list[str] = []
     for part in adapter.parts:
@@ -62,5 +62,3 @@ def config(adapter: Adapter, base: nn.Module) -> dict[str, Any]:
             "keys": sorted(set(keys)),
         },
     }
-
-

@@ -1,6 +1,7 @@
 """A model as ONNX, run by onnxruntime (extra `onnx`): one call without a cache, any batch and length."""
 
 import inspect
+import logging
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -40,8 +41,7 @@ class Plain(nn.Module):
         super().__init__()
         self.base, self.names = base, list(names)
         takes = inspect.signature(base.forward).parameters
-        causal = "decoder_input_ids" not in names and base.config.model_type != "bert"
-        self.places = causal and "position_ids" in takes and base.can_generate()
+        self.places = "position_ids" in takes and base.can_generate() and not base.config.is_encoder_decoder
         self.options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -75,12 +75,19 @@ def write(base: Any, file: Path, inputs: Mapping[str, Tensor]) -> None:
                 verbose=False,
             )
         except Exception as error:
-            first = str(error).strip().splitlines()
             raise ValueError(
-                f"torch {torch.__version__} cannot write {type(base).__name__} as ONNX: {first[0] if first else error}"
+                f"torch {torch.__version__} cannot write {type(base).__name__} as ONNX: {_cause(error)}"
             ) from error
         assert program is not None
         program.save(file, external_data=size > LARGEST)
+
+
+def _cause(error: BaseException) -> str:
+    """What torch's exporter says last, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _free(name: str, value: Tensor) -> dict[int, Any]:
@@ -102,9 +109,18 @@ def _plain_attention(base: Any) -> Any:
 @contextmanager
 def _silent() -> Any:
     """torch's exporter tells its steps, and that of its own parts are old."""
-    with warnings.catch_warnings(), redirect_stdout(StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    log = logging.getLogger("torch.onnx")
+    parts = [log, *(logging.getLogger(n) for n in logging.root.manager.loggerDict if n.startswith("torch.onnx."))]
+    before = [part.level for part in parts]
+    for part in parts:
+        part.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for part, level in zip(parts, before, strict=True):
+            part.setLevel(level)
 
 
 def session(file: Path) -> Any:
@@ -124,12 +140,14 @@ def run(opened: Any, inputs: Mapping[str, Tensor]) -> np.ndarray:
 
 def quantise(file: Path, out: Path) -> None:
     """Matrices as 8-bit numbers, with a scale for each column; what they multiply is made 8-bit in each call."""
-    import logging
-
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    logging.getLogger().setLevel(max(logging.getLogger().level, logging.ERROR))
-    quantize_dynamic(str(file), str(out), weight_type=QuantType.QInt8, per_channel=True)
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.setLevel(logging.ERROR)  # it advises on the root logger
+    try:
+        quantize_dynamic(str(file), str(out), weight_type=QuantType.QInt8, per_channel=True)
+    finally:
+        root.setLevel(level)
 
 
 def seconds(opened: Any, inputs: Mapping[str, Tensor], calls: int = 20) -> float:

@@ -13,7 +13,11 @@ from . import tokenizer as tokenizers
 from .names import Family, Names, family_of, ordered, package
 from .reading import compare
 
-KINDS = {torch.float32: ("F32", "ALL_F32"), torch.float16: ("F16", "MOSTLY_F16"), torch.bfloat16: ("BF16", "MOSTLY_BF16")}
+KINDS = {
+    torch.float32: ("F32", "ALL_F32"),
+    torch.float16: ("F16", "MOSTLY_F16"),
+    torch.bfloat16: ("BF16", "MOSTLY_BF16"),
+}
 """The base's dtype -> what the file's matrices are, and what the file is called. Vectors are always float32."""
 Q8 = ("Q8_0", "MOSTLY_Q8_0")
 BLOCK = 32

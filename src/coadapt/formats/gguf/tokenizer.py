@@ -9,10 +9,10 @@ from typing import Any
 from .names import package
 
 GPT2_SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
+QWEN2_SPLIT = rf"{_WORDS}|\p{{N}}|{_REST}"
 SPLITS = {GPT2_SPLIT: "gpt-2", LLAMA3_SPLIT: "llama-bpe", QWEN2_SPLIT: "qwen2"}
 """How a text is cut before merging -> what llama.cpp calls that."""
 MARK = "▁"
@@ -75,7 +75,9 @@ def tables(tokenizer: Any, rows: int) -> Tables:
         )
     said = json.loads(tokenizer.backend_tokenizer.to_str())
     if len(tokenizer) > rows:
-        raise ValueError(f"The tokenizer knows {len(tokenizer)} tokens, the model {rows}: llama.cpp needs as many rows.")
+        raise ValueError(
+            f"The tokenizer knows {len(tokenizer)} tokens, the model {rows}: llama.cpp needs as many rows."
+        )
     kind = said["model"]["type"]
     steps = _steps(said["pre_tokenizer"])
     if kind == "BPE" and steps and steps[-1]["type"] == "ByteLevel":
