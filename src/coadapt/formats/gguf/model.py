@@ -19,6 +19,7 @@ KINDS = {
     torch.bfloat16: ("BF16", "MOSTLY_BF16"),
 }
 """The base's dtype -> what the file's matrices are, and what the file is called. Vectors are always float32."""
+CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel")
 Q8 = ("Q8_0", "MOSTLY_Q8_0")
 BLOCK = 32
 """Numbers of a row that have a scale in common in Q8_0."""
@@ -29,11 +30,10 @@ def check(base: Any, tokenizer: Any) -> None:
     package()
     family = family_of(base, whole=True)
     config = base.config
-    wrong = _strange_llama(config) if family.arch == "llama" else _strange_gpt2(config)
-    if type(base).__name__ not in ("LlamaForCausalLM", "MistralForCausalLM", "GPT2LMHeadModel"):
-        wrong = f"it is a {type(base).__name__}, no language model"
-    if wrong:
-        raise ValueError(f"llama.cpp computes this {config.model_type} model otherwise: {wrong}.")
+    if type(base).__name__ not in CLASSES:
+        raise ValueError(f"GGUF files are written of language models; this is a {type(base).__name__}.")
+    if wrong := _strange_gpt2(config) if family.arch == "gpt2" else _strange_llama(config):
+        raise ValueError(f"llama.cpp computes {config.model_type} models otherwise: {wrong}.")
     tokenizers.check(tokenizer, len(word_embeddings(base)[0].get_parameter("weight")))
 
 
@@ -43,7 +43,7 @@ def _strange_llama(config: Any) -> str:
         return f"hidden_act is {config.hidden_act!r}, not 'silu'"
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3"):
         return f"rope_type is {rope['rope_type']!r}"
-    if getattr(config, "sliding_window", None):
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         return f"sliding_window is {config.sliding_window}"
     return ""
 
@@ -65,7 +65,7 @@ def write(base: Any, tokenizer: Any, file: Path, name: str, quantise: bool = Fal
     gguf, family = package(), family_of(base, whole=True)
     writer = gguf.GGUFWriter(file, family.arch)
     writer.add_name(name)
-    (_describe_llama if family.arch == "llama" else _describe_gpt2)(writer, base)
+    (_describe_gpt2 if family.arch == "gpt2" else _describe_llama)(writer, base)
     kind, whole = Q8 if quantise else KINDS[base.dtype]
     writer.add_file_type(gguf.LlamaFileType[whole])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -97,7 +97,7 @@ def tensors(base: Any, family: Family) -> dict[str, np.ndarray]:
         for key, value in module.named_parameters(recurse=False):
             whole = f"{path}.{key}"
             found[names(whole)] = ordered(_array(_stored(module, path, key, value)), whole, family, base.config)
-    if family.arch == "llama" and (factors := _rope_factors(base)) is not None:
+    if family.arch != "gpt2" and (factors := _rope_factors(base)) is not None:
         found["rope_freqs.weight"] = factors
     return found
 

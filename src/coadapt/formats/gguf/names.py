@@ -23,8 +23,8 @@ class Family:
 FAMILIES = {
     "llama": Family("llama", pairs=True, whole=True),
     "mistral": Family("llama", pairs=True, whole=True),
-    "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3"),
+    "qwen2": Family("qwen2", whole=True),
+    "qwen3": Family("qwen3", whole=True),
     "gemma2": Family("gemma2"),
     "gemma3_text": Family("gemma3"),
     "gpt2": Family("gpt2", whole=True),
