@@ -7,7 +7,7 @@ from typing import Any
 
 from ..combining import Report
 from ..core.composition import Node, names
-from ..formats import onnx
+from ..formats import mlx, onnx
 from ..formats.gguf import model as gguf
 from ..model import PeftModel
 from . import adapter_forms, model_forms
@@ -144,7 +144,9 @@ def _writer(
         case _:
             if not hasattr(base, "save_pretrained"):
                 raise ValueError(f"{type(base).__name__} is no model of transformers, which would load the result.")
-            return lambda new, inputs: model_forms.folder(new, model, node, tokenizer, inputs)
+            if aim.name == "mlx":
+                mlx.check_model(base)
+            return lambda new, inputs: model_forms.folder(new, model, node, tokenizer, inputs, aim.name == "mlx")
 
 
 def _use(aim: Target, merge: bool, form: Any, out: Path, model: PeftModel, done: model_forms.Done) -> str:

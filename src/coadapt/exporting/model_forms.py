@@ -12,8 +12,8 @@ import torch
 from ..combining import Report
 from ..core.base import base_of
 from ..core.composition import Node
-from ..formats import onnx
-from ..formats.files import PROVENANCE
+from ..formats import mlx, onnx
+from ..formats.files import PROVENANCE, read_json
 from ..formats.gguf import model as gguf
 from ..formats.provenance import versions
 from ..model import PeftModel
@@ -55,13 +55,16 @@ def keep_provenance(new: Path, source: Path | None) -> None:
         shutil.copy(source / PROVENANCE, new)
 
 
-def folder(new: Path, view: PeftModel, node: Node, tokenizer: Any, inputs: Inputs | None) -> Done:
+def folder(new: Path, view: PeftModel, node: Node, tokenizer: Any, inputs: Inputs | None, for_mlx: bool) -> Done:
     """A plain folder of transformers."""
     meant, plain = _before(view, node, inputs)
     with merged(view, node) as base:
         done = Done(drift=None if inputs is None else drift(meant, logits(base, inputs), plain))
         whole: Any = base
         whole.save_pretrained(new)
+    if for_mlx:
+        facts = mlx.completed(read_json(new / "config.json"))
+        (new / "config.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     if tokenizer is not None:
         tokenizer.save_pretrained(new)
     return done
@@ -76,6 +79,8 @@ def gguf_file(
     with merged(view, node) as base:
         done = Done(main=[name], drift=None if inputs is None else drift(meant, logits(base, inputs), plain))
         gguf.write(base, tokenizer, new / name, new.name.removeprefix(".coadapt-writing."), quantised)
+        if quantised and inputs is not None:
+            done.facts["q8_0_drift"] = drift(meant, logits(gguf.rounded(base), inputs), plain)
     done.notes.append(f"{name} was read back: every tensor is as it was meant.")
     if ollama:
         (new / "Modelfile").write_text(f"FROM ./{name}\n", "utf-8")

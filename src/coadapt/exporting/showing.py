@@ -34,8 +34,9 @@ def lines(done: "Exported") -> Iterator[str]:
         if name in done.facts:
             size, seconds = done.facts[name]["bytes"], done.facts[name]["seconds_per_call"]
             yield f"{title}: {size / 1e6:.2f} MB, {1000 * seconds:.2f} ms for {ONNX_INPUTS} on this CPU."
-    if "int8_drift" in done.facts:
-        yield f"int8: {done.facts['int8_drift']}."
+    for kind in ("int8", "q8_0"):
+        if (off := done.facts.get(f"{kind}_drift")) is not None:
+            yield f"{kind}: {off}."
     total = sum(done.files.values())
     kind = "Merged model" if done.merged else "Adapter"
     yield f"{kind} for {done.target} written to {done.out} ({total / 1e6:.1f} MB). Use it with:"

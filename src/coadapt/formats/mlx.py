@@ -26,6 +26,15 @@ def check(base: Any) -> None:
         )
 
 
+def check_model(base: Any) -> None:
+    """Raises ValueError for a model that mlx-lm does not load from a folder of transformers."""
+    if base.config.model_type == "gpt2":
+        raise ValueError(
+            "mlx-lm reads GPT-2 only under other names of its weights than transformers writes. Write the adapter "
+            "instead (without merged, --merged)."
+        )
+
+
 def tensors(adapter: Adapter, base: Any) -> dict[str, Tensor]:
     """lora_a (I, R) and lora_b (R, O) by MLX's names: y + scale * (x lora_a) lora_b."""
     found: dict[str, Tensor] = {}
@@ -62,3 +71,16 @@ def config(adapter: Adapter, base: nn.Module) -> dict[str, Any]:
             "keys": sorted(set(keys)),
         },
     }
+
+
+def completed(facts: dict[str, Any]) -> dict[str, Any]:
+    """A model's config.json with the fields that mlx-lm looks for and transformers 5 has put elsewhere or dropped."""
+    rope = facts.get("rope_parameters") or {}
+    added: dict[str, Any] = {}
+    if "rope_theta" in rope:
+        added["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        added["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    if facts.get("model_type") == "gpt2":
+        added["n_ctx"] = facts["n_positions"]
+    return {**added, **facts}

@@ -79,7 +79,21 @@ def write(base: Any, file: Path, inputs: Mapping[str, Tensor]) -> None:
                 f"torch {torch.__version__} cannot write {type(base).__name__} as ONNX: {_cause(error)}"
             ) from error
         assert program is not None
+        _strip(program.model)
         program.save(file, external_data=size > LARGEST)
+
+
+def _strip(model: Any) -> None:
+    """Without the lines of source that each node came from, which are a third of a small file, and name local paths."""
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values()) if graph is model.graph else graph.inputs:
+            value.metadata_props.clear()
+        graph.metadata_props.clear()
 
 
 def _cause(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """A whole model of Llama's or GPT-2's shape, with its tokenizer, as one GGUF file."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...core.layer import Layer, kind_of
+from ...core.layer import kind_of
 from ...core.roles import weights, word_embeddings
 from . import tokenizer as tokenizers
 from .names import Family, Names, family_of, ordered, package
@@ -84,6 +85,22 @@ def write(base: Any, tokenizer: Any, file: Path, name: str, quantise: bool = Fal
     compare(file, meant)
 
 
+@torch.no_grad()
+def rounded(base: Any) -> Any:
+    """A copy of `base` with its weights as a quantised file holds them."""
+    gguf = package()
+    kind = gguf.GGMLQuantizationType[Q8[0]]
+    copied: Any = copy.deepcopy(base)
+    for module in copied.modules():
+        for key, value in module.named_parameters(recurse=False):
+            rows = _by_output(module, key, value)
+            if rows.dim() == 2 and rows.shape[-1] % BLOCK == 0:
+                # In which order the rows stand changes nothing: each has scales of its own.
+                off = torch.from_numpy(gguf.dequantize(gguf.quantize(_array(rows), kind), kind))
+                value.copy_(_by_output(module, key, off))
+    return copied
+
+
 def tensors(base: Any, family: Family) -> dict[str, np.ndarray]:
     """By llama.cpp's names, in its order of rows, (O, I) for matrices; a tied head is left out."""
     names = Names(family, base.config.num_hidden_layers)
@@ -96,16 +113,16 @@ def tensors(base: Any, family: Family) -> dict[str, np.ndarray]:
             continue
         for key, value in module.named_parameters(recurse=False):
             whole = f"{path}.{key}"
-            found[names(whole)] = ordered(_array(_stored(module, path, key, value)), whole, family, base.config)
+            found[names(whole)] = ordered(_array(_by_output(module, key, value)), whole, family, base.config)
     if family.arch != "gpt2" and (factors := _rope_factors(base)) is not None:
         found["rope_freqs.weight"] = factors
     return found
 
 
-def _stored(module: nn.Module, path: str, key: str, value: Tensor) -> Tensor:
-    """GPT-2's linear layers are (I, O); embeddings are (V, D) in both."""
+def _by_output(module: nn.Module, key: str, value: Tensor) -> Tensor:
+    """(O, I) of a linear layer, which GPT-2's have the other way round, and back; (V, D) of an embedding."""
     kind = kind_of(module)
-    return Layer(module, path).weight() if key == "weight" and kind is not None and kind.name == "linear" else value
+    return kind.canonical(value) if key == "weight" and kind is not None and kind.name == "linear" else value
 
 
 def _rope_factors(base: Any) -> np.ndarray | None:
