@@ -75,17 +75,19 @@ def made(aim: Target, view: PeftModel, node: Node, r: Any) -> tuple[Adapter, Rep
             return only, None
     if not found:
         return plain_lora(base, adapters, node, r)
-    if aim.own_kinds and (aim.virtual or not any(_is_virtual(a) for a in adapters.values())):
-        return combine(base, adapters, node, *_way(adapters, node, r))
+    virtual = any(_is_virtual(adapter) for adapter in adapters.values())
+    if aim.own_kinds and (aim.virtual or not virtual):
+        how, options = _way(adapters, node, r) if all(o.merges for o in found) else (None, Options(r=r))
+        return combine(base, adapters, node, how, "default", options)
     raise refusal(aim, found)
 
 
-def _way(adapters: Mapping[str, Adapter], node: Node, r: Any) -> tuple[str | None, str, Options]:
+def _way(adapters: Mapping[str, Adapter], node: Node, r: Any) -> tuple[str | None, Options]:
     """How `combine` is to be asked: exactly where that is possible."""
     matrices = [site for site in sites(adapters, node) if site.is_matrix and site.moves(node)]
     if r is None and all(site.factors(node) is not None for site in matrices):
-        return None, "default", Options()
-    return "svd", "default", Options(r=r or RANK)
+        return None, Options()
+    return "svd", Options(r=r or RANK)
 
 
 def _is_virtual(adapter: Adapter) -> bool:
@@ -101,7 +103,8 @@ def refusal(aim: Target, found: list[Obstacle]) -> ValueError:
         rest = "Nor can that be merged. Name the others (adapters=, --adapters), or serve it with coadapt."
     else:
         rest = "Write the merged model (merged=True, --merged), or name the others (adapters=, --adapters)."
-    return ValueError(f"{aim.name} takes a plain LoRA at linear layers: {'; '.join(told)}{more}. {rest}")
+    takes = "no virtual tokens" if aim.own_kinds else "a plain LoRA at linear layers"
+    return ValueError(f"{aim.name} takes {takes}: {'; '.join(told)}{more}. {rest}")
 
 
 def _drift(view: PeftModel, node: Node, folder: Path, inputs: Inputs) -> Drift:

@@ -58,6 +58,8 @@ def obstacles(base: Any, adapters: Mapping[str, Adapter], node: Node, ends: bool
                     found.setdefault(
                         name, Obstacle(f"{name!r} is of modules between layers ({kind} at {path!r})", False)
                     )
+    if any(not obstacle.merges for obstacle in found.values()):
+        return list(found.values())
     for site in sites(adapters, node):
         path = site.place.path
         if site.place.parameter:
