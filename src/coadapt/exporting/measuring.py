@@ -20,7 +20,7 @@ class Drift:
     """The logits of two models on the same inputs."""
 
     share: float
-    """|other - meant| / |meant - base|, the part of what the adapters change that is off; nan where they change none."""
+    """|other - meant| / |meant - base|, the part of what the adapters change that is off; nan where that is none."""
     largest: float
     """The largest difference of two logits."""
     places: int
