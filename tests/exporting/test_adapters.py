@@ -116,7 +116,9 @@ def test_other_methods_become_a_lora_with_the_error_that_is_told(view: View, tmp
 
 
 def test_what_peft_reads_is_written_as_it_is(view: View, tmp_path: Path) -> None:
-    for number, config in enumerate((LoraConfig(r=3, use_dora=True), IA3Config(), PromptTuningConfig(num_virtual_tokens=3))):
+    for number, config in enumerate(
+        (LoraConfig(r=3, use_dora=True), IA3Config(), PromptTuningConfig(num_virtual_tokens=3))
+    ):
         made = view(config)
         done = export(made, "peft", tmp_path / str(number))
         assert done.report is None
