@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.decoders import ByteLevel
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
+from byte_tokenizer import SPECIAL, TEMPLATE
 from coadapt import LoraConfig, PeftModel, get_peft_model
 from coadapt.config import PeftConfig
 from models import llama, stir
@@ -37,6 +42,20 @@ def view(tmp_path: Path) -> View:
         return made.eval()
 
     return make
+
+
+def words_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes, and a few words that are joined of them, as GPT-2's tokenizer does it."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("i", "n"), ("Ġ", "c"), ("Ġc", "at"), ("a", "t")]
+    words = ["th", "the", "Ġthe", "in", "at", "Ġc", "Ġcat"]
+    tokenizer = Tokenizer(BPE(vocab={t: i for i, t in enumerate([*SPECIAL, *letters, *words])}, merges=merges))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **special)
 
 
 def patterned(**options: Any) -> LoraConfig:

@@ -1,5 +1,6 @@
 """llama.cpp in a few lines of numpy: what it computes from a GGUF file, with an adapter, and how it cuts texts."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def _by_scores(facts: dict[str, Any], known: dict[str, int], text: str) -> list[
     scores = facts["tokenizer.ggml.scores"]
     parts = list(("▁" if facts["tokenizer.ggml.add_space_prefix"] else "") + text.replace(" ", "▁"))
     while True:
-        joined = [(scores[known[a + b]], -i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in known]
+        joined = [(scores[known[a + b]], -i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in known]
         if not joined:
             break
         i = -max(joined)[1]
@@ -139,16 +140,14 @@ SPLIT = {
 
 
 def _by_merges(facts: dict[str, Any], known: dict[str, int], text: str) -> list[int]:
-    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+    from gguf.vocab import bytes_to_unicode
 
     letters = bytes_to_unicode()
     order = {pair: i for i, pair in enumerate(facts["tokenizer.ggml.merges"])}
     out: list[int] = []
     for word in regex.findall(SPLIT[facts["tokenizer.ggml.pre"]] + r"|\s+", text):
         parts = [letters[b] for b in word.encode()]
-        while pairs := [
-            (order[f"{a} {b}"], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if f"{a} {b}" in order
-        ]:
+        while pairs := [(order[f"{a} {b}"], i) for i, (a, b) in enumerate(pairwise(parts)) if f"{a} {b}" in order]:
             i = min(pairs)[1]
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         out += [known[part] for part in parts]

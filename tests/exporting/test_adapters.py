@@ -1,4 +1,4 @@
-"""Adapters for vLLM, TGI, peft, transformers, Ollama and MLX: read as those read them, they compute what coadapt does."""
+"""Adapters for vLLM, TGI, peft, Ollama, MLX: read as those read them, they compute what coadapt does."""
 
 import json
 import shutil
@@ -152,7 +152,7 @@ def test_a_checkpoint_of_trainer_becomes_a_folder_for_peft(view: View, tmp_path:
 
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_mlx_computes_the_same(view: View, tmp_path: Path, make: Any) -> None:
-    """By mlx-lm's formula: y + scale (x lora_a) lora_b at the modules that `keys` names, in the last num_layers layers."""
+    """By mlx-lm's formula, y + scale (x lora_a) lora_b, at what `keys` names in the last num_layers layers."""
     made = view(LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", init_lora_weights=False), base=make())
     export(made, "mlx", tmp_path / "out")
     said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())

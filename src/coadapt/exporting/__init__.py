@@ -88,7 +88,8 @@ def export(
         inputs = samples(model)
         with placed(where, overwrite) as new:
             done = write(new, inputs)
-            model_forms.keep_provenance(new, provenance)
+            if form == "folder" and aim.name != "ollama":
+                model_forms.keep_provenance(new, provenance)
             model_forms.add_record(new, aim, merge, model, node, done)
     files = {str(p.relative_to(where)): p.stat().st_size for p in sorted(where.rglob("*")) if p.is_file()}
     shown = node if isinstance(node, str) else repr(node)

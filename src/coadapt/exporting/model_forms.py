@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,9 +49,12 @@ def base_name(view: PeftModel) -> str:
 
 
 def keep_provenance(new: Path, source: Path | None) -> None:
-    """provenance.json says how prompts were put in training; `coadapt generate` reads it in a merged model, too."""
-    if source is not None and (source / PROVENANCE).is_file() and not (new / PROVENANCE).is_file():
-        shutil.copy(source / PROVENANCE, new)
+    """provenance.json says how prompts were put in training; `coadapt generate` reads it in what was exported, too."""
+    if source is None or not (source / PROVENANCE).is_file():
+        return
+    own = read_json(new / PROVENANCE) if (new / PROVENANCE).is_file() else {}
+    told = {**read_json(source / PROVENANCE), **own}
+    (new / PROVENANCE).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def folder(new: Path, view: PeftModel, node: Node, tokenizer: Any, inputs: Inputs | None, for_mlx: bool) -> Done:

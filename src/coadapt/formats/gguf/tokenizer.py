@@ -130,10 +130,12 @@ def _by_bytes(tokenizer: Any, said: Mapping[str, Any], steps: list[dict[str, Any
         split = steps[0]["pattern"].get("Regex")
     elif len(steps) > 1:
         raise _strange(f"it cuts texts by {', '.join(s['type'] for s in steps)}")
-    pre = SPLITS.get(split or "") if merges else "gpt-2"  # without merges, how a text is cut changes nothing
+    if not merges:
+        raise _strange("it joins no bytes, and llama.cpp asks for at least one pair that is joined")
+    pre = SPLITS.get(split or "")
     if pre is None:
         raise _strange(f"it cuts texts by {split!r}" if split else "it does not cut texts into words")
-    if merges and bool(model.get("ignore_merges")) != (pre == "llama-bpe"):
+    if bool(model.get("ignore_merges")) != (pre == "llama-bpe"):
         raise _strange(f"ignore_merges={model.get('ignore_merges')} does not go with how it cuts texts ({pre})")
     tokens, types = _filled(tokenizer, said, rows)
     return Tables("gpt2", pre, tokens, types, merges=merges)
