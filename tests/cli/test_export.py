@@ -54,7 +54,7 @@ def test_an_adapter_for_vllm(call: Call, run: Path, tmp_path: Path) -> None:
         "adapter_config.json", "adapter_model.safetensors", "export.json", "tokenizer.json", "chat_template.jinja"
     }  # fmt: skip
     meant = logits(PeftModel.from_pretrained(loaded(BASE), run), ids())
-    assert float((logits(PeftModel.from_pretrained(loaded(BASE), out), ids()) - meant).abs().max()) < 1e-4
+    assert float((logits(PeftModel.from_pretrained(loaded(BASE), out), ids()) - meant).detach().abs().max()) < 1e-4
     assert json.loads((out / "provenance.json").read_text())["prompt"] == {"separator": "\n"}
     code, text, said = call("generate", "--adapter", out, "--prompt", "The cat", "--max-new-tokens", 2, "--use-cpu")
     assert code == 0, said
@@ -81,7 +81,7 @@ def test_a_merged_model_is_a_plain_folder(call: Call, run: Path, tmp_path: Path)
     code, _, said = call("export", run, "--for", "hf", "--merged", "--out", tmp_path / "out", "--use-cpu")
     assert code == 0, said
     meant = logits(PeftModel.from_pretrained(loaded(BASE), run), ids())
-    assert float((logits(loaded(tmp_path / "out"), ids()) - meant).abs().max()) < 1e-4
+    assert float((logits(loaded(tmp_path / "out"), ids()) - meant).detach().abs().max()) < 1e-4
     code, _, said = call("generate", "--model", tmp_path / "out", "--prompt", "The cat", "--max-new-tokens", 2)
     assert code == 0, said
 
@@ -165,12 +165,8 @@ def kill(run: Path, out: Path, kills: int, chance: random.Random) -> None:
     assert sorted(p.name for p in out.parent.iterdir()) == ["log", "out", "run"]
 
 
-def test_a_process_that_is_killed_leaves_a_whole_folder(run: Path, tmp_path: Path) -> None:
-    kill(run, tmp_path / "out", 3, random.Random(0))
-
-
 @pytest.mark.full
-def test_many_kills(run: Path, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_leaves_a_whole_folder(run: Path, tmp_path: Path) -> None:
     kill(run, tmp_path / "out", 40, random.Random(1))
 
 

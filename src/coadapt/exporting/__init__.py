@@ -115,6 +115,8 @@ def _check_options(aim: Target, merged: bool, merge: bool, r: Any, quantise: str
         raise ValueError(f"merged (--merged) has no effect: {aim.name} takes merged models only. Leave it out.")
     if merge and r is not None:
         raise ValueError("r (--r) has no effect on a merged model, which holds the whole change. Leave it out.")
+    if r is not None and r != "full" and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
+        raise ValueError(f"r={r!r} is no rank: a whole number of at least 1, or 'full'.")
     kinds = {"onnx": "int8", "gguf": "q8_0"}
     known = kinds.get(aim.merged or "") if merge else None
     if quantise is not None and quantise != known:

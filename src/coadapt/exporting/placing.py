@@ -11,6 +11,9 @@ RECORD = "export.json"
 
 def refuse_taken(out: Path, overwrite: bool) -> None:
     """Raises ValueError where `out` may not be written."""
+    aside = _aside("replaced", out)
+    if aside.is_dir() and not out.exists():  # a process was killed between taking the old one away and putting the new
+        aside.rename(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not out.is_dir():
@@ -31,7 +34,7 @@ def placed(out: Path, overwrite: bool) -> Iterator[Path]:
     """
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (out.with_name(f".coadapt-{what}.{out.name}") for what in ("writing", "replaced"))
+    new, old = _aside("writing", out), _aside("replaced", out)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
     try:
@@ -47,3 +50,7 @@ def placed(out: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
+
+
+def _aside(what: str, out: Path) -> Path:
+    return out.with_name(f".coadapt-{what}.{out.name}")
