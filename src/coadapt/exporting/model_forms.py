@@ -94,8 +94,8 @@ def onnx_file(new: Path, view: PeftModel, node: Node, tokenizer: Any, inputs: In
     assert inputs is not None
     _, plain = _before(view, node, inputs)
     with merged(view, node) as base:
-        whole: Any = base if _dtype(base) == torch.float32 else copy.deepcopy(base).float()
-        inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+        whole: Any = base if _is_plain(base) else copy.deepcopy(base).float().cpu()
+        inputs = {k: (v.float() if v.is_floating_point() else v).cpu() for k, v in inputs.items()}
         with torch.no_grad():
             meant = onnx.Plain(whole, list(inputs)).eval()(*inputs.values()).cpu()
         onnx.write(whole, new / "model.onnx", inputs)
@@ -122,8 +122,9 @@ def _figures(file: Path, opened: Any, inputs: Inputs) -> dict[str, float]:
     return {"bytes": size, "seconds_per_call": onnx.seconds(opened, inputs)}
 
 
-def _dtype(base: Any) -> torch.dtype:
-    return next(p.dtype for p in base.parameters() if p.is_floating_point())
+def _is_plain(base: Any) -> bool:
+    """Whether it computes in float32 on the CPU, as the file will."""
+    return all(p.dtype == torch.float32 and p.device.type == "cpu" for p in base.parameters())
 
 
 def _before(view: PeftModel, node: Node, inputs: Inputs | None) -> tuple[Any, Any]:
