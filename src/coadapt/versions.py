@@ -43,6 +43,10 @@ OPTIONAL: Mapping[str, str] = {
     "flash-attn": "pip install flash-attn --no-build-isolation",
     "liger-kernel": "pip install liger-kernel",
     "optuna": "pip install optuna",
+    "gguf": "pip install gguf",
+    "onnx": "pip install onnx",
+    "onnxruntime": "pip install onnxruntime",
+    "onnxscript": "pip install onnxscript",
 }
 """Parts that coadapt works with where they are there -> the command that installs each."""
 
@@ -149,6 +153,16 @@ def require(*optional: str) -> None:
         wanted = bounds.get(name, SpecifierSet())
         if (why := wrong(name, wanted)) is not None:
             raise ImportError(f"{why} Mend it with: {upgrade(name, wanted)}")
+
+
+def need(purpose: str, *names: str) -> None:
+    """Raises ValueError with the command where one of these optional parts is missing: "GGUF files" need them, say."""
+    if missing := [name for name in names if found(name) is None]:
+        are = "are" if len(missing) > 1 else "is"
+        raise ValueError(
+            f"{purpose} need {' and '.join(missing)}, which {are} not installed. Run: pip install {' '.join(missing)}"
+        )
+    require(*names)
 
 
 def explain(error: ImportError) -> str | None:

@@ -109,22 +109,29 @@ def _facts(folders: list[Path], composition: str, report: "Report") -> Mapping[s
 
 
 def _show(report: "Report") -> None:
+    click.echo(report.summary())
+    table(report)
+    for note in report.notes:
+        click.echo(note)
+
+
+def table(report: "Report") -> None:
+    """What was done and lost, site by site; of many sites the worst."""
     from rich.table import Table
 
     from coadapt.cli.output import console
     from coadapt.combining.report import HEAD
 
     rows, rest = report.shown
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    sites = Table(box=None, padding=(0, 2, 0, 0))
     for i, name in enumerate(HEAD):
-        table.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
+        sites.add_column(name, justify="left" if i < 2 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row.cells)
-    click.echo(report.summary())
+        sites.add_row(*row.cells)
     if rows:
-        console().print(table)
-    for note in (*([rest] if rest else []), *report.notes):
-        click.echo(note)
+        console().print(sites)
+    if rest:
+        click.echo(rest)
 
 
 command = click.Command(

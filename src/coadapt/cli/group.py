@@ -18,6 +18,7 @@ VERBS = {
     "merge": "Put an adapter into the weights of its base.",
     "verify": "Try one step with an adapter: does everything train?",
     "combine": "Make one adapter out of several.",
+    "export": "Write an adapter for vLLM, llama.cpp, Ollama, MLX, ONNX …",
     "show": "What an adapter folder, or a model, is made of.",
     "doctor": "What this machine has, and what of it works.",
     "completion": "The script that lets a shell complete coadapt.",

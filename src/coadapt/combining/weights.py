@@ -228,7 +228,7 @@ def _fill(adapter: Adapter, results: Sequence[Result]) -> None:
         match part.method:
             case LoRA() as method:
                 assert result is not None and isinstance(result.change, Product)
-                _fill_factors(method, result.change)
+                fill_factors(method, result.change)
             case BitFit() as method:
                 if result is not None and result.bias is not None:
                     method.delta.copy_(result.bias)
@@ -242,7 +242,7 @@ def _fill(adapter: Adapter, results: Sequence[Result]) -> None:
                 assert isinstance(part.method, ModuleCopy)
 
 
-def _fill_factors(method: LoRA, change: Product) -> None:
+def fill_factors(method: LoRA, change: Product) -> None:
     """The factors, with zeros where the method has more rank. Its scale is 1."""
     room = method.B.shape[-1] - change.rank
     a, b = nn.functional.pad(change.a, (0, 0, 0, room)), nn.functional.pad(change.b, (0, room))

@@ -45,9 +45,9 @@ def described(adapter: Adapter, base: nn.Module) -> dict[str, Any]:
     if isinstance(config, LoraConfig):
         said |= {"init_lora_weights": True, "lora_alpha": _whole(config.lora_alpha)}
         said["alpha_pattern"] = {k: _whole(v) for k, v in config.alpha_pattern.items()}
-    if isinstance(config, TargetedConfig) and _readable(config, adapter, base):
+    if isinstance(config, TargetedConfig) and readable(config, adapter, base):
         said |= _targets(config, adapter, base)
-    if not _readable(config, adapter, base):
+    if not readable(config, adapter, base):
         said[READABLE] = False
     said |= {k: v for k, v in adapter.facts.items() if said.get(k) is None}
     unknown = ("modules_to_save",) if isinstance(config, TrainableTokensConfig) else ()  # to the field's library
@@ -115,7 +115,7 @@ def _same(config: TargetedConfig, changes: Mapping[str, Any], places: Sequence[P
     return {(p.path, p.role) for p in found} == {(p.path, p.role) for p in places}
 
 
-def _readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
+def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
     """Whether the field's library, given this folder, computes what coadapt does."""
     as_theirs = all(getattr(config, k) == v for k, v in _assumed(config.peft_type, base).items())
     match config:

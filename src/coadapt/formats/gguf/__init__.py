@@ -1,0 +1,1 @@
+"""GGUF, the files of llama.cpp and what is built on it; written with the `gguf` package (extra `gguf`)."""
