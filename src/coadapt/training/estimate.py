@@ -1,0 +1,315 @@
+"""`coadapt.estimate`: what a run will need, before anything is loaded."""
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedConfig
+
+from coadapt.data.prepare import CLASSIFYING
+from coadapt.training import memory
+from coadapt.training.assemble import check_sight, load_config, load_tokenizer, longest, task_of_model
+from coadapt.training.machine import chosen
+from coadapt.training.material import Material, gather
+from coadapt.training.memory import Room
+from coadapt.training.rehearsal import Bytes, Rehearsal, Rows, rehearsal, synchronize
+from coadapt.training.settings import PlannedRun, RunConfig, Task
+from coadapt.training.timetable import timetable
+
+KEPT = 0.05
+"""Share of the free memory that a batch must leave: what is freed comes back in pieces."""
+MOST = 2**20
+"""Rows of a batch that are asked for at most."""
+CLASSES = 2
+"""Of a classification whose data is not known."""
+VERIFIED = 2
+"""Rows of the step that `train` tries first."""
+
+WRITTEN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Names of types in a safetensors file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What real steps came to, on random weights."""
+
+    peak: int
+    """Bytes: of live tensors, or of what the GPU's allocator gave out."""
+    seconds: float
+    """Of a step."""
+    rss: int
+    """Bytes that this process has had at most, libraries and all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run needs. Bytes are of the step that needs most: all rows as long as the longest."""
+
+    model: str
+    task: Task
+    adapters: Mapping[str, str]
+    """Name -> method."""
+    device: str
+    dtype: str
+    """Of the base's weights."""
+    rows: int
+    """Of a batch."""
+    length: int
+    """Tokens of a row; 0 for images."""
+    target: int
+    """Tokens of a target, of an encoder-decoder."""
+    parameters: int
+    """Of the base and its adapters."""
+    trainable: int
+    """Those of them that train."""
+    base: int
+    """Bytes of its weights and buffers."""
+    step: Bytes
+    evaluation: int
+    """Bytes at most in an evaluation; 0 where there is none."""
+    trial: int
+    """Bytes at most while `train` tries a step first, where that has more rows than a batch; else 0."""
+    room: Room
+    largest_batch: int
+    """Rows that fit; 0: not even one."""
+    operations: int
+    """Floating point operations of a step."""
+    rate: float
+    """Floating point operations per second of a product of matrices, here, in the type that the run computes in."""
+    measured: Measured | None
+
+    @property
+    def peak(self) -> int:
+        """Bytes at most in the whole run."""
+        step = self.step.peak if self.measured is None else self.measured.peak
+        return max(step, self.evaluation, self.trial)
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is room for it here."""
+        return self.peak <= usable(self.room)
+
+    @property
+    def share(self) -> float:
+        """Of the parameters, those that train."""
+        return self.trainable / self.parameters
+
+    @property
+    def seconds(self) -> float:
+        """Of a step: measured, or what it takes at least."""
+        return self.operations / self.rate if self.measured is None else self.measured.seconds
+
+    def plain(self) -> dict[str, Any]:
+        """All of it as plain values."""
+        more = ("peak", "fits", "share", "seconds")
+        return {**asdict(self), **{name: getattr(self, name) for name in more}}
+
+
+def estimate(*, calibrate: bool = False, **settings: Any) -> Estimate:
+    """What a run needs, by the settings of `coadapt train`; `data` may be left out.
+
+    `estimate(model="DIR_OR_ID", method="prompt + lora", r=8, per_device_train_batch_size=4, max_length=512)`. Only the
+    model's configuration is read, and the tokenizer's where no length is told.
+
+    Args:
+        calibrate: run real steps, on random weights, which gives the time, and corrects the bytes.
+
+    Raises:
+        ValueError: settings that do not fit each other, the model or the data.
+    """
+    return estimated(PlannedRun(**settings), calibrate)
+
+
+def estimated(run: RunConfig, calibrate: bool = False) -> Estimate:
+    """As `estimate`, of settings that are read already."""
+    config = load_config(run.model, run.revision)
+    _refuse(run, config)
+    material = gather(run, timetable(run)) if run.data or run.datasets else None
+    rows = _rows(run, config, material)
+    run = run.model_copy(update={"task": rows.task})
+    device, dtype = chosen(run.use_cpu), dtype_of(run, config)
+    weights = material.weights(run.mixing_temperature) if material else [1.0]
+    batch, room = run.per_device_train_batch_size, memory.room(device)
+
+    def begin(real: bool = False) -> AbstractContextManager[Rehearsal]:
+        return rehearsal(run, config, rows, device, weights=weights, dtype=dtype, real=real)
+
+    with begin() as counted:
+        found = _counted(counted)
+    step: Bytes = found["step"]
+    measured = None
+    if calibrate:
+        if step.peak > usable(room):
+            raise ValueError(
+                f"calibrate runs real steps, and {batch} rows would need {memory.size(step.peak)} of the "
+                f"{memory.size(room.free)} that are free. Give a smaller per_device_train_batch_size or max_length."
+            )
+        with begin(real=True) as tried:
+            measured = _measured(tried)
+    factor = 1.0 if measured is None else (measured.peak - step.weights) / (step.peak - step.weights)
+    with begin() as counted:
+        largest = largest_batch(
+            lambda rows: int(step.weights + factor * (counted.step(rows).peak - step.weights)),
+            usable(room),
+            start=batch,
+            least=len(weights),
+        )
+    return Estimate(
+        model=run.model,
+        task=rows.task,
+        adapters={name: adapter.method for name, adapter in run.adapters.items()},
+        device=device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        rows=batch,
+        length=rows.length,
+        target=rows.target,
+        room=room,
+        largest_batch=largest,
+        rate=rate(device, torch.bfloat16 if run.bf16 else torch.float16 if run.fp16 else dtype),
+        measured=measured,
+        **found,
+    )
+
+
+def _counted(counted: Rehearsal) -> dict[str, Any]:
+    """What is found without data."""
+    run, base = counted.run, counted.view.get_base_model()
+    batch = run.per_device_train_batch_size
+    evaluates = run.eval_strategy != "no" and (run.eval_split > 0 or run.eval_data is not None)
+    of_base = sum(t.nbytes for t in {id(t): t for t in (*base.parameters(), *base.buffers())}.values())
+    trainable, all_of_them = counted.view.get_nb_trainable_parameters()
+    return {
+        "parameters": all_of_them,
+        "trainable": trainable,
+        "base": of_base,
+        "step": counted.step(batch),
+        "evaluation": counted.evaluation(run.per_device_eval_batch_size) if evaluates else 0,
+        "trial": counted.trial(VERIFIED) if run.verify and batch < VERIFIED else 0,
+        "operations": counted.operations(batch) * run.gradient_accumulation_steps,
+    }
+
+
+def _measured(tried: Rehearsal) -> Measured:
+    """Two steps: one that counts bytes, and one that is timed, without the counting."""
+    batch = tried.run.per_device_train_batch_size
+    peak = tried.step(batch).peak
+    return Measured(peak=peak, seconds=tried.seconds(batch), rss=memory.resident())
+
+
+def usable(room: Room) -> int:
+    """Bytes that a run may need."""
+    return int(room.free * (1 - KEPT))
+
+
+def largest_batch(peak: Callable[[int], int], most: int, *, start: int, least: int = 1) -> int:
+    """The most rows whose peak is at most `most` bytes; 0 where `least` rows have a higher one.
+
+    `peak` grows along straight lines, so the next rows to ask for are where the line through two known points gets to.
+    """
+    known = {rows: peak(rows) for rows in {least, max(start, least + 1)}}
+    while True:
+        low = max((rows for rows, bytes_ in known.items() if bytes_ <= most), default=0)
+        high = min((rows for rows, bytes_ in known.items() if bytes_ > most), default=MOST + 1)
+        if low == 0 or high - low <= 1:
+            return low
+        one, other = sorted(known, key=lambda rows: abs(known[rows] - most))[:2]
+        slope = (known[one] - known[other]) / (one - other)
+        meets = int(one + (most - known[one]) / slope) if slope > 0 else 2 * low
+        rows = min(max(meets, low + 1), high - 1, MOST)
+        known[rows] = peak(rows)
+
+
+def rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations per second of a product of two square matrices, the best of a few."""
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best, begun = float("inf"), time.perf_counter()
+    while time.perf_counter() - begun < 0.2:
+        at = time.perf_counter()
+        a @ a  # noqa: B018  it is timed
+        synchronize(device)
+        best = min(best, time.perf_counter() - at)
+    return 2 * size**3 / best
+
+
+# ---- what the rows are -----------------------------------------------------------------------------------------------
+
+
+def _refuse(run: RunConfig, config: PreTrainedConfig) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"model={run.model!r} is quantised, and what its layers hold is known only to the library that makes them: "
+            "estimate does not forecast it (docs/limits.md)."
+        )
+
+
+def dtype_of(run: RunConfig, config: PreTrainedConfig) -> torch.dtype:
+    """The type that the base is loaded in; left to the model, what its configuration or else its weights say."""
+    told = run.dtype if run.dtype != "auto" else getattr(config, "dtype", None)
+    if told is not None:
+        return told if isinstance(told, torch.dtype) else cast(torch.dtype, getattr(torch, told))
+    for file in sorted(Path(run.model).glob("*.safetensors")):
+        with safe_open(str(file), "pt") as tensors:
+            for key in tensors.keys():
+                if (found := tensors.get_slice(key).get_dtype()) in WRITTEN:
+                    return WRITTEN[found]
+    return torch.float32
+
+
+def _rows(run: RunConfig, config: PreTrainedConfig, material: Material | None) -> Rows:
+    """The longest rows of the data, or those that the settings allow; `config` gets the head for them."""
+    task = material.task if material else run.task or task_of_model(config) or "causal-lm"
+    check_sight(run.model, config, task)
+    classes = len(material.classes) if material else CLASSES
+    if task in CLASSIFYING:
+        config.num_labels = classes
+        config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
+    if task == "image-classification":
+        return Rows(task=task, image=_image(run, config, material), classes=classes)
+    vocabulary = config.get_text_config().vocab_size
+    if material is None:
+        length = _longest(run, config)
+        target = length if task == "seq2seq" else 0
+        return Rows(task=task, length=length, target=target, vocabulary=vocabulary, classes=classes)
+    made = [part.made.train for part in material.parts.values()]
+    lengths = [len(ids) for rows in made for ids in rows["input_ids"]]
+    targets = [len(ids) for rows in made for ids in rows["labels"]] if task == "seq2seq" else [0]
+    return Rows(
+        task=task,
+        length=max(lengths),
+        target=max(targets),
+        padded=min(lengths) < max(lengths) or min(targets) < max(targets),
+        vocabulary=vocabulary,
+        classes=classes,
+    )
+
+
+def _longest(run: RunConfig, config: PreTrainedConfig) -> int:
+    """`max_length` as `train` finds it; a tokenizer that is not there has nothing to say."""
+    if run.max_length is not None:
+        return run.max_length
+    try:
+        tokenizer = load_tokenizer(run.model, run.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"max_length is not told, and model={run.model!r} has no tokenizer that says what it takes: give max_length"
+        ) from error
+    return longest(None, run.adapters.values(), config, tokenizer)
+
+
+def _image(run: RunConfig, config: PreTrainedConfig, material: Material | None) -> tuple[int, ...]:
+    """(channels, H, W)"""
+    if run.max_length is not None:
+        raise ValueError(f"max_length={run.max_length} has no effect on images. Leave it out.")
+    if material is not None:
+        return tuple(material.collator()([material.first.made.train[0]])["pixel_values"].shape[1:])
+    size = getattr(config, "image_size", None)
+    if size is None:
+        raise ValueError(f"model={run.model!r} does not say how large its images are: give data.")
+    height, width = (size, size) if isinstance(size, int) else size
+    return (getattr(config, "num_channels", 3), height, width)

@@ -1,0 +1,374 @@
+"""Steps of a run that is not begun: on tensors that have shapes and no data, or on random weights; bytes are counted."""
+
+import random
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedConfig
+
+from coadapt.config import PeftConfig
+from coadapt.data.tokens import IGNORED
+from coadapt.methods.prompt import PromptTuningConfig
+from coadapt.model import PeftModel
+from coadapt.training.assemble import adapter_config, attach, rates
+from coadapt.training.course import Course
+from coadapt.training.datasets import starts_from
+from coadapt.training.folder import AUTO_NAMES
+from coadapt.training.joint import DATASET, JointTrainer
+from coadapt.training.live import Live, Meter, meter
+from coadapt.training.losses import window
+from coadapt.training.mixing import shares
+from coadapt.training.recommend import parameters
+from coadapt.training.run import training_arguments
+from coadapt.training.settings import RunConfig, Task
+from coadapt.training.timetable import timetable
+
+Phase = Literal["forward", "backward", "optimiser step"]
+
+@dataclass(frozen=True)
+class Bytes:
+    """Of one training step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """What is alive between forward and backward, beyond the weights."""
+    peak: int
+    """The most that is alive at once, all counted."""
+    phase: Phase
+    """Where that is."""
+
+
+def one_step(
+    meter: Meter,
+    loss: Callable[[], Tensor],
+    optimizer: Optimizer,
+    *,
+    weights: int,
+    batches: int = 1,
+    backward: Callable[[Tensor], Any] = Tensor.backward,
+    monitored: bool = False,
+) -> Bytes:
+    """What a step holds whose optimiser has its states already.
+
+    Args:
+        batches: that the step is made of; those after the second hold what the second does.
+        monitored: as a step that is logged, which keeps the parameters to see how far they move.
+    """
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    meter.restart()
+    before, activations, peaks = meter.now, 0, dict[Phase, int]()
+    for _ in range(min(batches, 2)):
+        found = loss()
+        activations = activations or meter.now - before - found.nbytes
+        peaks["forward"] = meter.peak
+        backward(found)
+        del found
+        peaks["backward"] = meter.peak
+    gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
+    with torch.no_grad():
+        kept = [p.detach().clone() for p in trained] if monitored else []
+        optimizer.step()
+        for old, new in zip(kept, trained, strict=False):
+            new - old  # noqa: B018  its bytes count
+        del kept
+    optimizer.zero_grad()
+    peaks["optimiser step"] = meter.peak
+    phase = next(phase for phase, peak in peaks.items() if peak == meter.peak)
+    return Bytes(weights, gradients, states(optimizer), activations, meter.peak, phase)
+
+
+def states(optimizer: Optimizer) -> int:
+    """Bytes of what an optimiser keeps from step to step."""
+    return sum(t.nbytes for held in optimizer.state.values() for t in held.values() if isinstance(t, Tensor))
+
+
+def settle(optimizer: Optimizer) -> None:
+    """The optimiser gets the states that it has from its first step on."""
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What the rows of a batch are."""
+
+    task: Task
+    length: int = 0
+    """Tokens of the longest; 0 for images."""
+    target: int = 0
+    """Of a text for an encoder-decoder, the tokens of the target."""
+    padded: bool = True
+    """Whether some are shorter than the longest; then attention takes a mask."""
+    image: tuple[int, ...] = ()
+    """(channels, H, W)"""
+    vocabulary: int = 0
+    classes: int = 0
+
+    def batch(self, rows: int, device: torch.device) -> dict[str, Tensor]:
+        """Random values of these shapes."""
+
+        def drawn(most: int, *shape: int) -> Tensor:
+            return torch.randint(max(most, 1), shape, device=device)
+
+        if self.task == "image-classification":
+            return {"pixel_values": torch.randn(rows, *self.image, device=device), "labels": drawn(self.classes, rows)}
+        made = {"input_ids": drawn(self.vocabulary, rows, self.length)}
+        if self.padded and rows > 1:
+            made["attention_mask"] = torch.ones_like(made["input_ids"])
+            made["attention_mask"][0, -1] = 0
+        match self.task:
+            case "sequence-classification":
+                made["labels"] = drawn(self.classes, rows)
+            case "token-classification":
+                made["labels"] = drawn(self.classes, rows, self.length)
+            case "seq2seq":
+                made["labels"] = drawn(self.vocabulary, rows, self.target)
+            case _:
+                made["labels"] = made["input_ids"].clone()
+        if self.padded and rows > 1 and made["labels"].dim() == 2:
+            made["labels"][0, -1] = IGNORED
+        return made
+
+
+class _Still(JointTrainer):
+    """Leaves the model where it is."""
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> nn.Module:
+        return model
+
+    def settle_window(self, rows: int) -> None:
+        """As before a step, for a batch of so many rows: all adapters train."""
+        counts = shares(rows, self.weights)
+        self._rows = torch.tensor([d for d, n in enumerate(counts) for _ in range(n)])
+        self._window = window([float(n) for n in counts], [self.course.plan.uses(name) for name in self.mixture.sets])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """A run whose steps can be tried."""
+
+    run: RunConfig
+    view: PeftModel
+    rows: Rows
+    device: torch.device
+    weights: int
+    """Bytes of the base and of the adapters."""
+    trainer: _Still
+    model: nn.Module
+    """The view, as the trainer calls it."""
+    meter: Meter
+
+    def step(self, rows: int) -> Bytes:
+        """A training step with so many rows in a batch."""
+        self.model.train()
+        optimizer = self.trainer.create_optimizer()
+        assert isinstance(optimizer, Optimizer)
+        return one_step(
+            self.meter,
+            self._loss(rows),
+            optimizer,
+            weights=self.weights,
+            batches=self.run.gradient_accumulation_steps,
+            backward=self.trainer.accelerator.backward,
+            monitored=True,
+        )
+
+    def seconds(self, rows: int) -> float:
+        """A step with so many rows in a batch, the faster of two, not counted."""
+        optimizer = self.trainer.create_optimizer()
+        assert isinstance(optimizer, Optimizer)
+        taken: list[float] = []
+        with _disable_current_modes():
+            for _ in range(2):
+                synchronize(self.device)
+                begun = time.perf_counter()
+                for _ in range(self.run.gradient_accumulation_steps):
+                    self.trainer.accelerator.backward(self._loss(rows)())
+                optimizer.step()
+                optimizer.zero_grad()
+                synchronize(self.device)
+                taken.append(time.perf_counter() - begun)
+        return min(taken)
+
+    def evaluation(self, rows: int) -> int:
+        """Bytes at most while held-out rows are looked at."""
+        self.model.eval()
+        self.meter.restart()
+        batch = self.rows.batch(rows, self.device)
+        with torch.no_grad(), self.trainer.compute_loss_context_manager():
+            self.model(**batch)
+        return self.meter.peak
+
+    def trial(self, rows: int) -> int:
+        """Bytes at most while a step is tried first, before the optimiser has states."""
+        self.model.train()
+        self.meter.restart()
+        self.trainer.accelerator.backward(self._loss(rows)())
+        peak = self.meter.peak
+        for parameter in self.view.parameters():
+            parameter.grad = None
+        return peak
+
+    def operations(self, rows: int) -> int:
+        """Floating point operations of forward and backward of a batch."""
+        self.model.train()
+        with FlopCounterMode(display=False) as counter:
+            self.trainer.accelerator.backward(self._loss(rows)())
+        for parameter in self.view.parameters():
+            parameter.grad = None
+        return counter.get_total_flops()
+
+    def _loss(self, rows: int) -> Callable[[], Tensor]:
+        trainer = self.trainer
+        if trainer.several:
+            with _disable_current_modes():
+                trainer.settle_window(rows)
+
+        def loss() -> Tensor:
+            batch = self.rows.batch(rows, self.device)
+            if trainer.several:
+                batch[DATASET] = trainer._rows
+            with trainer.compute_loss_context_manager():
+                return cast(Tensor, trainer.compute_loss(self.model, batch, num_items_in_batch=cast(Any, rows)))
+
+        return loss
+
+
+@contextmanager
+def rehearsal(
+    run: RunConfig,
+    config: PreTrainedConfig,
+    rows: Rows,
+    device: torch.device,
+    *,
+    weights: Sequence[float] = (1.0,),
+    dtype: torch.dtype,
+    real: bool = False,
+) -> Iterator[Rehearsal]:
+    """A model of this configuration with the run's adapters; nothing is loaded, and nothing is left changed.
+
+    Args:
+        weights: of each data set's rows in a batch.
+        dtype: of the base.
+        real: on tensors with data, on `device`; else on those that have only shapes.
+
+    Raises:
+        ValueError: settings that do not fit each other or the model.
+    """
+    fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
+    counter = meter(device) if real else Live()
+    with _nothing_changed(), tempfile.TemporaryDirectory() as out:
+        if fake is not None:
+            run, view = _attached(run, config, rows, torch.device("meta"), dtype)
+        with fake or nullcontext(), counter:
+            if fake is not None:
+                view.to_empty(device=device)
+                view.get_base_model().tie_weights()  # pyright: ignore[reportCallIssue]
+            else:
+                run, view = _attached(run, config, rows, device, dtype)
+            held = counter.now
+            trainer = _trainer(run, view, weights, Path(out))
+            model = trainer.accelerator.prepare_model(trainer.model, device_placement=False)
+            if run.gradient_checkpointing:  # as Trainer does when it begins
+                getattr(view, _enable(view))()
+            optimizer = trainer.create_optimizer()
+            for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks):
+                hooks.clear()  # the monitor's, which reads values; `one_step` holds what it holds
+            settle(optimizer)
+            yield Rehearsal(
+                run=run,
+                view=view,
+                rows=rows,
+                device=device,
+                weights=held,
+                trainer=trainer,
+                model=model,
+                meter=counter,
+            )
+
+
+def _attached(
+    run: RunConfig, config: PreTrainedConfig, rows: Rows, device: torch.device, dtype: torch.dtype
+) -> tuple[RunConfig, PeftModel]:
+    with device:
+        auto: Any = getattr(transformers, AUTO_NAMES[rows.task])
+        base: nn.Module = auto.from_config(config, dtype=dtype)
+        run = run.with_rates(parameters(base))
+        configs = {name: adapter_config(name, adapter, rows.task) for name, adapter in run.adapters.items()}
+        if device.type == "meta":
+            configs = {name: _without_values(one) for name, one in configs.items()}
+        active = run.composition if len(run.sources) > 1 else next(iter(run.sources.values())).composition
+        new_head = rows.task == "image-classification"
+        return run, attach(base, configs, active, new_head=new_head, order=starts_from(run))
+
+
+def _without_values(config: PeftConfig) -> PeftConfig:
+    """The same, started from values that are not read off the base: it has none here."""
+    if isinstance(config, PromptTuningConfig):
+        return replace(config, prompt_tuning_init="RANDOM", prompt_tuning_init_text=None)
+    return config
+
+
+def _trainer(run: RunConfig, view: PeftModel, weights: Sequence[float], out: Path) -> _Still:
+    names = list(run.sources)
+    return _Still(
+        model=view,
+        rates=rates(run, view),
+        weights=weights,
+        course=Course(view, timetable(run)),
+        task=run.task or "causal-lm",
+        args=training_arguments(run, out, evaluates=False, steps=1),
+        train_dataset=_Names(dict.fromkeys(names, ())),
+    )
+
+
+@dataclass
+class _Names:
+    """In place of a `Mixture`: the names of its data sets."""
+
+    sets: Mapping[str, Sequence[Any]]
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _enable(view: PeftModel) -> str:
+    name = "activation_checkpointing_enable"  # its name since transformers 5.20
+    return name if hasattr(view, name) else "gradient_checkpointing_enable"
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was told to."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@contextmanager
+def _nothing_changed() -> Iterator[None]:
+    """Random numbers, which Trainer seeds, go on afterwards as if nothing had been; what libraries advise is not said."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
