@@ -11,13 +11,14 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedConfig
 
-from coadapt.data.prepare import CLASSIFYING
 from coadapt.training import memory
-from coadapt.training.assemble import check_sight, load_config, load_tokenizer, longest, task_of_model
+from coadapt.training.assemble import load_config
 from coadapt.training.machine import chosen
-from coadapt.training.material import Material, gather
+from coadapt.training.material import gather
 from coadapt.training.memory import Room
-from coadapt.training.rehearsal import Bytes, Rehearsal, Rows, rehearsal, synchronize
+from coadapt.training.proof import ROWS
+from coadapt.training.rehearsal import Bytes, Rehearsal, rehearsal, synchronize
+from coadapt.training.rows import Kinds, kinds
 from coadapt.training.settings import PlannedRun, RunConfig, Task
 from coadapt.training.timetable import timetable
 
@@ -25,10 +26,6 @@ KEPT = 0.05
 """Share of the free memory that a batch must leave: what is freed comes back in pieces."""
 MOST = 2**20
 """Rows of a batch that are asked for at most."""
-CLASSES = 2
-"""Of a classification whose data is not known."""
-VERIFIED = 2
-"""Rows of the step that `train` tries first."""
 
 WRITTEN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Names of types in a safetensors file."""
@@ -130,7 +127,8 @@ def estimated(run: RunConfig, calibrate: bool = False) -> Estimate:
     config = load_config(run.model, run.revision)
     _refuse(run, config)
     material = gather(run, timetable(run)) if run.data or run.datasets else None
-    rows = _rows(run, config, material)
+    found_rows = kinds(run, config, material)
+    rows = found_rows.train
     run = run.model_copy(update={"task": rows.task})
     device, dtype = chosen(run.use_cpu), dtype_of(run, config)
     weights = material.weights(run.mixing_temperature) if material else [1.0]
@@ -140,7 +138,7 @@ def estimated(run: RunConfig, calibrate: bool = False) -> Estimate:
         return rehearsal(run, config, rows, device, weights=weights, dtype=dtype, real=real)
 
     with begin() as counted:
-        found = _counted(counted)
+        found = _counted(counted, found_rows)
     step: Bytes = found["step"]
     measured = None
     if calibrate:
@@ -176,11 +174,11 @@ def estimated(run: RunConfig, calibrate: bool = False) -> Estimate:
     )
 
 
-def _counted(counted: Rehearsal) -> dict[str, Any]:
+def _counted(counted: Rehearsal, kinds: Kinds) -> dict[str, Any]:
     """What is found without data."""
     run, base = counted.run, counted.view.get_base_model()
     batch = run.per_device_train_batch_size
-    evaluates = run.eval_strategy != "no" and (run.eval_split > 0 or run.eval_data is not None)
+    evaluates = run.eval_strategy != "no" and kinds.held_out is not None
     of_base = sum(t.nbytes for t in {id(t): t for t in (*base.parameters(), *base.buffers())}.values())
     trainable, all_of_them = counted.view.get_nb_trainable_parameters()
     return {
@@ -188,8 +186,8 @@ def _counted(counted: Rehearsal) -> dict[str, Any]:
         "trainable": trainable,
         "base": of_base,
         "step": counted.step(batch),
-        "evaluation": counted.evaluation(run.per_device_eval_batch_size) if evaluates else 0,
-        "trial": counted.trial(VERIFIED) if run.verify and batch < VERIFIED else 0,
+        "evaluation": counted.evaluation(run.per_device_eval_batch_size, kinds.held_out) if evaluates else 0,
+        "trial": counted.trial(ROWS, kinds.first) if run.verify and batch < ROWS else 0,
         "operations": counted.operations(batch) * run.gradient_accumulation_steps,
     }
 
@@ -231,13 +229,10 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
     best, begun = float("inf"), time.perf_counter()
     while time.perf_counter() - begun < 0.2:
         at = time.perf_counter()
-        a @ a  # noqa: B018  it is timed
+        torch.mm(a, a)
         synchronize(device)
         best = min(best, time.perf_counter() - at)
     return 2 * size**3 / best
-
-
-# ---- what the rows are -----------------------------------------------------------------------------------------------
 
 
 def _refuse(run: RunConfig, config: PreTrainedConfig) -> None:
@@ -259,57 +254,3 @@ def dtype_of(run: RunConfig, config: PreTrainedConfig) -> torch.dtype:
                 if (found := tensors.get_slice(key).get_dtype()) in WRITTEN:
                     return WRITTEN[found]
     return torch.float32
-
-
-def _rows(run: RunConfig, config: PreTrainedConfig, material: Material | None) -> Rows:
-    """The longest rows of the data, or those that the settings allow; `config` gets the head for them."""
-    task = material.task if material else run.task or task_of_model(config) or "causal-lm"
-    check_sight(run.model, config, task)
-    classes = len(material.classes) if material else CLASSES
-    if task in CLASSIFYING:
-        config.num_labels = classes
-        config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
-    if task == "image-classification":
-        return Rows(task=task, image=_image(run, config, material), classes=classes)
-    vocabulary = config.get_text_config().vocab_size
-    if material is None:
-        length = _longest(run, config)
-        target = length if task == "seq2seq" else 0
-        return Rows(task=task, length=length, target=target, vocabulary=vocabulary, classes=classes)
-    made = [part.made.train for part in material.parts.values()]
-    lengths = [len(ids) for rows in made for ids in rows["input_ids"]]
-    targets = [len(ids) for rows in made for ids in rows["labels"]] if task == "seq2seq" else [0]
-    return Rows(
-        task=task,
-        length=max(lengths),
-        target=max(targets),
-        padded=min(lengths) < max(lengths) or min(targets) < max(targets),
-        vocabulary=vocabulary,
-        classes=classes,
-    )
-
-
-def _longest(run: RunConfig, config: PreTrainedConfig) -> int:
-    """`max_length` as `train` finds it; a tokenizer that is not there has nothing to say."""
-    if run.max_length is not None:
-        return run.max_length
-    try:
-        tokenizer = load_tokenizer(run.model, run.revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"max_length is not told, and model={run.model!r} has no tokenizer that says what it takes: give max_length"
-        ) from error
-    return longest(None, run.adapters.values(), config, tokenizer)
-
-
-def _image(run: RunConfig, config: PreTrainedConfig, material: Material | None) -> tuple[int, ...]:
-    """(channels, H, W)"""
-    if run.max_length is not None:
-        raise ValueError(f"max_length={run.max_length} has no effect on images. Leave it out.")
-    if material is not None:
-        return tuple(material.collator()([material.first.made.train[0]])["pixel_values"].shape[1:])
-    size = getattr(config, "image_size", None)
-    if size is None:
-        raise ValueError(f"model={run.model!r} does not say how large its images are: give data.")
-    height, width = (size, size) if isinstance(size, int) else size
-    return (getattr(config, "num_channels", 3), height, width)

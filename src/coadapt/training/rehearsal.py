@@ -1,4 +1,4 @@
-"""Steps of a run that is not begun: on tensors that have shapes and no data, or on random weights; bytes are counted."""
+"""Steps of a run that is not begun: on tensors without data, or on random weights. Their bytes are counted."""
 
 import random
 import tempfile
@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from coadapt.config import PeftConfig
-from coadapt.data.tokens import IGNORED
 from coadapt.methods.prompt import PromptTuningConfig
 from coadapt.model import PeftModel
 from coadapt.training.assemble import adapter_config, attach, rates
@@ -33,11 +32,13 @@ from coadapt.training.live import Live, Meter, meter
 from coadapt.training.losses import window
 from coadapt.training.mixing import shares
 from coadapt.training.recommend import parameters
+from coadapt.training.rows import Rows
 from coadapt.training.run import training_arguments
-from coadapt.training.settings import RunConfig, Task
+from coadapt.training.settings import RunConfig
 from coadapt.training.timetable import timetable
 
 Phase = Literal["forward", "backward", "optimiser step"]
+
 
 @dataclass(frozen=True)
 class Bytes:
@@ -84,9 +85,8 @@ def one_step(
     with torch.no_grad():
         kept = [p.detach().clone() for p in trained] if monitored else []
         optimizer.step()
-        for old, new in zip(kept, trained, strict=False):
-            new - old  # noqa: B018  its bytes count
-        del kept
+        moved = [new - old for old, new in zip(kept, trained, strict=False)]
+        del kept, moved
     optimizer.zero_grad()
     peaks["optimiser step"] = meter.peak
     phase = next(phase for phase, peak in peaks.items() if peak == meter.peak)
@@ -104,48 +104,6 @@ def settle(optimizer: Optimizer) -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """What the rows of a batch are."""
-
-    task: Task
-    length: int = 0
-    """Tokens of the longest; 0 for images."""
-    target: int = 0
-    """Of a text for an encoder-decoder, the tokens of the target."""
-    padded: bool = True
-    """Whether some are shorter than the longest; then attention takes a mask."""
-    image: tuple[int, ...] = ()
-    """(channels, H, W)"""
-    vocabulary: int = 0
-    classes: int = 0
-
-    def batch(self, rows: int, device: torch.device) -> dict[str, Tensor]:
-        """Random values of these shapes."""
-
-        def drawn(most: int, *shape: int) -> Tensor:
-            return torch.randint(max(most, 1), shape, device=device)
-
-        if self.task == "image-classification":
-            return {"pixel_values": torch.randn(rows, *self.image, device=device), "labels": drawn(self.classes, rows)}
-        made = {"input_ids": drawn(self.vocabulary, rows, self.length)}
-        if self.padded and rows > 1:
-            made["attention_mask"] = torch.ones_like(made["input_ids"])
-            made["attention_mask"][0, -1] = 0
-        match self.task:
-            case "sequence-classification":
-                made["labels"] = drawn(self.classes, rows)
-            case "token-classification":
-                made["labels"] = drawn(self.classes, rows, self.length)
-            case "seq2seq":
-                made["labels"] = drawn(self.vocabulary, rows, self.target)
-            case _:
-                made["labels"] = made["input_ids"].clone()
-        if self.padded and rows > 1 and made["labels"].dim() == 2:
-            made["labels"][0, -1] = IGNORED
-        return made
 
 
 class _Still(JointTrainer):
@@ -179,12 +137,10 @@ class Rehearsal:
     def step(self, rows: int) -> Bytes:
         """A training step with so many rows in a batch."""
         self.model.train()
-        optimizer = self.trainer.create_optimizer()
-        assert isinstance(optimizer, Optimizer)
         return one_step(
             self.meter,
             self._loss(rows),
-            optimizer,
+            self._optimizer,
             weights=self.weights,
             batches=self.run.gradient_accumulation_steps,
             backward=self.trainer.accelerator.backward,
@@ -193,9 +149,7 @@ class Rehearsal:
 
     def seconds(self, rows: int) -> float:
         """A step with so many rows in a batch, the faster of two, not counted."""
-        optimizer = self.trainer.create_optimizer()
-        assert isinstance(optimizer, Optimizer)
-        taken: list[float] = []
+        optimizer, taken = self._optimizer, list[float]()
         with _disable_current_modes():
             for _ in range(2):
                 synchronize(self.device)
@@ -208,21 +162,22 @@ class Rehearsal:
                 taken.append(time.perf_counter() - begun)
         return min(taken)
 
-    def evaluation(self, rows: int) -> int:
+    def evaluation(self, rows: int, of: Rows) -> int:
         """Bytes at most while held-out rows are looked at."""
         self.model.eval()
         self.meter.restart()
-        batch = self.rows.batch(rows, self.device)
+        batch = of.batch(rows, self.device)
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
             self.model(**batch)
         return self.meter.peak
 
-    def trial(self, rows: int) -> int:
-        """Bytes at most while a step is tried first, before the optimiser has states."""
+    def trial(self, rows: int, of: Rows) -> int:
+        """Bytes at most while a step is tried first, before the optimiser has states; two copies are kept meanwhile."""
         self.model.train()
         self.meter.restart()
-        self.trainer.accelerator.backward(self._loss(rows)())
-        peak = self.meter.peak
+        self.trainer.accelerator.backward(self._loss(rows, of)())
+        copies = 2 * sum(p.nbytes for p in self.view.parameters() if p.requires_grad)
+        peak = self.meter.peak - states(self._optimizer) + copies
         for parameter in self.view.parameters():
             parameter.grad = None
         return peak
@@ -236,14 +191,20 @@ class Rehearsal:
             parameter.grad = None
         return counter.get_total_flops()
 
-    def _loss(self, rows: int) -> Callable[[], Tensor]:
+    @property
+    def _optimizer(self) -> Optimizer:
+        optimizer = self.trainer.create_optimizer()
+        assert isinstance(optimizer, Optimizer)
+        return optimizer
+
+    def _loss(self, rows: int, of: Rows | None = None) -> Callable[[], Tensor]:
         trainer = self.trainer
         if trainer.several:
             with _disable_current_modes():
                 trainer.settle_window(rows)
 
         def loss() -> Tensor:
-            batch = self.rows.batch(rows, self.device)
+            batch = (of or self.rows).batch(rows, self.device)
             if trainer.several:
                 batch[DATASET] = trainer._rows
             with trainer.compute_loss_context_manager():
@@ -363,7 +324,7 @@ def synchronize(device: torch.device) -> None:
 
 @contextmanager
 def _nothing_changed() -> Iterator[None]:
-    """Random numbers, which Trainer seeds, go on afterwards as if nothing had been; what libraries advise is not said."""
+    """Random numbers, which Trainer seeds, go on afterwards as if nothing had been; libraries' advice is not said."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
