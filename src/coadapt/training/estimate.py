@@ -205,21 +205,26 @@ def usable(room: Room) -> int:
 
 
 def largest_batch(peak: Callable[[int], int], most: int, *, start: int, least: int = 1) -> int:
-    """The most rows whose peak is at most `most` bytes; 0 where `least` rows have a higher one.
+    """The most rows whose peak is at most `most` bytes; 0 where `least` rows have a higher one, 2^20 where all fit.
 
-    `peak` grows along straight lines, so the next rows to ask for are where the line through two known points gets to.
+    `peak` grows along straight lines, so the next rows to ask for are where a line through two known points gets to;
+    where it turns between them, lines may creep, and every third time the middle is asked for.
     """
-    known = {rows: peak(rows) for rows in {least, max(start, least + 1)}}
+    known = {rows: peak(rows) for rows in sorted({least, max(start, least + 1)})}
+    turn = 0
     while True:
-        low = max((rows for rows, bytes_ in known.items() if bytes_ <= most), default=0)
-        high = min((rows for rows, bytes_ in known.items() if bytes_ > most), default=MOST + 1)
+        low = max((rows for rows, needed in known.items() if needed <= most), default=0)
+        high = min((rows for rows, needed in known.items() if needed > most), default=MOST + 1)
         if low == 0 or high - low <= 1:
             return low
-        one, other = sorted(known, key=lambda rows: abs(known[rows] - most))[:2]
-        slope = (known[one] - known[other]) / (one - other)
-        meets = int(one + (most - known[one]) / slope) if slope > 0 else 2 * low
-        rows = min(max(meets, low + 1), high - 1, MOST)
-        known[rows] = peak(rows)
+        below = max((rows for rows in known if rows < low), default=high)
+        other = below if high > MOST or turn % 3 == 0 else high
+        slope = (known[other] - known[low]) / (other - low)
+        meets = int(low + (most - known[low]) / slope) if slope > 0 else 2 * low
+        if turn % 3 == 2 and high <= MOST:
+            meets = (low + high) // 2
+        rows = min(max(meets, low + 1), high - 1)
+        known[rows], turn = peak(rows), turn + 1
 
 
 def rate(device: torch.device, dtype: torch.dtype) -> float:
