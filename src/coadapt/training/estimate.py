@@ -54,6 +54,8 @@ class Estimate:
     device: str
     dtype: str
     """Of the base's weights."""
+    optimizer: str
+    """By its name in transformers."""
     rows: int
     """Of a batch."""
     length: int
@@ -79,6 +81,18 @@ class Estimate:
     rate: float
     """Floating point operations per second of a product of matrices, here, in the type that the run computes in."""
     measured: Measured | None
+
+    @property
+    def parts(self) -> dict[str, tuple[int, str]]:
+        """Part of a step -> its bytes, and what it is. They are not all there at once: see `step.peak`."""
+        step = self.step
+        return {
+            "base": (self.base, f"weights in {self.dtype}, frozen"),
+            "adapters": (step.weights - self.base, "their weights"),
+            "gradients": (step.gradients, "of what trains"),
+            "optimiser": (step.optimizer, self.optimizer),
+            "activations": (step.activations, "what is kept for the backward, logits and loss among it"),
+        }
 
     @property
     def peak(self) -> int:
@@ -163,6 +177,7 @@ def estimated(run: RunConfig, calibrate: bool = False) -> Estimate:
         adapters={name: adapter.method for name, adapter in run.adapters.items()},
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
+        optimizer=run.optim,
         rows=batch,
         length=rows.length,
         target=rows.target,
