@@ -53,7 +53,7 @@ class TrainCommand(click.Command):
                 formatter.write_dl(records)
 
 
-def flags(of: Collection[str] = tuple(RunConfig.model_fields)) -> Iterable[Setting]:
+def flags(of: Collection[str] = tuple(RunConfig.model_fields), methods_too: bool = True) -> Iterable[Setting]:
     """A flag for each setting of a run that is named, and for each option of the methods."""
     section = ""
     for name, field in RunConfig.model_fields.items():
@@ -64,12 +64,12 @@ def flags(of: Collection[str] = tuple(RunConfig.model_fields)) -> Iterable[Setti
         switch = field.annotation is bool
         metavar = None if switch else _metavar(field.annotation)
         yield Setting(name, section, switch=switch, metavar=metavar, help=f"{field.description}{default}")
-    options = {option.name for method in methods().values() for option in (*method.own, *method.inherited)}
-    for alias in (alias for alias, ours in ALIASES.items() if ours in (*of, *options)):
+    options = {option for method in methods().values() for option in method.names()} if methods_too else set()
+    for alias in (alias for alias, ours in ALIASES.items() if ours in {*of, *options}):
         yield Setting(alias, section, hidden=True, switch=ALIASES[alias] == "resume")
     seen = {*RunConfig.model_fields, *ALIASES}
-    for title, options in _method_options():
-        for option in options:
+    for title, own in _method_options() if methods_too else ():
+        for option in own:
             if option.name not in seen:
                 seen.add(option.name)
                 default = _option_default(option)

@@ -78,18 +78,21 @@ def _here(found: Estimate) -> Table:
     most = found.largest_batch
     told = f"{most:,} rows of this length" if most < MOST else f"more than {MOST:,} rows of this length"
     table.add_row("largest batch", told if most else "not even one row fits")
-    operations = f"{found.operations / 1e9:,.3g} billion operations"
     if found.measured is not None:
-        reached = found.operations / found.measured.seconds / 1e9
-        table.add_row("time of a step", f"{seconds(found.seconds)}, measured ({operations}, {reached:,.3g} per second)")
+        reached = flops(found.operations / found.measured.seconds)
+        table.add_row("time of a step", f"{seconds(found.seconds)}, measured: {flops(found.operations)}, {reached}/s")
     else:
-        reached = f"{found.rate / 1e9:,.3g} per second in a product of matrices here"
-        table.add_row(
-            "time of a step", f"at least {seconds(found.seconds)} ({operations}, {reached}); --calibrate measures"
-        )
+        reached = f"{flops(found.rate)}/s in a product of matrices here"
+        told = f"at least {seconds(found.seconds)}: {flops(found.operations)}, {reached}; --calibrate measures"
+        table.add_row("time of a step", told)
     if advice := _advice(found):
         table.add_row("to do", Text(advice))
     return table
+
+
+def flops(operations: float) -> str:
+    """`12.3 TFLOP` or `45.6 GFLOP`: floating point operations."""
+    return f"{operations / 1e12:,.1f} TFLOP" if operations >= 1e12 else f"{operations / 1e9:,.3g} GFLOP"
 
 
 def seconds(taken: float) -> str:

@@ -310,6 +310,13 @@ class PlannedRun(RunConfig):
     NEEDS_DATA = False
 
 
+class DataToCheck(RunConfig):
+    """Data that is only looked at."""
+
+    model: str = ""
+    """The base whose tokenizer reads the rows, a folder or a hub id; left out, lengths are in characters."""
+
+
 def explain(error: ValidationError) -> str:
     """Pydantic's findings as one line each, with the setting, what is wrong, and the value."""
     lines: list[str] = []
