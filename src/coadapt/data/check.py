@@ -27,7 +27,7 @@ class Finding:
     """Something about the rows that a person should know."""
 
     what: str
-    """duplicates, contradictions, empty, masked, cut, leakage, asked before, classes."""
+    """duplicates, contradictions, empty, masked, cut, unknown, leakage, asked before, classes."""
     split: str
     """`train` or `held out`."""
     count: int
@@ -74,6 +74,8 @@ class Looked:
     reasons: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
     """Why it is dropped -> the rows."""
     cut: list[int] = field(default_factory=list[int])
+    unknown: list[int] = field(default_factory=list[int])
+    """Rows with text that the tokenizer has no tokens for."""
     classes: Counter[str] = field(default_factory=Counter[str])
     sample: Example | None = None
     first: Row | None = None
@@ -84,12 +86,18 @@ class Looked:
 
 
 def look(
-    rows: Dataset, found: Plan, name: str, encode: Encode | None, content: Callable[[Any], str] | None = None
+    rows: Dataset,
+    found: Plan,
+    name: str,
+    encode: Encode | None,
+    unknown: int | None = None,
+    content: Callable[[Any], str] | None = None,
 ) -> Looked:
     """Each row by itself.
 
     Args:
         encode: makes examples of a row; None: lengths are in characters, and only empty rows are dropped.
+        unknown: the token that stands for what the tokenizer does not know.
         content: path of an image -> a digest of it, or "" where it cannot be read.
     """
     looked, form = Looked(name=name), found.form
@@ -103,7 +111,7 @@ def look(
         looked.keys.append(_key(cells))
         looked.asked.append(_key(asks) if answers else _asked_of(form, cells))
         _count_classes(looked, answers, found.classes)
-        reason = _empty(cells) if encode is None else _encoded(looked, number, row, encode)
+        reason = _empty(cells) if encode is None else _encoded(looked, number, row, encode, unknown)
         if reason is not None:
             looked.reasons.setdefault(reason, []).append(number)
         elif encode is None and content is None:
@@ -113,7 +121,7 @@ def look(
     return looked
 
 
-def _encoded(looked: Looked, number: int, row: Row, encode: Encode) -> str | None:
+def _encoded(looked: Looked, number: int, row: Row, encode: Encode, unknown: int | None) -> str | None:
     """Why the row is dropped; None: it is not."""
     tally = Tally()
     examples = list(encode(row, tally))
@@ -121,6 +129,8 @@ def _encoded(looked: Looked, number: int, row: Row, encode: Encode) -> str | Non
         looked.lengths.append(tally.longest)
     if tally.truncated:
         looked.cut.append(number)
+    if unknown is not None and any(unknown in example["input_ids"] for example in examples):
+        looked.unknown.append(number)
     if looked.sample is None and examples:
         looked.sample = examples[0]
     return None if examples else next(iter(tally.dropped), "empty")
@@ -186,38 +196,50 @@ def findings(train: Looked, held_out: Looked | None, max_length: int | None, lim
     Args:
         limit: the most tokens that the model takes, where it is known.
     """
-    found = [*_of_split(train, max_length, limit), *_contradictions(train), *_classes(train)]
+    parts = [train] if held_out is None else [train, held_out]
+    found = [*_repeated(train), *_contradictions(train), *_classes(train)]
     if held_out is not None:
-        found += [*_of_split(held_out, max_length, limit), *_leakage(train, held_out)]
-    return found
+        found += [*_repeated(held_out), *_leakage(train, held_out)]
+    longest = max((length for part in parts for length in part.lengths), default=0)
+    return [*(one for part in parts for one in _lost(part, max_length, limit, longest)), *found]
 
 
 def _finding(what: str, looked: Looked, rows: Sequence[int], said: str, mend: str) -> Finding:
     return Finding(what=what, split=looked.name, count=len(rows), said=said, mend=mend, rows=tuple(rows[:NAMED]))
 
 
-def _of_split(looked: Looked, max_length: int | None, limit: int | None) -> Iterable[Finding]:
+def _lost(looked: Looked, max_length: int | None, limit: int | None, longest: int) -> Iterable[Finding]:
+    """What does not reach the model as it stands in the data."""
     total = len(looked.keys)
-    dropped = {number for numbers in looked.reasons.values() for number in numbers}
     for reason, rows in looked.reasons.items():
         masked = reason.startswith("no trained token")
         mend = "put the missing cells in, or delete the rows: training leaves them out"
         if masked:
             mend = "a larger max_length, a shorter prompt, or completion_only_loss=false: training leaves them out"
         yield _finding("masked" if masked else "empty", looked, rows, f"{_of(rows, total)}: {reason}", mend)
-    seen: dict[str, int] = {}
-    copies = [n for n, key in enumerate(looked.keys) if n not in dropped and seen.setdefault(key, n) != n]
-    if copies:
-        mend = "delete them: they count more than the others" if looked.name == "train" else "delete them"
-        yield _finding("duplicates", looked, copies, f"{_of(copies, total)} are copies of earlier ones", mend)
     if looked.cut and max_length is not None:
-        longest = max(looked.lengths)
         fits = longest if limit is None else min(longest, limit)
         mend = f"max_length={fits} cuts {'none' if fits == longest else 'less'}"
         if fits <= max_length:
             mend = f"shorter rows, or a base that takes more than {max_length} tokens"
-        said = f"{_of(looked.cut, total)} are longer than max_length={max_length}, and lose their end; up to {longest}"
-        yield _finding("cut", looked, looked.cut, said, mend)
+        said = f"{_of(looked.cut, total)} are longer than max_length={max_length}, and lose their end"
+        yield _finding("cut", looked, looked.cut, f"{said}; the longest has {max(looked.lengths)}", mend)
+    if looked.unknown:
+        said = (
+            f"{_of(looked.unknown, total)} have text that the tokenizer does not know, and reads as one token for all"
+        )
+        mend = "a base whose tokenizer knows it, or other spellings (case, quotes, white space)"
+        yield _finding("unknown", looked, looked.unknown, said, mend)
+
+
+def _repeated(looked: Looked) -> Iterable[Finding]:
+    dropped = {number for numbers in looked.reasons.values() for number in numbers}
+    seen: dict[str, int] = {}
+    copies = [n for n, key in enumerate(looked.keys) if n not in dropped and seen.setdefault(key, n) != n]
+    if copies:
+        mend = "delete them: they count more than the others" if looked.name == "train" else "delete them"
+        said = f"{_of(copies, len(looked.keys))} are copies of earlier ones"
+        yield _finding("duplicates", looked, copies, said, mend)
 
 
 def _contradictions(train: Looked) -> Iterable[Finding]:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -35,6 +35,8 @@ class DataCheck:
     """Role -> column."""
     notes: tuple[str, ...]
     """How it was read."""
+    document: bool
+    """One long text, which is cut into blocks of max_length; the last of them are held out."""
     max_length: int | None
     splits: tuple[Split, ...]
     findings: tuple[Finding, ...]
@@ -80,11 +82,12 @@ def _check(run: RunConfig, config: PreTrainedConfig | None, name: str, settings:
         separator = run.prompt_separator if settings.prompt_separator is None else settings.prompt_separator
         framing = find_framing(found.form, found.features, processor, separator)
         encode = encoder(found, processor, task, framing, max_length, settings.completion_only_loss is not False)
-    train = look(rows, found, "train", encode, _content(found, Path(found.source.root)))
+    unknown = cast(int | None, getattr(processor, "unk_token_id", None))  # an image processor has none
+    train = look(rows, found, "train", encode, unknown, _content(found, found.source.root))
     held_out = None
     if held_rows is not None:
         root = found.source.root if found.held_out is None else found.held_out.root
-        held_out = look(held_rows, found, "held out", encode, _content(found, Path(root)))
+        held_out = look(held_rows, found, "held out", encode, unknown, _content(found, root))
     looked = [part for part in (train, held_out) if part is not None]
     unit = "tokens" if encode is not None else "characters"
     return DataCheck(
@@ -93,7 +96,8 @@ def _check(run: RunConfig, config: PreTrainedConfig | None, name: str, settings:
         task=task,
         format=found.form.name,
         columns=dict(found.form.columns),
-        notes=tuple([*found.source.notes, *([found.form.note] if found.form.note else [])]),
+        notes=(*found.source.notes, *([found.form.note] if found.form.note else [])),
+        document=found.source.document,
         max_length=max_length,
         splits=tuple(part.split(unit) for part in looked),
         findings=tuple(findings(train, held_out, max_length, limit)),
@@ -134,7 +138,8 @@ def tables(check: DataCheck) -> Iterator[RenderableType]:
     table.add_row("data", Text(check.data))
     table.add_row("format", Text(f"{check.format} ({roles}), for {check.task}"))
     for split in check.splits:
-        table.add_row(split.name, f"{split.rows:,} row{'s' * (split.rows != 1)}{_lengths(split.lengths)}")
+        one = "text" if check.document else "row"
+        table.add_row(split.name, f"{split.rows:,} {one}{'s' * (split.rows != 1)}{_lengths(split.lengths)}")
     if check.max_length is not None:
         table.add_row("max_length", str(check.max_length))
     if classes := check.splits[0].classes:

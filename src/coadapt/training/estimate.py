@@ -193,7 +193,7 @@ def _counted(counted: Rehearsal, kinds: Kinds) -> dict[str, Any]:
     """What is found without data."""
     run, base = counted.run, counted.view.get_base_model()
     batch = run.per_device_train_batch_size
-    evaluates = run.eval_strategy != "no" and kinds.held_out is not None
+    held_out = None if run.eval_strategy == "no" else kinds.held_out
     of_base = sum(t.nbytes for t in {id(t): t for t in (*base.parameters(), *base.buffers())}.values())
     trainable, all_of_them = counted.view.get_nb_trainable_parameters()
     return {
@@ -201,7 +201,7 @@ def _counted(counted: Rehearsal, kinds: Kinds) -> dict[str, Any]:
         "trainable": trainable,
         "base": of_base,
         "step": counted.step(batch),
-        "evaluation": counted.evaluation(run.per_device_eval_batch_size, kinds.held_out) if evaluates else 0,
+        "evaluation": counted.evaluation(run.per_device_eval_batch_size, held_out) if held_out else 0,
         "trial": counted.trial(ROWS, kinds.first) if run.verify and batch < ROWS else 0,
         "operations": counted.operations(batch) * run.gradient_accumulation_steps,
     }

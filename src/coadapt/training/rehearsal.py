@@ -89,7 +89,7 @@ def one_step(
         del kept, moved
     optimizer.zero_grad()
     peaks["optimiser step"] = meter.peak
-    phase = next(phase for phase, peak in peaks.items() if peak == meter.peak)
+    phase: Phase = next(phase for phase, peak in peaks.items() if peak == meter.peak)
     return Bytes(weights, gradients, states(optimizer), activations, meter.peak, phase)
 
 
@@ -247,7 +247,7 @@ def rehearsal(
                 run, view = _attached(run, config, rows, device, dtype)
             held = counter.now
             trainer = _trainer(run, view, weights, Path(out))
-            model = trainer.accelerator.prepare_model(trainer.model, device_placement=False)
+            model = trainer.accelerator.prepare_model(view, device_placement=False)
             if run.gradient_checkpointing:  # as Trainer does when it begins
                 getattr(view, _enable(view))()
             optimizer = trainer.create_optimizer()
