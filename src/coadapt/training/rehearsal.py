@@ -1,5 +1,6 @@
 """Steps of a run that is not begun: on tensors without data, or on random weights. Their bytes are counted."""
 
+import logging
 import random
 import tempfile
 import time
@@ -14,7 +15,12 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +36,7 @@ from coadapt.training.folder import AUTO_NAMES
 from coadapt.training.joint import DATASET, JointTrainer
 from coadapt.training.live import Live, Meter, meter
 from coadapt.training.losses import window
+from coadapt.training.machine import first_line
 from coadapt.training.mixing import shares
 from coadapt.training.recommend import parameters
 from coadapt.training.rows import Rows
@@ -37,6 +44,7 @@ from coadapt.training.run import training_arguments
 from coadapt.training.settings import RunConfig
 from coadapt.training.timetable import timetable
 
+_CANNOT = "This run cannot be forecast, as its step cannot be run on tensors without data: {} (docs/limits.md)."
 Phase = Literal["forward", "backward", "optimiser step"]
 
 
@@ -73,14 +81,14 @@ def one_step(
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     meter.restart()
-    before, activations, peaks = meter.now, 0, dict[Phase, int]()
+    before, activations, peaks = meter.now, 0, dict[int, Phase]()  # where each height was first reached
     for _ in range(min(batches, 2)):
         found = loss()
         activations = activations or meter.now - before - found.nbytes
-        peaks["forward"] = meter.peak
+        peaks.setdefault(meter.peak, "forward")
         backward(found)
         del found
-        peaks["backward"] = meter.peak
+        peaks.setdefault(meter.peak, "backward")
     gradients = sum(p.grad.nbytes for p in trained if p.grad is not None)
     with torch.no_grad():
         kept = [p.detach().clone() for p in trained] if monitored else []
@@ -88,8 +96,7 @@ def one_step(
         moved = [new - old for old, new in zip(kept, trained, strict=False)]
         del kept, moved
     optimizer.zero_grad()
-    peaks["optimiser step"] = meter.peak
-    phase: Phase = next(phase for phase, peak in peaks.items() if peak == meter.peak)
+    phase = peaks.setdefault(meter.peak, "optimiser step")
     return Bytes(weights, gradients, states(optimizer), activations, meter.peak, phase)
 
 
@@ -236,13 +243,14 @@ def rehearsal(
     """
     fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
     counter = meter(device) if real else Live()
-    with _nothing_changed(), tempfile.TemporaryDirectory() as out:
+    with _nothing_changed(), _explained(real), tempfile.TemporaryDirectory() as out:
         if fake is not None:
             run, view = _attached(run, config, rows, torch.device("meta"), dtype)
         with fake or nullcontext(), counter:
             if fake is not None:
                 view.to_empty(device=device)
                 view.get_base_model().tie_weights()  # pyright: ignore[reportCallIssue]
+                _plan_with_data(view)
             else:
                 run, view = _attached(run, config, rows, device, dtype)
             held = counter.now
@@ -311,6 +319,17 @@ class _Names:
         return 1
 
 
+def _plan_with_data(view: PeftModel) -> None:
+    """Which row uses which adapter is read as numbers, also where all other tensors have none."""
+    running = view.running
+
+    def planned(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return running(*args, **kwargs)
+
+    view.running = planned
+
+
 def _enable(view: PeftModel) -> str:
     name = "activation_checkpointing_enable"  # its name since transformers 5.20
     return name if hasattr(view, name) else "gradient_checkpointing_enable"
@@ -320,6 +339,23 @@ def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was told to."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+@contextmanager
+def _explained(real: bool) -> Iterator[None]:
+    """Where tensors without data do not do, a ValueError says so."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
+        raise ValueError(_CANNOT.format(f"an operation looks at values ({error})")) from error
+    except (RuntimeError, NotImplementedError) as error:
+        if real or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ValueError(_CANNOT.format(first_line(error))) from error
+    finally:
+        log.disabled = before
 
 
 @contextmanager
