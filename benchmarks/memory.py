@@ -10,7 +10,6 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import coadapt
 from coadapt import BottleneckConfig, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
+from coadapt.training.live import Allocated, Live
+from coadapt.training.rehearsal import Bytes, one_step, settle
 
-from .measuring import Live
 from .report import BYTES, machine, markdown, shown
 from .setting import checkpointed
 
@@ -53,38 +53,6 @@ WAYS: Mapping[str, Mapping[str, PeftConfig]] = {
 """The adapters of each; those without any train the whole model."""
 
 
-@dataclass(frozen=True)
-class Bytes:
-    """Of one training step."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    """What is alive between forward and backward, beyond the weights."""
-    peak: int
-    """The most that is alive at once, all counted."""
-
-
-class Allocated:
-    """As `Live`, of what the GPU's allocator gave out."""
-
-    def __enter__(self) -> "Allocated":
-        torch.cuda.reset_peak_memory_stats()
-        self.before = torch.cuda.memory_allocated()
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    @property
-    def now(self) -> int:
-        return torch.cuda.memory_allocated() - self.before
-
-    @property
-    def peak(self) -> int:
-        return torch.cuda.max_memory_allocated() - self.before
-
-
 def model(shape: Mapping[str, int], way: str, checkpointing: bool) -> Any:
     """Weights in bf16, adapters in fp32; ready to train."""
     usual: dict[str, Any] = {"num_key_value_heads": min(8, shape["num_attention_heads"]), "vocab_size": 128256}
@@ -99,25 +67,15 @@ def model(shape: Mapping[str, int], way: str, checkpointing: bool) -> Any:
 
 
 def one_run(meter: Live | Allocated, make: Callable[[], Any], rows: int, length: int) -> Bytes:
-    """Two steps: the second one finds the optimiser's state there."""
+    """A step whose optimiser has its state already."""
     with meter:
         trained = make()
         gc.collect()
         weights = meter.now
-        parameters = [p for p in trained.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, fused=True)
+        optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], fused=True)
+        settle(optimizer)
         ids = torch.zeros(rows, length, dtype=torch.long)
-        activations = gradients = 0
-        for _ in range(2):
-            before = meter.now
-            loss = trained(input_ids=ids, labels=ids).loss
-            activations = meter.now - before
-            loss.backward()
-            gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
-            optimizer.step()
-            optimizer.zero_grad()
-        state = [value for held in optimizer.state.values() for value in held.values()]
-        return Bytes(weights, gradients, sum(t.nbytes for t in state), activations, meter.peak)
+        return one_step(meter, lambda: trained(input_ids=ids, labels=ids).loss, optimizer, weights=weights)
 
 
 def counted(shape: Mapping[str, int], way: str, given: argparse.Namespace) -> Bytes:
@@ -146,7 +104,8 @@ def fits(found: Bytes) -> bool:
 
 
 def line(way: str, found: Bytes, full: Bytes) -> list[str]:
-    return [way, *(shown(n, BYTES) for n in astuple(found)), f"{1 - found.peak / full.peak:.0%}"]
+    parts = (found.weights, found.gradients, found.optimizer, found.activations, found.peak)
+    return [way, *(shown(n, BYTES) for n in parts), f"{1 - found.peak / full.peak:.0%}"]
 
 
 def table(shape: str, given: argparse.Namespace) -> str:
@@ -180,7 +139,7 @@ def main(arguments: Sequence[str]) -> None:
         f"{torch.__version__}, transformers {transformers.__version__}, on {machine(given.device)}. Llamas in bf16, "
         f"adapters in fp32, {given.rows} x {given.length} tokens, gradient checkpointing "
         f"{'on' if given.checkpointing else 'off'}, AdamW whose state has the dtype of what it trains. Counted on "
-        "tensors without data, two steps. Saved: of full fine-tuning's peak.\n",
+        "tensors without data. Saved: of full fine-tuning's peak.\n",
         *(table(shape, given) for shape in given.shapes),
     ]
     text = "\n".join(parts)

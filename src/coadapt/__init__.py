@@ -27,6 +27,7 @@ _HOMES = {
     "TaskType": "config",
     "TokenRouter": "core.routers",
     "checkpoint": "core.frame",
+    "estimate": "training.estimate",
     "export": "exporting",
     "get_peft_model": "model",
     "recommended": "training.recommend",

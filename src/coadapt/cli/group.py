@@ -10,6 +10,8 @@ import click
 
 VERBS = {
     "demo": "Adapt a tiny model in a minute: offline, on the CPU.",
+    "estimate": "What a training will need, before anything is loaded.",
+    "data": "Look at your data before it is trained on.",
     "train": "Train adapters on your data.",
     "generate": "Ask a model with its adapter.",
     "chat": "Talk to a model with its adapters.",

@@ -5,7 +5,7 @@ import types
 import typing
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -53,21 +53,23 @@ class TrainCommand(click.Command):
                 formatter.write_dl(records)
 
 
-def _settings() -> Iterable[Setting]:
+def flags(of: Collection[str] = tuple(RunConfig.model_fields), methods_too: bool = True) -> Iterable[Setting]:
+    """A flag for each setting of a run that is named, and for each option of the methods."""
     section = ""
     for name, field in RunConfig.model_fields.items():
         section = RunConfig.SECTIONS.get(name, section)
-        if name in ("adapters", "datasets"):
+        if name in ("adapters", "datasets") or name not in of:
             continue
         default = "" if field.is_required() or field.default is None else f"  [{_shown(field.default)}]"
         switch = field.annotation is bool
         metavar = None if switch else _metavar(field.annotation)
         yield Setting(name, section, switch=switch, metavar=metavar, help=f"{field.description}{default}")
-    for alias in ALIASES:
+    options = {option for method in methods().values() for option in method.names()} if methods_too else set()
+    for alias in (alias for alias, ours in ALIASES.items() if ours in {*of, *options}):
         yield Setting(alias, section, hidden=True, switch=ALIASES[alias] == "resume")
     seen = {*RunConfig.model_fields, *ALIASES}
-    for title, options in _method_options():
-        for option in options:
+    for title, own in _method_options() if methods_too else ():
+        for option in own:
             if option.name not in seen:
                 seen.add(option.name)
                 default = _option_default(option)
@@ -113,7 +115,9 @@ def _shown(value: Any) -> str:
     )
 
 
-def read_settings(config: Path | None, flags: dict[str, Any], overrides: Iterable[str]) -> RunConfig:
+def read_settings(
+    config: Path | None, flags: dict[str, Any], overrides: Iterable[str], kind: type[RunConfig] = RunConfig
+) -> RunConfig:
     """The run that a YAML file, flags and `name=value` describe; the later goes before the earlier.
 
     Raises:
@@ -126,7 +130,7 @@ def read_settings(config: Path | None, flags: dict[str, Any], overrides: Iterabl
             override(values, setting)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", SettingHint)
-            run = RunConfig(**values)
+            run = kind(**values)
     except ValidationError as error:
         raise click.UsageError(explain(error)) from error
     except ValueError as error:
@@ -185,6 +189,6 @@ command = TrainCommand(
         click.Option(
             ["--config"], type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML file with settings."
         ),
-        *_settings(),
+        *flags(),
     ],
 )

@@ -143,7 +143,7 @@ def prepare(
             "The tokenizer has no end-of-sequence token, so the model could not learn to stop. Set its eos_token."
         )
     framing = find_framing(found.form, found.features, tokenizer, separator)
-    encode = _encoder(found, tokenizer, task, framing, max_length, completion_only_loss)
+    encode = encoder(found, tokenizer, task, framing, max_length, completion_only_loss)
     rows, held_rows = split_rows(found, eval_split, seed)
     tally, held_tally = Tally(), Tally()
     train = _encode(rows, encode, tally)
@@ -164,9 +164,14 @@ def prepare(
     )
 
 
-def _encoder(
+def encoder(
     found: Plan, tokenizer: PreTrainedTokenizerBase, task: str, framing: Framing, max_length: int, completion_only: bool
 ) -> Encode:
+    """What makes examples of rows, for a task.
+
+    Raises:
+        ValueError: `max_length` has no room for text, or the task is unknown.
+    """
     least = len(leading_tokens(tokenizer)) + 2
     if max_length < least:
         raise ValueError(f"max_length={max_length} leaves no room for text; it must be at least {least}.")

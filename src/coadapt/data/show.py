@@ -1,12 +1,15 @@
 """What is said about the data before training: a description, and one example with its trained tokens marked."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from coadapt.data.columns import Format
 from coadapt.data.prepare import Plan, Prepared
+from coadapt.data.segments import read_messages
 from coadapt.data.tokens import IGNORED, Example
 
 OPEN, CLOSE = "⟦", "⟧"
@@ -107,3 +110,16 @@ def _shorten(parts: Sequence[tuple[str, bool]], most: int) -> Text:
         else:
             shown.append(short, "dim")
     return shown
+
+
+def one_cells(row: Mapping[str, Any], form: Format, most: int = 600) -> Text:
+    """A row whose tokens are not known, role by role: what is trained on between ⟦ and ⟧, as its format has it."""
+    cells = {role: row[column] for role, column in form.columns.items()}
+    if form.kind == "messages":
+        turns = [(m["role"], str(m["content"])) for m in read_messages(cells["messages"])]
+        named = [(f"{role}: ", text, role == "assistant") for role, text in turns]
+    else:
+        taught = {"completion", "label", "tags"} if form.kind != "text" else {"text"}
+        named = [(f"{role}: ", str(cell), role in taught) for role, cell in cells.items() if cell not in (None, "", [])]
+    parts = [part for name, text, trained in named for part in ((f"\n{name}", False), (text, trained))]
+    return _shorten([(parts[0][0].lstrip(), False), *parts[1:]], most)

@@ -72,7 +72,7 @@ def datasets_of(given: Any) -> dict[str, Any]:
 def check_datasets(run: Any) -> None:
     """Raises a ValueError where a run's `data`, `datasets` and their shares contradict each other."""
     if not run.datasets:
-        if run.data is None:
+        if run.data is None and run.NEEDS_DATA:
             raise ValueError(f"data is missing: {type(run).model_fields['data'].description}")
         if run.mixing_temperature is not None:
             raise ValueError(

@@ -118,9 +118,9 @@ def gather(run: RunConfig, table: Timetable) -> Material:
     Raises:
         ValueError: one cannot be read, has no known format, or does not go with the others or with the model.
     """
-    rows = {name: _read(settings) for name, settings in run.sources.items()}
+    rows = {name: read_rows(settings) for name, settings in run.sources.items()}
     config = load_config(run.model, run.revision)
-    seen = {name: _seen(run, config, settings, *rows[name]) for name, settings in run.sources.items()}
+    seen = {name: recognised(run, config, settings, *rows[name]) for name, settings in run.sources.items()}
     _check_alike(config, seen)
     task = next(iter(seen.values()))[0]
     check_sight(run.model, config, task)
@@ -138,7 +138,7 @@ def gather(run: RunConfig, table: Timetable) -> Material:
     return material
 
 
-def _read(settings: DatasetSettings) -> tuple[Source, Source | None]:
+def read_rows(settings: DatasetSettings) -> tuple[Source, Source | None]:
     """The rows of a data set, and those to evaluate on, where they are said."""
     rows = read(settings.data, settings.dataset_config)
     return rows, read(settings.eval_data, settings.dataset_config) if settings.eval_data else None
@@ -155,12 +155,12 @@ def columns(settings: DatasetSettings) -> Told:
     )
 
 
-def _seen(
-    run: RunConfig, config: PreTrainedConfig, settings: DatasetSettings, source: Source, held_out: Source | None
+def recognised(
+    run: RunConfig, config: PreTrainedConfig | None, settings: DatasetSettings, source: Source, held_out: Source | None
 ) -> tuple[Task, Plan]:
-    """The task and the format of one data set."""
+    """The task and the format of one data set; without a model's `config` the data alone decides."""
     told = columns(settings)
-    task = run.task or task_of_model(config)
+    task = run.task or (None if config is None else task_of_model(config))
     if run.task is None and task == "sequence-classification" and has_tags(source):
         task = "token-classification"  # an encoder can be either
     found = plan(source, held_out, told, task)

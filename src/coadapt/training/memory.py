@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import psutil
@@ -10,12 +11,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 GIB = 2**30
+LIMITS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+"""Files that say what a container may use, and what it uses: of control groups, versions 2 and 1."""
 
 
 def peak() -> int:
     """Bytes: the most that was in use so far, of the GPU, or of this process where no GPU is used."""
     if torch.cuda.is_available() and (used := torch.cuda.max_memory_allocated()):
         return used
+    return resident()
+
+
+def resident() -> int:
+    """Bytes: the most that this process had in the machine's own memory so far."""
     process = psutil.Process().memory_info()
     if hasattr(process, "peak_wset"):
         return process.peak_wset
@@ -37,6 +48,27 @@ def total() -> int:
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     return psutil.virtual_memory().total
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """The memory of a device."""
+
+    free: int
+    total: int
+
+
+def room(device: torch.device) -> Room:
+    """What `device` has, and what of it is free at this moment; in a container no more than that may use."""
+    if device.type in ("cuda", "xpu"):
+        free, total = getattr(torch, device.type).mem_get_info(device)
+        return Room(free=free, total=total)
+    memory = psutil.virtual_memory()
+    free, total = memory.available, memory.total
+    for limit, used in LIMITS:
+        if limit.is_file() and (most := limit.read_text().strip()).isdigit() and int(most) < total:
+            free, total = min(free, int(most) - int(used.read_text())), int(most)
+    return Room(free=max(free, 0), total=total)
 
 
 def size(count: float) -> str:

@@ -69,6 +69,8 @@ class RunConfig(BaseModel):
         "output_dir": "Output",
     }
     """Field that begins a section of the help -> its title."""
+    NEEDS_DATA: ClassVar[bool] = True
+    """Whether a run without data is refused."""
 
     model: str
     """The base: a folder or a hub id."""
@@ -300,6 +302,19 @@ class RunConfig(BaseModel):
         for group in ("adapters", "datasets"):
             values[group] = {n: {k: v for k, v in a.items() if v is not None} for n, a in values[group].items()}
         return values
+
+
+class PlannedRun(RunConfig):
+    """A run that is only planned: what it trains on may be left open."""
+
+    NEEDS_DATA = False
+
+
+class DataToCheck(RunConfig):
+    """Data that is only looked at."""
+
+    model: str = ""
+    """The base whose tokenizer reads the rows, a folder or a hub id; left out, lengths are in characters."""
 
 
 def explain(error: ValidationError) -> str:
