@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import coadapt
 from coadapt import BottleneckConfig, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
+from coadapt.training.live import Live
 
-from .measuring import Live
 from .report import BYTES, machine, markdown, shown
 from .setting import checkpointed
 

@@ -11,6 +11,7 @@ import click
 VERBS = {
     "demo": "Adapt a tiny model in a minute: offline, on the CPU.",
     "train": "Train adapters on your data.",
+    "compare": "Compare methods and mixes on your data, under equal budgets.",
     "generate": "Ask a model with its adapter.",
     "chat": "Talk to a model with its adapters.",
     "merge": "Put an adapter into the weights of its base.",

@@ -144,21 +144,25 @@ def _read(settings: DatasetSettings) -> tuple[Source, Source | None]:
     return rows, read(settings.eval_data, settings.dataset_config) if settings.eval_data else None
 
 
-def _seen(
-    run: RunConfig, config: PreTrainedConfig, settings: DatasetSettings, source: Source, held_out: Source | None
-) -> tuple[Task, Plan]:
-    """The task and the format of one data set."""
-    told = Told(
+def told(settings: DatasetSettings) -> Told:
+    """What is said of a data set's columns."""
+    return Told(
         text=settings.text_column,
         prompt=settings.prompt_column,
         completion=settings.completion_column,
         label=settings.label_column,
         image=settings.image_column,
     )
+
+
+def _seen(
+    run: RunConfig, config: PreTrainedConfig, settings: DatasetSettings, source: Source, held_out: Source | None
+) -> tuple[Task, Plan]:
+    """The task and the format of one data set."""
     task = run.task or task_of_model(config)
     if run.task is None and task == "sequence-classification" and has_tags(source):
         task = "token-classification"  # an encoder can be either
-    found = plan(source, held_out, told, task)
+    found = plan(source, held_out, told(settings), task)
     decided: dict[str, Task] = {
         "labelled": "sequence-classification",
         "tagged": "token-classification",

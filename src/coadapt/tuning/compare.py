@@ -1,0 +1,259 @@
+"""Methods and mixes on one model and one data set: rates chosen, trainings repeated, held-out rows scored once.
+
+For each candidate, in its folder under `trials`:
+
+1. with a budget of time, a short training shows its speed, and with it how many steps the time is;
+2. one training for each rate, with a seed of its own; the best by the loss on the validation rows is kept;
+3. trainings with that rate and `seeds` other seeds, and after each the held-out rows are scored.
+
+Every training is a run of `coadapt train`. One that has ended is never made again: its result is in its folder.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.text import Text
+from torch import nn
+
+from coadapt.formats.files import aside
+from coadapt.training.assemble import adapter_config, attach, load_base
+from coadapt.training.datasets import starts_from
+from coadapt.training.material import gather
+from coadapt.training.mixing import Stream
+from coadapt.training.recommend import parameters
+from coadapt.training.settings import RunConfig
+from coadapt.training.timetable import timetable
+from coadapt.tuning.outcome import Compared, Entrant
+from coadapt.tuning.plan import CompareConfig
+from coadapt.tuning.report import write
+from coadapt.tuning.splits import data_hash, write_splits
+from coadapt.tuning.trial import Interrupted, Result, Trial, conduct, finished, prepared
+
+SETTINGS, TRIALS, DATA = "compare.yaml", "trials", "data"
+MAY_GROW = ("methods", "candidates", "seeds")
+"""What may be other than when the comparison began: trainings are added, and what there is stays true."""
+PACE_STEPS = 12
+"""Of the training that shows the speed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What is known of a candidate before it is trained."""
+
+    run: RunConfig
+    """With its default rates filled in."""
+    parameters: int
+    """Those that train, a new head among them."""
+    total: int
+    """All of the model with its adapters."""
+
+
+def compare(config: CompareConfig, console: Console) -> Compared:
+    """Trains what is still to be trained, and writes results.json and report.html; says on `console` what it does.
+
+    Raises:
+        ValueError: what does not fit, in the settings, the data or the model, before anything is written; or the folder
+            holds a comparison with other settings.
+        Interrupted: a person stopped it; what had ended is kept.
+    """
+    runs = config.runs
+    first = next(iter(runs.values()))
+    known_hash = data_hash(first)
+    claim(config, known_hash)
+    known = _known(runs)
+    _begin(config, known_hash)
+    files = write_splits(first, config.validation_split, config.out / DATA)
+    rows = _rows(next(iter(known.values())).run, files)
+    progress = Progress(console, config, list(known))
+    steps = {name: _steps(config, name, one.run, files, rows["train"], progress) for name, one in known.items()}
+    done = [_entered(config, name, one, steps[name], files, progress) for name, one in known.items()]
+    found = Compared(config=config, rows=rows, entrants=done)
+    write(found, config.out)
+    return found
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def claim(config: CompareConfig, known_hash: str) -> None:
+    """Raises a ValueError where the folder holds something else than this comparison; nothing is written."""
+    out = config.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={str(out)!r} is a file.")
+    if not (out / SETTINGS).is_file():
+        if out.is_dir() and any(out.iterdir()):
+            there = ", ".join(sorted(path.name for path in out.iterdir())[:4])
+            raise ValueError(
+                f"out={str(out)!r} holds something else than a comparison ({there}): choose another folder."
+            )
+        return
+    before: Any = yaml.safe_load((out / SETTINGS).read_text("utf-8"))
+    now = {**config.plain(), "data_sha256": known_hash}
+    if not isinstance(before, dict) or not isinstance(before.get("settings"), dict):
+        raise ValueError(f"{out / SETTINGS} is damaged. Mend it, or choose another folder.")
+    other = [
+        (name, before["settings"].get(name), now["settings"].get(name))
+        for name in sorted({*before["settings"], *now["settings"]})
+        if before["settings"].get(name) != now["settings"].get(name)
+    ]
+    other += [
+        (name, before.get(name), now[name])
+        for name in now
+        if name not in (*MAY_GROW, "settings") and before.get(name) != now[name]
+    ]
+    if other:
+        shown = "\n".join(f"  {name}: {then!r} then, {here!r} now" for name, then, here in other)
+        raise ValueError(
+            f"{out} holds a comparison with other settings, whose results would not be comparable:\n{shown}\n"
+            f"Give the same (only {', '.join(MAY_GROW)} may differ), or another folder."
+        )
+
+
+def _begin(config: CompareConfig, known_hash: str) -> None:
+    config.out.mkdir(parents=True, exist_ok=True)
+    with aside(config.out / SETTINGS) as file:
+        text = yaml.safe_dump({**config.plain(), "data_sha256": known_hash}, sort_keys=False, allow_unicode=True)
+        file.write_text(f"# coadapt compare --config {SETTINGS} --out FOLDER\n{text}", "utf-8")
+
+
+# ---- what is known before -------------------------------------------------------------------------------------------
+
+
+def _known(runs: Mapping[str, RunConfig]) -> dict[str, Known]:
+    """Each with its data read and attached to the base once: whether that can be, its size, and its default rates."""
+    materials = {name: _told(name, lambda run=run: gather(run, timetable(run))) for name, run in runs.items()}
+    first, run = next(iter(materials.values())), next(iter(runs.values()))
+    # What is left open depends on the virtual tokens of each; here all see the same.
+    lengths = [m.first.made.max_length for m in materials.values()]
+    common = {"task": first.task, "max_length": min((n for n in lengths if n is not None), default=None)}
+    base = load_base(
+        run.model, first.task, first.processor, dtype=run.dtype, revision=run.revision, classes=first.classes
+    )
+    size, found = parameters(base), dict[str, Known]()
+    for name, one in runs.items():
+        rated = one.with_rates(size).model_copy(update=common)
+        trains, total = _told(name, lambda rated=rated: _parameters(rated, base))
+        found[name] = Known(run=rated, parameters=trains, total=total)
+    return found
+
+
+def _told(name: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives; an error says of which candidate it is."""
+    try:
+        return make()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _parameters(run: RunConfig, base: nn.Module) -> tuple[int, int]:
+    """(those that train, all), of the base with a candidate's adapters, which are taken away again."""
+    assert run.task is not None
+    configs = {name: adapter_config(name, one, run.task, run.revision) for name, one in run.adapters.items()}
+    new_head = run.task == "image-classification"
+    view = attach(base, configs, run.composition, new_head=new_head, order=starts_from(run))
+    return view.get_nb_trainable_parameters()
+
+
+def _steps(
+    config: CompareConfig, name: str, run: RunConfig, files: dict[str, Path], rows: int, progress: "Progress"
+) -> int:
+    """Of each training of a candidate."""
+    budget = config.limit
+    if budget is None or budget.seconds is None:
+        if run.max_steps > 0:
+            return run.max_steps
+        batch, accumulation = run.per_device_train_batch_size, run.gradient_accumulation_steps
+        return Stream(rows=rows, batch=batch, accumulation=accumulation, seed=run.seed).end(run.num_train_epochs)
+    quiet = {
+        "eval_strategy": "no",
+        "eval_steps": None,
+        "early_stopping_patience": None,
+        "early_stopping_threshold": 0.0,
+    }
+    short = prepared(run, files, steps=PACE_STEPS, seed=run.seed, factor=1.0).model_copy(update=quiet)
+    pace = progress.conduct(Trial(run=short, place=config.out / TRIALS / name / "pace"), name, "its speed")
+    if pace.seconds_per_step is None:
+        raise ValueError(
+            f"{name}: the speed of its steps could not be measured: {pace.failed}. To try again, take away "
+            f"{config.out / TRIALS / name / 'pace'}."
+        )
+    return max(1, int(budget.seconds / pace.seconds_per_step))
+
+
+def _rows(run: RunConfig, files: dict[str, Path]) -> dict[str, int]:
+    """Part -> its examples."""
+    told = run.model_copy(update={"data": str(files["train"]), "eval_data": str(files["validation"])})
+    scored = told.model_copy(update={"eval_data": str(files["held-out"])})
+    made = [gather(r, timetable(r)).first.made for r in (told, scored)]
+    return dict(zip(files, (len(made[0].train), *(len(m.held_out or ()) for m in made)), strict=True))
+
+
+# ---- the trainings ---------------------------------------------------------------------------------------------------
+
+
+def _entered(
+    config: CompareConfig, name: str, one: Known, steps: int, files: dict[str, Path], progress: "Progress"
+) -> Entrant:
+    """A candidate with all of its results."""
+    folder, seed = config.out / TRIALS / name, one.run.seed
+
+    def trial(place: str, factor: float, seed: int, scored: bool) -> Trial:
+        run = prepared(one.run, files, steps=steps, seed=seed, factor=factor)
+        return Trial(run=run, place=folder / place, held_out=files["held-out"] if scored else None)
+
+    tuned: dict[float, Result] = {}
+    for factor in config.factors if config.rates > 1 else []:
+        tuned[factor] = progress.conduct(
+            trial(f"rate-{factor:.3g}", factor, seed, False), name, f"rates x {factor:.3g}"
+        )
+    chosen = min(tuned, key=lambda factor: tuned[factor].loss, default=1.0)
+    repeats: dict[int, Result] = {}
+    for own in range(seed + 1, seed + 1 + config.seeds):
+        place = f"rate-{chosen:.3g}-seed-{own}"
+        repeats[own] = progress.conduct(trial(place, chosen, own, True), name, f"seed {own}")
+    return Entrant(
+        name=name,
+        run=one.run,
+        parameters=one.parameters,
+        total=one.total,
+        steps=steps,
+        tuned=tuned,
+        chosen=chosen,
+        repeats=repeats,
+    )
+
+
+class Progress:
+    """Says what is trained, how far the comparison is, and what came of it."""
+
+    def __init__(self, console: Console, config: CompareConfig, names: Sequence[str]) -> None:
+        self.console = console
+        pace = config.limit is not None and config.limit.seconds is not None
+        tuned = config.rates if config.rates > 1 else 0
+        self.total, self.number = len(names) * (pace + tuned + config.seeds), 0
+        self.width = max(map(len, names))
+
+    def conduct(self, trial: Trial, name: str, what: str, conduct: Callable[[Trial], Result] = conduct) -> Result:
+        """The result of a training, told in a line."""
+        self.number += 1
+        kept = finished(trial.place) is not None
+        head = f"{self.number:>{len(str(self.total))}}/{self.total}  {name:<{self.width}}  {what:<14}"
+        try:
+            found = conduct(trial)
+        except (Interrupted, KeyboardInterrupt):
+            self.console.print(Text(f"{head}  stopped"), soft_wrap=True)
+            raise Interrupted from None
+        self.console.print(Text(head + _came_to(found) + ("  (there already)" if kept else "")), soft_wrap=True)
+        return found
+
+
+def _came_to(found: Result) -> str:
+    if found.failed:
+        return f"  failed: {found.failed.splitlines()[0]}"
+    loss = "" if found.validation_loss is None else f"  validation {found.validation_loss:.4f}"
+    time = "" if found.seconds_per_step is None else f"  {found.seconds_per_step * 1000:.0f} ms a step"
+    return loss + time

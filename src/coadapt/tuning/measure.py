@@ -1,0 +1,196 @@
+"""What a training costs and what it came to: seconds and bytes of its steps, the score of each held-out row."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from coadapt.data.prepare import CLASSIFYING
+from coadapt.data.tokens import IGNORED
+from coadapt.formats.files import aside, read_json
+from coadapt.model import PeftModel
+from coadapt.training.live import Live
+from coadapt.training.losses import row_losses, trained
+from coadapt.training.material import Material
+
+CALLS = 7
+"""Of a batch, to time it; the median is kept."""
+
+
+class Meter(TrainerCallback):
+    """As a context: times the steps of a run without its evaluations, and measures the memory of its second step.
+
+    On a GPU that is the most that its allocator gave out; elsewhere the bytes of the model, of the optimiser's state,
+    and of the tensors that are alive at once within the step, which is not timed. What was measured is written to
+    `file` with each checkpoint, and read again by a run that is resumed.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.seconds, self.steps, self.peak = 0.0, 0, 0
+        self._live: Live | None = None
+        self._begun, self._first = 0.0, 0
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:  # a step that did not come to its end
+            self._live.__exit__(None, None, None)
+            self._live = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step and self.file.is_file():
+            known = read_json(self.file)
+            self.seconds, self.steps, self.peak = known["seconds"], known["steps"], known["peak"]
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._first = state.global_step
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step == min(self._first + 1, state.max_steps - 1) and not on_gpu(args):
+            self._live = Live()
+            self._live.__enter__()
+        self._begun = time.perf_counter()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **_: Any,
+    ) -> None:
+        if on_gpu(args):
+            torch.cuda.synchronize()
+        took = time.perf_counter() - self._begun
+        if self._live is not None:
+            self._live.__exit__(None, None, None)
+            self.peak = max(self.peak, held(model, optimizer) + self._live.peak)
+            self._live = None
+        elif state.global_step > self._first + 1:  # the first step makes plans and buffers
+            self.seconds, self.steps = self.seconds + took, self.steps + 1
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        known = {"seconds": self.seconds, "steps": self.steps, "peak": self.peak}
+        with aside(self.file) as file:
+            file.write_text(json.dumps(known), "utf-8")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if on_gpu(args):
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+        self.on_save(args, state, control)
+
+    def read(self) -> "Meter":
+        """With what was written, where no step was left to make."""
+        if not self.steps and self.file.is_file():
+            known = read_json(self.file)
+            self.seconds, self.steps, self.peak = known["seconds"], known["steps"], known["peak"]
+        return self
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """None where there were too few steps to time one."""
+        return self.seconds / self.steps if self.steps else None
+
+
+def on_gpu(args: TrainingArguments) -> bool:
+    """Whether the run is on one that PyTorch keeps the memory of."""
+    return args.device.type == "cuda"
+
+
+def held(model: nn.Module | None, optimizer: Optimizer | None) -> int:
+    """Bytes of the weights (the base's and the adapters') and of the optimiser's state."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else None
+    modules = [m for m in (model, base) if m is not None]
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    states = [] if inner is None else [v for state in inner.state.values() for v in state.values()]
+    every = {id(t): t for t in (*tensors, *states) if isinstance(t, Tensor)}
+    return sum(t.nbytes for t in every.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowScores:
+    """Of each held-out row."""
+
+    losses: list[float]
+    """Mean cross entropy of its trained tokens; of a classification, of its class."""
+    weights: list[float]
+    """Trained tokens, or 1."""
+    right: list[float] | None
+    """Of a classification: the share of its labels that were found."""
+
+    @property
+    def loss(self) -> float:
+        """Over all trained tokens."""
+        return sum(loss * weight for loss, weight in zip(self.losses, self.weights, strict=True)) / sum(self.weights)
+
+
+def score_rows(view: PeftModel, material: Material, batch_size: int) -> RowScores:
+    """The held-out rows of `material`, each once."""
+    losses, weights, right = list[float](), list[float](), list[float]()
+    for batch in _batches(view, material, batch_size):
+        labels = batch["labels"]
+        with torch.no_grad():
+            logits = view(**batch).logits
+        count = _count(labels, material.task)
+        losses += (row_losses(logits, labels, material.task) / count).tolist()
+        weights += count.tolist()
+        if material.task in CLASSIFYING:
+            right += _right(logits, labels).tolist()
+    return RowScores(losses=losses, weights=weights, right=right or None)
+
+
+def _count(labels: Tensor, task: Any) -> Tensor:
+    return trained(labels, task).clamp(min=1)
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    found = logits.argmax(-1).eq(labels)
+    if labels.dim() < 2:
+        return found.float()
+    asked = labels.ne(IGNORED)
+    return (found & asked).sum(1) / asked.sum(1).clamp(min=1)
+
+
+def _batches(view: PeftModel, material: Material, size: int) -> Any:
+    rows = material.first.made.held_out
+    assert rows is not None
+    collate, device = material.collator(), next(view.parameters()).device
+    view.eval()
+    for start in range(0, len(rows), size):
+        batch: Mapping[str, Tensor] = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+        yield {name: value.to(device) for name, value in batch.items()}
+
+
+def latency(view: PeftModel, material: Material, batch_size: int) -> tuple[float, float]:
+    """Seconds that a batch takes through the adapted model, and through the base: medians of calls that take turns."""
+    batch = next(_batches(view, material, batch_size))
+
+    def base() -> None:
+        with view.disable_adapter():
+            view(**batch)
+
+    took: dict[Callable[[], Any], list[float]] = {base: [], lambda: view(**batch): []}
+    with torch.inference_mode():
+        for call in took:
+            call()
+        for _ in range(CALLS):
+            for call, seconds in took.items():
+                begun = time.perf_counter()
+                call()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - begun)
+    plain, adapted = (statistics.median(seconds) for seconds in took.values())
+    return adapted, plain

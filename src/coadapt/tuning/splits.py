@@ -1,0 +1,102 @@
+"""The rows of a comparison in three parts, as files that every training reads: to train on, to choose by, to score."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from coadapt.data.prepare import plan
+from coadapt.data.source import Source, fingerprint, read
+from coadapt.formats.files import aside
+from coadapt.training.datasets import DatasetSettings
+from coadapt.training.material import told
+from coadapt.training.settings import RunConfig
+
+PARTS = ("train", "validation", "held-out")
+
+
+def write_splits(run: RunConfig, validation: float, folder: Path) -> dict[str, Path]:
+    """Part -> its file in `folder`, written if it is not there. Which row is where depends on `run.seed` alone.
+
+    Held out is what the data holds out itself, or `eval_data`, or a share of all rows; of the rest a share is for
+    validation. A long text is cut in this order, so that no part is known from its neighbours.
+
+    Raises:
+        ValueError: the data cannot be read, or has too few rows for three parts.
+    """
+    source, given = _read(run)
+    parts = (_pieces if source.document else _rows)(run, source, given, validation)
+    ending = "txt" if source.document else "parquet"
+    files = {name: folder / f"{name}.{ending}" for name in PARTS}
+    if all(file.is_file() for file in files.values()):
+        return files
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, file in files.items():
+        with aside(file) as part:
+            if source.document:
+                part.write_text("\n".join(parts[name]["text"]), "utf-8")
+            else:
+                _with_paths(parts[name], source, run.sources["data"], run.task).to_parquet(str(part))
+    return files
+
+
+def data_hash(run: RunConfig) -> str:
+    """SHA-256 of the rows that a comparison reads."""
+    source, given = _read(run)
+    return "-".join(fingerprint(rows) for rows in (source.rows, given) if rows is not None)
+
+
+def _read(run: RunConfig) -> tuple[Source, Dataset | None]:
+    """The rows, and those that are held out where the data says which."""
+    settings = run.sources["data"]
+    source = read(settings.data, settings.dataset_config)
+    given = read(settings.eval_data, settings.dataset_config).rows if settings.eval_data else source.held_out
+    return source, given
+
+
+def _rows(run: RunConfig, source: Source, given: Dataset | None, validation: float) -> dict[str, Dataset]:
+    rows = source.rows
+    least = 2 if given is not None else 3
+    if len(rows) < least:
+        raise ValueError(
+            f"data={run.data!r} has {len(rows)} rows to train on, too few for the parts {', '.join(PARTS)}."
+        )
+    if given is None:
+        if not run.eval_split:
+            raise ValueError("eval_split=0 holds out no rows, and a comparison needs some to score: give eval_data.")
+        rows, given = _split(rows, run.eval_split, run.seed, leave=2)
+    train, chosen = _split(rows, validation, run.seed, leave=1)
+    return dict(zip(PARTS, (train, chosen, given), strict=True))
+
+
+def _split(rows: Dataset, share: float, seed: int, leave: int) -> tuple[Dataset, Dataset]:
+    count = min(max(1, round(len(rows) * share)), len(rows) - leave)
+    parts = rows.train_test_split(test_size=count, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def _pieces(run: RunConfig, source: Source, given: Dataset | None, validation: float) -> dict[str, Dataset]:
+    """A text by its lines, the end last."""
+    lines = "\n".join(source.rows["text"]).splitlines()
+    if given is None and not run.eval_split:
+        raise ValueError("eval_split=0 holds out no text, and a comparison needs some to score: give eval_data.")
+    end = len(lines) if given is not None else round(len(lines) * (1 - run.eval_split))
+    middle = round(end * (1 - validation))
+    if not 0 < middle < end or (given is None and end == len(lines)):
+        raise ValueError(f"data={run.data!r} has {len(lines)} lines, too few for the parts {', '.join(PARTS)}.")
+    texts = [lines[:middle], lines[middle:end], lines[end:] if given is None else given["text"]]
+    return {name: Dataset.from_dict({"text": ["\n".join(text)]}) for name, text in zip(PARTS, texts, strict=True)}
+
+
+def _with_paths(rows: Dataset, source: Source, settings: DatasetSettings, task: str | None) -> Dataset:
+    """Files that rows name, relative to where the rows were read, by their whole paths."""
+    form = plan(source, None, told(settings), task).form
+    if form.kind != "pictured":
+        return rows
+    column, root = form.columns["image"], source.root.resolve()
+
+    def whole(row: Mapping[str, Any]) -> dict[str, str]:
+        return {column: str(root / row[column])}
+
+    return rows.map(whole, load_from_cache_file=False, keep_in_memory=True)
