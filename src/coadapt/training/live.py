@@ -1,11 +1,31 @@
-"""Bytes that are alive: what a step holds in memory, on devices whose allocator keeps no account."""
+"""Bytes that are alive: of every tensor on a CPU, data or none; what the allocator gave out on a GPU."""
 
+import gc
 import weakref
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+class Meter(Protocol):
+    """Context: bytes beyond those that were there before it."""
+
+    @property
+    def now(self) -> int: ...
+    @property
+    def peak(self) -> int:
+        """At most, since it began or was last told to `restart`."""
+        ...
+
+    def restart(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
 
 
 class Live(TorchDispatchMode):
@@ -13,15 +33,26 @@ class Live(TorchDispatchMode):
 
     Each storage counts once. What a backward will read is what is alive after the forward, wherever it is kept: in the
     graph, or in an object beside it. Works on tensors without data, too. What a kernel takes for itself is not seen.
+
+    Args:
+        read: counts also tensors from elsewhere, once they are first read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, read: bool = False) -> None:
         super().__init__()
-        self.now, self.peak = 0, 0
+        self.now, self.peak, self.read = 0, 0, read
         self._known: set[int] = set()
 
+    def restart(self) -> None:
+        """The peak is what is alive now."""
+        self.peak = self.now
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_storage(t)._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        inputs = [_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if self.read:
+            for storage in inputs:
+                self._seen(storage, set())
+        given = {storage._cdata for storage in inputs}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -44,3 +75,34 @@ class Live(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> Any:
     return tensor.untyped_storage()
+
+
+class Allocated:
+    """As `Live`, of what the GPU's allocator gave out."""
+
+    def __enter__(self) -> Self:
+        gc.collect()
+        self.restart()
+        self.before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def restart(self) -> None:
+        """The peak is what is alive now."""
+        torch.cuda.reset_peak_memory_stats()
+
+    @property
+    def now(self) -> int:
+        """Bytes beyond those that were there before."""
+        return torch.cuda.memory_allocated() - self.before
+
+    @property
+    def peak(self) -> int:
+        """The most of them."""
+        return torch.cuda.max_memory_allocated() - self.before
+
+
+def meter(device: torch.device) -> Live | Allocated:
+    """What counts the bytes of this device, where tensors have data."""
+    return Allocated() if device.type == "cuda" else Live()
