@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 import models
 from coadapt import LoraConfig, PeftModel
+from coadapt.evaluation.losses import row_losses, trained
 from coadapt.training.joint import DATASET, kept
-from coadapt.training.losses import groups, row_losses, trained, window
+from coadapt.training.losses import groups, window
 from coadapt.training.mixing import Batches, Stream, shares, temperature_weights
 from models import stir
 

@@ -14,6 +14,8 @@ VERBS = {
     "compare": "Compare methods and mixes on your data, under equal budgets.",
     "generate": "Ask a model with its adapter.",
     "chat": "Talk to a model with its adapters.",
+    "eval": "Score a base and its adapters side by side, on rows.",
+    "compat": "Which programs load an adapter, and what mends a no.",
     "merge": "Put an adapter into the weights of its base.",
     "verify": "Try one step with an adapter: does everything train?",
     "combine": "Make one adapter out of several.",

@@ -1,6 +1,28 @@
-"""Options that several verbs have."""
+"""Options that several verbs have, and what becomes of input that does not fit."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import IO, Any
 
 import click
+
+
+class WrongInput(click.ClickException):
+    """What was given does not fit: one line, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        click.echo(f"error: {self.message}", file=file, err=file is None)
+
+
+@contextmanager
+def inputs() -> Generator[None]:
+    """Context for reading what was given: a complaint about it ends the verb with exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise WrongInput(str(error)) from error
 
 
 def answering() -> list[click.Option]:

@@ -70,8 +70,10 @@ def _kind(feature: Any) -> str:
             return "list" if type(feature).__name__ == "Json" else "other"
 
 
-def plan(source: Source, held_out: Source | None, told: Told, task: str | None) -> Plan:
-    """Recognises the format, and for a classification its classes.
+def plan(
+    source: Source, held_out: Source | None, told: Told, task: str | None, classes: Sequence[str] | None = None
+) -> Plan:
+    """Recognises the format, and for a classification its classes, unless they are known.
 
     Raises:
         ValueError: from `find_format`, or a held-out file of other columns.
@@ -85,7 +87,8 @@ def plan(source: Source, held_out: Source | None, told: Told, task: str | None) 
             )
     if form.kind == "pictured" and column_kinds(source.rows)[column := form.columns["image"]] != "text":
         raise ValueError(f"The column {column!r} must hold paths of image files, relative to {source.root}.")
-    return Plan(source=source, held_out=held_out, form=form, classes=_classes(source.rows, form))
+    known = _classes(source.rows, form) if classes is None else tuple(classes)
+    return Plan(source=source, held_out=held_out, form=form, classes=known)
 
 
 def has_tags(source: Source) -> bool:

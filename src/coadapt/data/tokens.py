@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -201,6 +201,19 @@ def class_name(label: Any, classes: Sequence[str]) -> str:
     if isinstance(label, int) and not isinstance(label, bool) and str(label) not in classes and label < len(classes):
         return classes[label]
     return str(label)
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to fill up with; what it is does not matter, as it is neither attended to nor trained on."""
+    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return 0 if found is None else cast(int, found)
+
+
+def end_tokens(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The ends that the base knows, and the one that was trained."""
+    ends = {known} if isinstance(known, int) else set(known or [])
+    trained = cast(int | None, tokenizer.eos_token_id)
+    return sorted(ends | {trained} if trained is not None else ends) or None
 
 
 def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -10,9 +10,8 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from coadapt.data.images import opened
-from coadapt.data.tokens import words_as_tokens
+from coadapt.data.tokens import end_tokens, pad_token, words_as_tokens
 from coadapt.model import PeftModel
-from coadapt.training.assemble import pad_token
 from coadapt.training.load import Ready
 
 
@@ -82,7 +81,7 @@ def say(
         **sampling,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_token(ready.tokenizer),
-        eos_token_id=_ends(model.generation_config.eos_token_id, ready.tokenizer),
+        eos_token_id=end_tokens(model.generation_config.eos_token_id, ready.tokenizer),
         **({} if hear is None else {"streamer": _Heard(ready.tokenizer, hear), "num_beams": 1}),
         stopping_criteria=StoppingCriteriaList([_Stopped(stopped)]),
     )
@@ -105,13 +104,6 @@ def _tagged(model: Any, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]
         for word in range(len(words))
     ]
     return " ".join(f"{word}/{tag}" for word, tag in zip(words, tags, strict=True))
-
-
-def _ends(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """The ends that the base knows, and the one that was trained."""
-    ends = {known} if isinstance(known, int) else set(known or [])
-    trained = cast(int | None, tokenizer.eos_token_id)
-    return sorted(ends | {trained} if trained is not None else ends) or None
 
 
 class _Heard(TextStreamer):

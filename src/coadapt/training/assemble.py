@@ -22,6 +22,7 @@ from coadapt.config import CONFIGS, PeftConfig, TaskType
 from coadapt.core.adapter import train_head
 from coadapt.core.roles import word_embeddings
 from coadapt.data.images import need_pillow
+from coadapt.data.tokens import pad_token
 from coadapt.model import PeftModel, get_peft_model
 from coadapt.training.folder import AUTO_NAMES
 from coadapt.training.options import method_named
@@ -157,12 +158,6 @@ def check_vocabulary(base: nn.Module, rows: Any, processor: Processor) -> None:
             f"among them: the tokenizer knows {len(processor)} tokens, the model {known}. Make room for them with "
             f"base.resize_token_embeddings({len(processor)}), save it, and train with that folder as --model."
         )
-
-
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to fill up with; what it is does not matter, as it is neither attended to nor trained on."""
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return 0 if found is None else cast(int, found)
 
 
 def adapter_config(

@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from coadapt.data.tokens import IGNORED
+from coadapt.evaluation.losses import row_losses, trained
 from coadapt.training.course import Course
-from coadapt.training.losses import Window, row_losses, trained, window
+from coadapt.training.losses import Window, window
 from coadapt.training.mixing import Batches, Mixture, Stream, shares, streams
 from coadapt.training.settings import Task
 from coadapt.training.trainer import AdapterTrainer

@@ -32,6 +32,7 @@ class Ready:
     framing: Framing
     trained: bool = False
     """Whether the framing is that of a training; otherwise nothing is known of one."""
+    task: Task = "causal-lm"
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -113,7 +114,7 @@ def load_bare(model: str | None, adapter: Path | None) -> Ready:
     told = _provenance(adapter if adapter is not None else Path(name))  # a merged model keeps its adapter's
     # Where nothing is known of its training, a prompt is taken as it is.
     framing = Framing(**told.get("prompt", {"separator": ""}))
-    how: dict[str, Any] = {"processor": processor, "framing": framing, "trained": "prompt" in told}
+    how: dict[str, Any] = {"processor": processor, "framing": framing, "trained": "prompt" in told, "task": task}
     if adapter is None:
         return Ready(model=load_base(name, task, processor).eval(), **how)
     base = load_base(name, task, processor, classes=told.get("data", {}).get("classes", ()))

@@ -15,13 +15,13 @@ from coadapt.data.prepare import Plan, Prepared, has_tags, plan, prepare
 from coadapt.data.segments import Framing
 from coadapt.data.show import describe, one_image, one_sample
 from coadapt.data.source import Source, read
+from coadapt.data.tokens import pad_token
 from coadapt.training.assemble import (
     Processor,
     check_sight,
     load_config,
     load_processor,
     longest,
-    pad_token,
     task_of_model,
 )
 from coadapt.training.datasets import DatasetSettings
@@ -144,8 +144,8 @@ def _read(settings: DatasetSettings) -> tuple[Source, Source | None]:
     return rows, read(settings.eval_data, settings.dataset_config) if settings.eval_data else None
 
 
-def told(settings: DatasetSettings) -> Told:
-    """What is said of a data set's columns."""
+def columns(settings: DatasetSettings) -> Told:
+    """The columns that the settings name."""
     return Told(
         text=settings.text_column,
         prompt=settings.prompt_column,
@@ -159,10 +159,11 @@ def _seen(
     run: RunConfig, config: PreTrainedConfig, settings: DatasetSettings, source: Source, held_out: Source | None
 ) -> tuple[Task, Plan]:
     """The task and the format of one data set."""
+    told = columns(settings)
     task = run.task or task_of_model(config)
     if run.task is None and task == "sequence-classification" and has_tags(source):
         task = "token-classification"  # an encoder can be either
-    found = plan(source, held_out, told(settings), task)
+    found = plan(source, held_out, told, task)
     decided: dict[str, Task] = {
         "labelled": "sequence-classification",
         "tagged": "token-classification",

@@ -1,0 +1,1 @@
+"""Scores of a composition on prepared rows, each with the interval that it is known to."""
