@@ -10,7 +10,7 @@ from coadapt.cli.train import built, read_values, settings
 from coadapt.tuning.candidates import NOT_HERE
 from coadapt.tuning.plan import CompareConfig
 
-OWN = ("methods", "budget", "seeds", "rates", "validation_split", "out")
+OWN = ("methods", "budget", "seeds", "rates", "score", "validation_split", "out")
 
 
 def _invoke(config: Path | None, overrides: tuple[str, ...], as_json: bool, **flags: Any) -> int:
@@ -37,7 +37,7 @@ def _invoke(config: Path | None, overrides: tuple[str, ...], as_json: bool, **fl
         click.echo(json.dumps(plain(found), ensure_ascii=False))
         return 0
     for part in tell(found):
-        screen.print(part, soft_wrap=not hasattr(part, "columns"))
+        screen.print(part)
     click.echo(f"\nThe report: {plan.out / REPORT}")
     return 0
 
@@ -49,7 +49,7 @@ def _read(config: Path | None, overrides: tuple[str, ...], flags: dict[str, Any]
 
 
 def _options() -> list[click.Option]:
-    metavars = {"methods": "LIST", "budget": "STEPS|TIME", "out": "DIR"}
+    metavars = {"methods": "LIST", "budget": "STEPS|TIME", "score": "NAME", "out": "DIR"}
     found = []
     for name in OWN:
         field = CompareConfig.model_fields[name]

@@ -1,7 +1,7 @@
 """`coadapt eval`: a base and its adapters side by side on the same rows, every figure with its interval."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from coadapt.evaluation.intervals import Estimate
     from coadapt.evaluation.scoring import Score
     from coadapt.training.evaluate import Result
     from coadapt.training.questions import Questions

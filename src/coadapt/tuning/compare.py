@@ -19,10 +19,12 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
+from coadapt.data.prepare import CLASSIFYING
+from coadapt.evaluation.metrics import Metric, chosen
 from coadapt.formats.files import aside
 from coadapt.training.assemble import adapter_config, attach, load_base
 from coadapt.training.datasets import starts_from
-from coadapt.training.material import gather
+from coadapt.training.material import Material, gather
 from coadapt.training.mixing import Stream
 from coadapt.training.recommend import parameters
 from coadapt.training.settings import RunConfig
@@ -64,14 +66,14 @@ def compare(config: CompareConfig, console: Console) -> Compared:
     first = next(iter(runs.values()))
     known_hash = data_hash(first)
     claim(config, known_hash)
-    known = _known(runs)
+    known, metric = _known(runs, config.score)
     _begin(config, known_hash)
     files = write_splits(first, config.validation_split, config.out / DATA)
     rows = _rows(next(iter(known.values())).run, files)
     progress = Progress(console, config, list(known))
     steps = {name: _steps(config, name, one.run, files, rows["train"], progress) for name, one in known.items()}
-    done = [_entered(config, name, one, steps[name], files, progress) for name, one in known.items()]
-    found = Compared(config=config, rows=rows, entrants=done)
+    done = [_entered(config, name, one, steps[name], files, metric, progress) for name, one in known.items()]
+    found = Compared(config=config, metric=metric, rows=rows, entrants=done)
     write(found, config.out)
     return found
 
@@ -123,10 +125,14 @@ def _begin(config: CompareConfig, known_hash: str) -> None:
 # ---- what is known before -------------------------------------------------------------------------------------------
 
 
-def _known(runs: Mapping[str, RunConfig]) -> dict[str, Known]:
-    """Each with its data read and attached to the base once: whether that can be, its size, and its default rates."""
+def _known(runs: Mapping[str, RunConfig], score: str | None) -> tuple[dict[str, Known], Metric]:
+    """Each with its data read and attached to the base once: whether that can be, its size, its default rates.
+
+    And the metric of the score.
+    """
     materials = {name: _told(name, lambda run=run: gather(run, timetable(run))) for name, run in runs.items()}
     first, run = next(iter(materials.values())), next(iter(runs.values()))
+    metric = metric_of(score, first, run)
     # What is left open depends on the virtual tokens of each; here all see the same.
     lengths = [m.first.made.max_length for m in materials.values()]
     common = {"task": first.task, "max_length": min((n for n in lengths if n is not None), default=None)}
@@ -138,7 +144,18 @@ def _known(runs: Mapping[str, RunConfig]) -> dict[str, Known]:
         rated = one.with_rates(size).model_copy(update=common)
         trains, total = _told(name, lambda rated=rated: _parameters(rated, base))
         found[name] = Known(run=rated, parameters=trains, total=total)
-    return found
+    return found, metric
+
+
+def metric_of(score: str | None, material: Material, run: RunConfig) -> Metric:
+    """What rows are scored by: as told, else the accuracy of classes, and the loss of everything else.
+
+    Raises:
+        ValueError: there is no such score, or it has no meaning here.
+    """
+    usual = "accuracy" if material.task in CLASSIFYING else "loss"
+    asks = material.task == "seq2seq" or (material.first.found.form.kind != "text" and run.completion_only_loss)
+    return chosen([score or usual], material.task, asks)[0]
 
 
 def _told(name: str, make: Callable[[], Any]) -> Any:
@@ -196,25 +213,31 @@ def _rows(run: RunConfig, files: dict[str, Path]) -> dict[str, int]:
 
 
 def _entered(
-    config: CompareConfig, name: str, one: Known, steps: int, files: dict[str, Path], progress: "Progress"
+    config: CompareConfig,
+    name: str,
+    one: Known,
+    steps: int,
+    files: dict[str, Path],
+    metric: Metric,
+    progress: "Progress",
 ) -> Entrant:
     """A candidate with all of its results."""
     folder, seed = config.out / TRIALS / name, one.run.seed
 
     def trial(place: str, factor: float, seed: int, scored: bool) -> Trial:
         run = prepared(one.run, files, steps=steps, seed=seed, factor=factor)
-        return Trial(run=run, place=folder / place, held_out=files["held-out"] if scored else None)
+        return Trial(run=run, place=folder / place, held_out=files["held-out"] if scored else None, metric=metric)
 
     tuned: dict[float, Result] = {}
     for factor in config.factors if config.rates > 1 else []:
         tuned[factor] = progress.conduct(
             trial(f"rate-{factor:.3g}", factor, seed, False), name, f"rates x {factor:.3g}"
         )
-    chosen = min(tuned, key=lambda factor: tuned[factor].loss, default=1.0)
+    best = min(tuned, key=lambda factor: tuned[factor].loss, default=1.0)
     repeats: dict[int, Result] = {}
     for own in range(seed + 1, seed + 1 + config.seeds):
-        place = f"rate-{chosen:.3g}-seed-{own}"
-        repeats[own] = progress.conduct(trial(place, chosen, own, True), name, f"seed {own}")
+        place = f"rate-{best:.3g}-seed-{own}"
+        repeats[own] = progress.conduct(trial(place, best, own, True), name, f"seed {own}")
     return Entrant(
         name=name,
         run=one.run,
@@ -222,7 +245,7 @@ def _entered(
         total=one.total,
         steps=steps,
         tuned=tuned,
-        chosen=chosen,
+        chosen=best,
         repeats=repeats,
     )
 

@@ -1,28 +1,31 @@
-"""What a training costs and what it came to: seconds and bytes of its steps, the score of each held-out row."""
+"""What a training costs and what it came to: seconds and bytes of its steps, and the held-out rows put to it."""
 
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from coadapt.data.prepare import CLASSIFYING
-from coadapt.data.tokens import IGNORED
+from coadapt.evaluation.exam import Exam, asked_and_wanted, virtual_tokens
+from coadapt.evaluation.metrics import METRICS, Metric
+from coadapt.evaluation.scoring import score
 from coadapt.formats.files import aside, read_json
 from coadapt.model import PeftModel
+from coadapt.training.assemble import positions
 from coadapt.training.live import Live
-from coadapt.training.losses import row_losses, trained
 from coadapt.training.material import Material
 
 CALLS = 7
 """Of a batch, to time it; the median is kept."""
+BEYOND = 8
+"""Tokens that an answer may have more than the longest that is wanted: one that does not end is wrong by then."""
 
 
 class Meter(TrainerCallback):
@@ -119,63 +122,41 @@ def held(model: nn.Module | None, optimizer: Optimizer | None) -> int:
     return sum(t.nbytes for t in every.values())
 
 
-@dataclass(frozen=True, kw_only=True)
-class RowScores:
-    """Of each held-out row."""
-
-    losses: list[float]
-    """Mean cross entropy of its trained tokens; of a classification, of its class."""
-    weights: list[float]
-    """Trained tokens, or 1."""
-    right: list[float] | None
-    """Of a classification: the share of its labels that were found."""
-
-    @property
-    def loss(self) -> float:
-        """Over all trained tokens."""
-        return sum(loss * weight for loss, weight in zip(self.losses, self.weights, strict=True)) / sum(self.weights)
-
-
-def score_rows(view: PeftModel, material: Material, batch_size: int) -> RowScores:
-    """The held-out rows of `material`, each once."""
-    losses, weights, right = list[float](), list[float](), list[float]()
-    for batch in _batches(view, material, batch_size):
-        labels = batch["labels"]
-        with torch.no_grad():
-            logits = view(**batch).logits
-        count = _count(labels, material.task)
-        losses += (row_losses(logits, labels, material.task) / count).tolist()
-        weights += count.tolist()
-        if material.task in CLASSIFYING:
-            right += _right(logits, labels).tolist()
-    return RowScores(losses=losses, weights=weights, right=right or None)
+def exam(view: PeftModel, material: Material, metrics: Sequence[Metric], batch_size: int) -> Exam:
+    """The held-out rows of `material`, as they are put to the model."""
+    made = material.first.made
+    assert made.held_out is not None
+    rows: list[Any] = [dict(row) for row in made.held_out]
+    tokenizer = material.processor if isinstance(material.processor, PreTrainedTokenizerBase) else None
+    generates = any(metric.generates for metric in metrics)
+    longest = max(len(asked_and_wanted(row, material.task)[1]) for row in rows) if generates else 0
+    known = [] if tokenizer is None else positions(cast(Any, view).config, tokenizer)
+    return Exam(
+        rows=rows,
+        task=material.task,
+        metrics=metrics,
+        tokenizer=tokenizer,
+        collate=material.collator(),
+        batch_size=batch_size,
+        max_new_tokens=longest + BEYOND,
+        room=min(known) - virtual_tokens(view, list(view.peft_config)) if known else None,
+        classes=material.classes,
+    )
 
 
-def _count(labels: Tensor, task: Any) -> Tensor:
-    return trained(labels, task).clamp(min=1)
-
-
-def _right(logits: Tensor, labels: Tensor) -> Tensor:
-    found = logits.argmax(-1).eq(labels)
-    if labels.dim() < 2:
-        return found.float()
-    asked = labels.ne(IGNORED)
-    return (found & asked).sum(1) / asked.sum(1).clamp(min=1)
-
-
-def _batches(view: PeftModel, material: Material, size: int) -> Any:
-    rows = material.first.made.held_out
-    assert rows is not None
-    collate, device = material.collator(), next(view.parameters()).device
-    view.eval()
-    for start in range(0, len(rows), size):
-        batch: Mapping[str, Tensor] = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
-        yield {name: value.to(device) for name, value in batch.items()}
+def held_out_loss(view: PeftModel, material: Material, batch_size: int) -> float:
+    """Over all trained tokens of the held-out rows."""
+    found = score(view, exam(view, material, [METRICS["loss"]], batch_size), view.composition)["loss"]
+    return float(np.average(found.values, weights=found.weights))
 
 
 def latency(view: PeftModel, material: Material, batch_size: int) -> tuple[float, float]:
     """Seconds that a batch takes through the adapted model, and through the base: medians of calls that take turns."""
-    batch = next(_batches(view, material, batch_size))
+    made, device = material.first.made, cast(Any, view).device
+    assert made.held_out is not None
+    rows = [made.held_out[i] for i in range(min(batch_size, len(made.held_out)))]
+    batch = {name: value.to(device) for name, value in material.collator()(rows).items()}
+    view.eval()
 
     def base() -> None:
         with view.disable_adapter():
@@ -187,10 +168,14 @@ def latency(view: PeftModel, material: Material, batch_size: int) -> tuple[float
             call()
         for _ in range(CALLS):
             for call, seconds in took.items():
-                begun = time.perf_counter()
-                call()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - begun)
+                seconds.append(_seconds(call, device))
     plain, adapted = (statistics.median(seconds) for seconds in took.values())
     return adapted, plain
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    begun = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun

@@ -12,6 +12,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from coadapt.evaluation.metrics import Metric
 from coadapt.formats.files import aside
 from coadapt.formats.provenance import versions
 from coadapt.training.memory import size
@@ -70,12 +71,11 @@ class Entrant:
 
     def scored(self) -> Scored | None:
         """The score of each seed and row; None where no training came to its end."""
-        runs = [(seed, one) for seed, one in self.good.items() if one.losses]
+        runs = [(seed, one) for seed, one in self.good.items() if one.values]
         if not runs:
             return None
-        values = [one.right if one.right is not None else one.losses for _, one in runs]
         return Scored(
-            values=np.asarray(values, dtype=np.float64),
+            values=np.asarray([one.values for _, one in runs], dtype=np.float64),
             weights=np.asarray(runs[0][1].weights, dtype=np.float64),
             seeds=tuple(seed for seed, _ in runs),
         )
@@ -113,6 +113,8 @@ class Compared:
     """A comparison with all of its results."""
 
     config: CompareConfig
+    metric: Metric
+    """The score."""
     rows: Mapping[str, int]
     """Part of the data -> its examples."""
     entrants: Sequence[Entrant]
@@ -122,20 +124,15 @@ class Compared:
         """Of the candidates of which a training came to its end."""
         return {one.name: scored for one in self.entrants if (scored := one.scored()) is not None}
 
-    @cached_property
-    def classifies(self) -> bool:
-        """Whether the score is the accuracy, and not the loss."""
-        return any(one.right is not None for e in self.entrants for one in e.good.values())
-
     @property
     def score(self) -> str:
         """The name of the score."""
-        return "accuracy" if self.classifies else "held-out loss"
+        return self.metric.name.replace("_", " ")
 
     @cached_property
     def judged(self) -> tuple[str, dict[str, Verdict]]:
         """(the best mean, each one's verdict, the best first)"""
-        return verdicts(self.scored, self.classifies)
+        return verdicts(self.scored, self.metric.higher_is_better)
 
     def entrant(self, name: str) -> Entrant:
         return next(one for one in self.entrants if one.name == name)
@@ -242,7 +239,7 @@ def plain(found: Compared) -> dict[str, Any]:
     best, told = found.judged if found.scored else ("", {})
     return {
         "score": found.score,
-        "higher_is_better": found.classifies,
+        "higher_is_better": found.metric.higher_is_better,
         "best_mean": best,
         "level": LEVEL,
         "rows": dict(found.rows),

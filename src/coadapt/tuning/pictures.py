@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from coadapt.training.palette import ADAPTERS, BLUE, GREY, INK, ORANGE
 from coadapt.training.picture import spread as apart
@@ -63,11 +63,11 @@ def _cost_panel(
 ) -> list[tuple[float, float, str]]:
     _, told = found.judged
     means = {name: one.score.mean for name, one in told.items()}
-    hollow = surely_beaten(costs, found.scored, found.classifies)
+    hollow = surely_beaten(costs, found.scored, found.metric.higher_is_better)
     if figure in LOGARITHMIC and max(costs.values()) > 3 * min(costs.values()):
         axes.set_xscale("log")
         axes.xaxis.set_minor_formatter(NullFormatter())
-    line = front(costs, means, found.classifies)
+    line = front(costs, means, found.metric.higher_is_better)
     if len(line) > 1:
         axes.plot([costs[n] for n in line], [means[n] for n in line], color="#c8c8c8", linewidth=1.2, zorder=1)
     for name, one in told.items():
@@ -82,11 +82,21 @@ def _cost_panel(
     axes.set_ylabel(found.score, color=GREY)
     write = WRITE[figure]
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value)))
-    if axes.get_xscale() == "linear":
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.12)
+    if axes.get_xscale() == "log":
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+    else:
+        scale = _unit(max(costs.values())) if figure == "peak_bytes" else 1
+        low, high = (value / scale for value in axes.get_xlim())
+        inside = [tick for tick in MaxNLocator(4).tick_values(low, high) if low <= tick <= high]
+        axes.xaxis.set_major_locator(FixedLocator([tick * scale for tick in inside]))
     _plain(axes)
     return [(costs[name], means[name], name) for name in told]
+
+
+def _unit(most: float) -> int:
+    """Bytes of the unit that `size` writes so many in."""
+    return 2**30 if most >= 2**30 / 10 else 2**20 if most >= 2**20 / 10 else 2**10
 
 
 def _name(axes: Any, points: Sequence[tuple[float, float, str]], shades: Mapping[str, str]) -> None:
@@ -101,10 +111,10 @@ def _name(axes: Any, points: Sequence[tuple[float, float, str]], shades: Mapping
             axes.annotate(
                 name,
                 (x, y),
-                xytext=(side * 7, placed - height),
+                xytext=(side * 5, placed - height + 4),  # above, where neither of its bars is
                 textcoords="offset points",
                 ha="left" if side > 0 else "right",
-                va="center",
+                va="bottom",
                 fontsize=9,
                 color=shades[name],
             )

@@ -62,6 +62,9 @@ class CompareConfig(BaseModel):
     """Trainings of each with other seeds, which give the spread."""
     rates: int = Field(default=3, ge=1)
     """Learning rates tried for each first, an odd number: 3 is a third of the default, the default, three times it."""
+    score: str | None = None
+    """What the held-out rows are scored by: loss, accuracy, exact_match, rouge1, rouge2 or rougeL. Left out: the
+    accuracy of a classification, otherwise the loss."""
     validation_split: float = Field(default=0.1, gt=0, lt=1)
     """Share of the training rows that rates are chosen by; they are not trained on, nor scored."""
     out: Path
@@ -80,6 +83,13 @@ class CompareConfig(BaseModel):
         if given is not None:
             Budget.read(given)
         return None if given is None else str(given)
+
+    @field_validator("score")
+    @classmethod
+    def _a_mean(cls, given: str | None) -> str | None:
+        if given == "perplexity":
+            raise ValueError("score=perplexity is the exponential of the loss: take score=loss")
+        return given
 
     @model_validator(mode="after")
     def _fitting(self) -> Self:

@@ -74,10 +74,12 @@ def _lead(found: Compared) -> str:
 
 
 def _note(found: Compared) -> str:
-    better = "more is better" if found.classifies else "nats per trained token, less is better"
+    better = "more is better" if found.metric.higher_is_better else "less is better"
+    unit = "in nats per trained token, " if found.metric.name == "loss" else ""
     return (
-        f"The score is the {found.score} ({better}), with {LEVEL:.0%} intervals over seeds and rows. How much a method "
-        "is behind the best mean is measured row by row and seed by seed; these intervals hold all together. "
+        f"The score is the held-out rows' {found.score} ({unit}{better}), with {LEVEL:.0%} intervals over seeds and rows. "
+        "How much a method is behind the best mean is measured row by row and seed by seed; these intervals hold all "
+        "together. "
         "Memory is the most that one step holds, base and optimiser among it; time is of a step, without evaluations; "
         "an answer is a batch through the adapted model, in times of the base's. ± behind a cost is the standard "
         "deviation over seeds."
@@ -142,7 +144,7 @@ def _trainings_of(one: Entrant) -> Iterable[Sequence[str]]:
             yield [one.name, factor, seed, "failed", result.failed, "", "", ""]
             continue
         score = "-"
-        if scored is not None and result.losses and int(seed) in scored.seeds:
+        if scored is not None and result.values and int(seed) in scored.seeds:
             values = scored.values[scored.seeds.index(int(seed))]
             score = f"{float((values * scored.weights).sum() / scored.weights.sum()):.4f}"
         loss = "-" if result.validation_loss is None else f"{result.validation_loss:.4f}"

@@ -10,7 +10,7 @@ from coadapt.data.prepare import plan
 from coadapt.data.source import Source, fingerprint, read
 from coadapt.formats.files import aside
 from coadapt.training.datasets import DatasetSettings
-from coadapt.training.material import told
+from coadapt.training.material import columns
 from coadapt.training.settings import RunConfig
 
 PARTS = ("train", "validation", "held-out")
@@ -91,7 +91,7 @@ def _pieces(run: RunConfig, source: Source, given: Dataset | None, validation: f
 
 def _with_paths(rows: Dataset, source: Source, settings: DatasetSettings, task: str | None) -> Dataset:
     """Files that rows name, relative to where the rows were read, by their whole paths."""
-    form = plan(source, None, told(settings), task).form
+    form = plan(source, None, columns(settings), task).form
     if form.kind != "pictured":
         return rows
     column, root = form.columns["image"], source.root.resolve()

@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 from transformers import TrainerCallback
 
+from coadapt.evaluation.metrics import Metric
+from coadapt.evaluation.scoring import score
 from coadapt.formats.files import aside, read_json
 from coadapt.training import folder
 from coadapt.training.material import gather
@@ -21,7 +23,7 @@ from coadapt.training.results import Outcome
 from coadapt.training.run import train
 from coadapt.training.settings import RunConfig
 from coadapt.training.timetable import timetable
-from coadapt.tuning.measure import Meter, latency, score_rows
+from coadapt.tuning.measure import Meter, exam, held_out_loss, latency
 
 RESULT, SAID, MEASURED = "result.json", "train.log", "measured.json"
 CURVE = 8
@@ -40,6 +42,8 @@ class Trial:
     place: Path
     held_out: Path | None = None
     """Rows to score when it has ended; None: it is not scored."""
+    metric: Metric | None = None
+    """What the score is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +62,10 @@ class Result:
     """Adapter -> learning rate."""
     latency: float | None = None
     base_latency: float | None = None
-    losses: list[float] | None = None
+    values: list[float] | None = None
+    """The score of each held-out row."""
     weights: list[float] | None = None
-    right: list[float] | None = None
+    """How much each row counts: by its tokens, or all alike."""
 
     @property
     def loss(self) -> float:
@@ -113,7 +118,7 @@ def _trained(trial: Trial, callbacks: Sequence[TrainerCallback]) -> Result:
 def _figures(trial: Trial, done: Outcome, meter: Meter) -> dict[str, Any]:
     log = read_log(trial.place / folder.METRICS)
     size = trial.run.per_device_eval_batch_size
-    chosen = score_rows(done.view, done.material, size).loss  # of what is saved, which need not be the last evaluation
+    chosen = held_out_loss(done.view, done.material, size)  # of what is saved, which need not be the last evaluation
     curve = [[line["step"], line["eval/loss"]] for line in log if "eval/loss" in line]
     found: dict[str, Any] = {
         "steps": done.step,
@@ -123,13 +128,14 @@ def _figures(trial: Trial, done: Outcome, meter: Meter) -> dict[str, Any]:
         "peak_bytes": meter.peak or None,
         "rates": trial.run.peak_rates(),
     }
-    if trial.held_out is None:
+    if trial.held_out is None or trial.metric is None:
         return found
     scored = trial.run.model_copy(update={"eval_data": str(trial.held_out)})
     material = gather(scored, timetable(scored))
     adapted, plain = latency(done.view, material, size)
-    rows = score_rows(done.view, material, size)
-    return {**found, "latency": adapted, "base_latency": plain, **asdict(rows)}
+    rows = score(done.view, exam(done.view, material, [trial.metric], size), done.view.composition)[trial.metric.name]
+    scored_rows = {"values": rows.values.tolist(), "weights": rows.weights.tolist()}
+    return {**found, "latency": adapted, "base_latency": plain, **scored_rows}
 
 
 def _continued(run: RunConfig) -> RunConfig:
