@@ -32,7 +32,7 @@ from coadapt.training.timetable import timetable
 from coadapt.tuning.outcome import Compared, Entrant
 from coadapt.tuning.plan import CompareConfig
 from coadapt.tuning.report import write
-from coadapt.tuning.splits import data_hash, write_splits
+from coadapt.tuning.splits import split
 from coadapt.tuning.trial import Interrupted, Result, Trial, conduct, finished, prepared
 
 SETTINGS, TRIALS, DATA = "compare.yaml", "trials", "data"
@@ -64,11 +64,11 @@ def compare(config: CompareConfig, console: Console) -> Compared:
     """
     runs = config.runs
     first = next(iter(runs.values()))
-    known_hash = data_hash(first)
-    claim(config, known_hash)
+    parts = split(first, config.validation_split)
+    claim(config, parts.fingerprint)
     known, metric = _known(runs, config.score)
-    _begin(config, known_hash)
-    files = write_splits(first, config.validation_split, config.out / DATA)
+    _begin(config, parts.fingerprint)
+    files = parts.write(config.out / DATA)
     rows = _rows(next(iter(known.values())).run, files)
     progress = Progress(console, config, list(known))
     steps = {name: _steps(config, name, one.run, files, rows["train"], progress) for name, one in known.items()}

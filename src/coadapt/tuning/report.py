@@ -76,8 +76,9 @@ def _lead(found: Compared) -> str:
 def _note(found: Compared) -> str:
     better = "more is better" if found.metric.higher_is_better else "less is better"
     unit = "in nats per trained token, " if found.metric.name == "loss" else ""
+    what = f"The score is the held-out rows' {found.score} ({unit}{better})"
     return (
-        f"The score is the held-out rows' {found.score} ({unit}{better}), with {LEVEL:.0%} intervals over seeds and rows. "
+        f"{what}, with {LEVEL:.0%} intervals over seeds and rows. "
         "How much a method is behind the best mean is measured row by row and seed by seed; these intervals hold all "
         "together. "
         "Memory is the most that one step holds, base and optimiser among it; time is of a step, without evaluations; "

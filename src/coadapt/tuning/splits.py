@@ -1,6 +1,7 @@
 """The rows of a comparison in three parts, as files that every training reads: to train on, to choose by, to score."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +17,52 @@ from coadapt.training.settings import RunConfig
 PARTS = ("train", "validation", "held-out")
 
 
-def write_splits(run: RunConfig, validation: float, folder: Path) -> dict[str, Path]:
-    """Part -> its file in `folder`, written if it is not there. Which row is where depends on `run.seed` alone.
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The rows of a comparison, part by part."""
 
-    Held out is what the data holds out itself, or `eval_data`, or a share of all rows; of the rest a share is for
-    validation. A long text is cut in this order, so that no part is known from its neighbours.
+    source: Source
+    settings: DatasetSettings
+    task: str | None
+    parts: Mapping[str, Dataset]
+    fingerprint: str
+    """SHA-256 of the rows that were read."""
+
+    def write(self, folder: Path) -> dict[str, Path]:
+        """Part -> its file in `folder`, written if they are not all there."""
+        ending = "txt" if self.source.document else "parquet"
+        files = {name: folder / f"{name}.{ending}" for name in PARTS}
+        if all(file.is_file() for file in files.values()):
+            return files
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, file in files.items():
+            with aside(file) as part:
+                if self.source.document:
+                    part.write_text("\n".join(self.parts[name]["text"]), "utf-8")
+                else:
+                    _with_paths(self.parts[name], self.source, self.settings, self.task).to_parquet(str(part))
+        return files
+
+
+def split(run: RunConfig, validation: float) -> Split:
+    """The rows that a run reads, in three parts. Which row is where depends on `run.seed` alone.
+
+    Held out is what the data holds out itself, or `eval_data`, or a share of all rows; of the rest the share
+    `validation` is to choose by. A long text is cut in this order, so that no part is known from its neighbours.
 
     Raises:
         ValueError: the data cannot be read, or has too few rows for three parts.
     """
-    source, given = _read(run)
-    parts = (_pieces if source.document else _rows)(run, source, given, validation)
-    ending = "txt" if source.document else "parquet"
-    files = {name: folder / f"{name}.{ending}" for name in PARTS}
-    if all(file.is_file() for file in files.values()):
-        return files
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, file in files.items():
-        with aside(file) as part:
-            if source.document:
-                part.write_text("\n".join(parts[name]["text"]), "utf-8")
-            else:
-                _with_paths(parts[name], source, run.sources["data"], run.task).to_parquet(str(part))
-    return files
-
-
-def data_hash(run: RunConfig) -> str:
-    """SHA-256 of the rows that a comparison reads."""
-    source, given = _read(run)
-    return "-".join(fingerprint(rows) for rows in (source.rows, given) if rows is not None)
-
-
-def _read(run: RunConfig) -> tuple[Source, Dataset | None]:
-    """The rows, and those that are held out where the data says which."""
     settings = run.sources["data"]
     source = read(settings.data, settings.dataset_config)
     given = read(settings.eval_data, settings.dataset_config).rows if settings.eval_data else source.held_out
-    return source, given
+    return Split(
+        source=source,
+        settings=settings,
+        task=run.task,
+        parts=(_pieces if source.document else _rows)(run, source, given, validation),
+        fingerprint="-".join(fingerprint(rows) for rows in (source.rows, given) if rows is not None),
+    )
 
 
 def _rows(run: RunConfig, source: Source, given: Dataset | None, validation: float) -> dict[str, Dataset]:
