@@ -14,30 +14,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.text import Text
-from torch import nn
 
-from coadapt.data.prepare import CLASSIFYING
-from coadapt.evaluation.metrics import Metric, chosen
-from coadapt.formats.files import aside
-from coadapt.training.assemble import adapter_config, attach, load_base
-from coadapt.training.datasets import starts_from
-from coadapt.training.material import Material, gather
+from coadapt.evaluation.metrics import Metric
+from coadapt.training.assemble import load_base
+from coadapt.training.material import gather
 from coadapt.training.mixing import Stream
 from coadapt.training.recommend import parameters
 from coadapt.training.settings import RunConfig
 from coadapt.training.timetable import timetable
+from coadapt.tuning.grounds import DATA, TRIALS, Kind, begin, claim, examples, metric_of, sizes
 from coadapt.tuning.outcome import Compared, Entrant
 from coadapt.tuning.plan import CompareConfig
 from coadapt.tuning.report import write
 from coadapt.tuning.splits import split
 from coadapt.tuning.trial import Interrupted, Result, Trial, conduct, finished, prepared
 
-SETTINGS, TRIALS, DATA = "compare.yaml", "trials", "data"
-MAY_GROW = ("methods", "candidates", "seeds")
-"""What may be other than when the comparison began: trainings are added, and what there is stays true."""
+COMPARISON = Kind(name="comparison", verb="compare", file="compare.yaml", may_grow=("methods", "candidates", "seeds"))
 PACE_STEPS = 12
 """Of the training that shows the speed."""
 
@@ -65,61 +59,17 @@ def compare(config: CompareConfig, console: Console) -> Compared:
     runs = config.runs
     first = next(iter(runs.values()))
     parts = split(first, config.validation_split)
-    claim(config, parts.fingerprint)
+    claim(config, parts.fingerprint, COMPARISON)
     known, metric = _known(runs, config.score)
-    _begin(config, parts.fingerprint)
+    begin(config, parts.fingerprint, COMPARISON)
     files = parts.write(config.out / DATA)
-    rows = _rows(next(iter(known.values())).run, files)
+    rows = examples(next(iter(known.values())).run, files)
     progress = Progress(console, config, list(known))
     steps = {name: _steps(config, name, one.run, files, rows["train"], progress) for name, one in known.items()}
     done = [_entered(config, name, one, steps[name], files, metric, progress) for name, one in known.items()]
     found = Compared(config=config, metric=metric, rows=rows, entrants=done)
     write(found, config.out)
     return found
-
-
-# ---- the folder ------------------------------------------------------------------------------------------------------
-
-
-def claim(config: CompareConfig, known_hash: str) -> None:
-    """Raises a ValueError where the folder holds something else than this comparison; nothing is written."""
-    out = config.out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out={str(out)!r} is a file.")
-    if not (out / SETTINGS).is_file():
-        if out.is_dir() and any(out.iterdir()):
-            there = ", ".join(sorted(path.name for path in out.iterdir())[:4])
-            raise ValueError(
-                f"out={str(out)!r} holds something else than a comparison ({there}): choose another folder."
-            )
-        return
-    before: Any = yaml.safe_load((out / SETTINGS).read_text("utf-8"))
-    now = {**config.plain(), "data_sha256": known_hash}
-    if not isinstance(before, dict) or not isinstance(before.get("settings"), dict):
-        raise ValueError(f"{out / SETTINGS} is damaged. Mend it, or choose another folder.")
-    other = [
-        (name, before["settings"].get(name), now["settings"].get(name))
-        for name in sorted({*before["settings"], *now["settings"]})
-        if before["settings"].get(name) != now["settings"].get(name)
-    ]
-    other += [
-        (name, before.get(name), now[name])
-        for name in now
-        if name not in (*MAY_GROW, "settings") and before.get(name) != now[name]
-    ]
-    if other:
-        shown = "\n".join(f"  {name}: {then!r} then, {here!r} now" for name, then, here in other)
-        raise ValueError(
-            f"{out} holds a comparison with other settings, whose results would not be comparable:\n{shown}\n"
-            f"Give the same (only {', '.join(MAY_GROW)} may differ), or another folder."
-        )
-
-
-def _begin(config: CompareConfig, known_hash: str) -> None:
-    config.out.mkdir(parents=True, exist_ok=True)
-    with aside(config.out / SETTINGS) as file:
-        text = yaml.safe_dump({**config.plain(), "data_sha256": known_hash}, sort_keys=False, allow_unicode=True)
-        file.write_text(f"# coadapt compare --config {SETTINGS} --out FOLDER\n{text}", "utf-8")
 
 
 # ---- what is known before -------------------------------------------------------------------------------------------
@@ -142,20 +92,9 @@ def _known(runs: Mapping[str, RunConfig], score: str | None) -> tuple[dict[str, 
     size, found = parameters(base), dict[str, Known]()
     for name, one in runs.items():
         rated = one.with_rates(size).model_copy(update=common)
-        trains, total = _told(name, lambda rated=rated: _parameters(rated, base))
+        trains, total = _told(name, lambda rated=rated: sizes(rated, base))
         found[name] = Known(run=rated, parameters=trains, total=total)
     return found, metric
-
-
-def metric_of(score: str | None, material: Material, run: RunConfig) -> Metric:
-    """What rows are scored by: as told, else the accuracy of classes, and the loss of everything else.
-
-    Raises:
-        ValueError: there is no such score, or it has no meaning here.
-    """
-    usual = "accuracy" if material.task in CLASSIFYING else "loss"
-    asks = material.task == "seq2seq" or (material.first.found.form.kind != "text" and run.completion_only_loss)
-    return chosen([score or usual], material.task, asks)[0]
 
 
 def _told(name: str, make: Callable[[], Any]) -> Any:
@@ -164,15 +103,6 @@ def _told(name: str, make: Callable[[], Any]) -> Any:
         return make()
     except (ValueError, TypeError) as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def _parameters(run: RunConfig, base: nn.Module) -> tuple[int, int]:
-    """(those that train, all), of the base with a candidate's adapters, which are taken away again."""
-    assert run.task is not None
-    configs = {name: adapter_config(name, one, run.task, run.revision) for name, one in run.adapters.items()}
-    new_head = run.task == "image-classification"
-    view = attach(base, configs, run.composition, new_head=new_head, order=starts_from(run))
-    return view.get_nb_trainable_parameters()
 
 
 def _steps(
@@ -199,14 +129,6 @@ def _steps(
             f"{config.out / TRIALS / name / 'pace'}."
         )
     return max(1, int(budget.seconds / pace.seconds_per_step))
-
-
-def _rows(run: RunConfig, files: dict[str, Path]) -> dict[str, int]:
-    """Part -> its examples."""
-    told = run.model_copy(update={"data": str(files["train"]), "eval_data": str(files["validation"])})
-    scored = told.model_copy(update={"eval_data": str(files["held-out"])})
-    made = [gather(r, timetable(r)).first.made for r in (told, scored)]
-    return dict(zip(files, (len(made[0].train), *(len(m.held_out or ()) for m in made)), strict=True))
 
 
 # ---- the trainings ---------------------------------------------------------------------------------------------------

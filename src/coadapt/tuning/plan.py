@@ -1,4 +1,4 @@
-"""What a comparison is told. Importing this file imports no torch."""
+"""What comparisons are told, and what searches are told like them. Importing this file imports no torch."""
 
 import re
 from collections.abc import Mapping
@@ -45,37 +45,27 @@ class Budget(BaseModel):
         )
 
 
-class CompareConfig(BaseModel):
-    """A comparison. Beside these stand the settings of `coadapt train`, which all trainings have in common."""
+class Trainings(BaseModel):
+    """What many trainings on one data set have in common. Beside these stand the settings of `coadapt train`."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     methods: list[str] = Field(default_factory=list)
     """Methods and mixes, as in lora,prompt,lora+prompt."""
-    candidates: dict[str, Any] = Field(default_factory=dict)
-    """In YAML: names with the settings of each, as in {small: {method: lora, r: 4}}, beside methods or in their
-    place."""
     budget: str | None = None
     """What each training may take: steps (300), or time (90s, 5m, 1h), from which the steps of each are found by its
     speed. Left out: max_steps or num_train_epochs."""
-    seeds: int = Field(default=3, ge=1)
-    """Trainings of each with other seeds, which give the spread."""
-    rates: int = Field(default=3, ge=1)
-    """Learning rates tried for each first, an odd number: 3 is a third of the default, the default, three times it."""
-    score: str | None = None
-    """What the held-out rows are scored by: loss, accuracy, exact_match, rouge1, rouge2 or rougeL. Left out: the
-    accuracy of a classification, otherwise the loss."""
     validation_split: float = Field(default=0.1, gt=0, lt=1)
     """Share of the training rows that rates are chosen by; they are not trained on, nor scored."""
     out: Path
-    """Folder of the comparison; the same command goes on with what is there."""
+    """Folder of all of it; the same command goes on with what is there."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Those of `coadapt train`."""
 
     @field_validator("methods", mode="before")
     @classmethod
     def _listed(cls, given: Any) -> Any:
-        return [word.strip() for word in given.split(",") if word.strip()] if isinstance(given, str) else given
+        return words(given)
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -84,17 +74,8 @@ class CompareConfig(BaseModel):
             Budget.read(given)
         return None if given is None else str(given)
 
-    @field_validator("score")
-    @classmethod
-    def _a_mean(cls, given: str | None) -> str | None:
-        if given == "perplexity":
-            raise ValueError("score=perplexity is the exponential of the loss: take score=loss")
-        return given
-
     @model_validator(mode="after")
-    def _fitting(self) -> Self:
-        if self.rates % 2 == 0:
-            raise ValueError(f"rates={self.rates} has no middle, where the default rate stands: take an odd number.")
+    def _one_length(self) -> Self:
         lengths = [name for name in ("max_steps", "num_train_epochs", "epochs") if name in self.settings]
         if self.budget and lengths:
             raise ValueError(f"budget and {lengths[0]} both say how long a training is: give one of them.")
@@ -109,7 +90,7 @@ class CompareConfig(BaseModel):
         """
         own = {name: value for name, value in values.items() if name in cls.model_fields and name != "settings"}
         if "out" not in own:
-            raise ValueError("out is missing: the folder of the comparison.")
+            raise ValueError("out is missing: the folder that everything goes to.")
         rest = {name: value for name, value in values.items() if name not in own}
         try:
             return cls(**own, settings={"eval_split": HELD_OUT, **rest})
@@ -117,15 +98,57 @@ class CompareConfig(BaseModel):
             raise ValueError("\n".join(map(_line, error.errors()))) from error
 
     @property
-    def runs(self) -> dict[str, RunConfig]:
-        """Name -> the run of each candidate, less what a comparison decides."""
-        length = {"max_steps": self.limit.steps} if self.limit and self.limit.steps else {}
-        return candidates_of({**self.settings, **length}, self.methods, self.candidates)
-
-    @property
     def limit(self) -> Budget | None:
         """The budget of each training, where one is told."""
         return None if self.budget is None else Budget.read(self.budget)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """The settings of every run, the number of its steps among them where that is told."""
+        length = {"max_steps": self.limit.steps} if self.limit and self.limit.steps else {}
+        return {**self.settings, **length}
+
+    def plain(self) -> dict[str, Any]:
+        """As values that build it again."""
+        return self.model_dump(mode="json", exclude={"out"})
+
+
+def words(given: Any) -> Any:
+    """`a,b` as a list; a list as it is."""
+    return [word.strip() for word in given.split(",") if word.strip()] if isinstance(given, str) else given
+
+
+class CompareConfig(Trainings):
+    """A comparison."""
+
+    candidates: dict[str, Any] = Field(default_factory=dict)
+    """In YAML: names with the settings of each, as in {small: {method: lora, r: 4}}, beside methods or in their
+    place."""
+    seeds: int = Field(default=3, ge=1)
+    """Trainings of each with other seeds, which give the spread."""
+    rates: int = Field(default=3, ge=1)
+    """Learning rates tried for each first, an odd number: 3 is a third of the default, the default, three times it."""
+    score: str | None = None
+    """What the held-out rows are scored by: loss, accuracy, exact_match, rouge1, rouge2 or rougeL. Left out: the
+    accuracy of a classification, otherwise the loss."""
+
+    @field_validator("score")
+    @classmethod
+    def _a_mean(cls, given: str | None) -> str | None:
+        if given == "perplexity":
+            raise ValueError("score=perplexity is the exponential of the loss: take score=loss")
+        return given
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Self:
+        if self.rates % 2 == 0:
+            raise ValueError(f"rates={self.rates} has no middle, where the default rate stands: take an odd number.")
+        return self
+
+    @property
+    def runs(self) -> dict[str, RunConfig]:
+        """Name -> the run of each candidate, less what a comparison decides."""
+        return candidates_of(self.common, self.methods, self.candidates)
 
     @property
     def factors(self) -> list[float]:
@@ -133,14 +156,10 @@ class CompareConfig(BaseModel):
         half = self.rates // 2
         return [3.0**power for power in range(-half, half + 1)]
 
-    def plain(self) -> dict[str, Any]:
-        """As values that build it again."""
-        return self.model_dump(mode="json", exclude={"out"})
-
 
 def _line(found: Any) -> str:
     where = ".".join(map(str, found["loc"]))
     message = str(found["msg"]).removeprefix("Value error, ")
     if found["type"] == "extra_forbidden":
-        message = f"is no setting.{did_you_mean(where, CompareConfig.model_fields)}"
+        message = f"is no setting.{did_you_mean(where, Trainings.model_fields)}"
     return f"{where}: {message}" if where and not message.startswith(where) else message
