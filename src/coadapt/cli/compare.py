@@ -1,6 +1,7 @@
 """`coadapt compare`: methods and mixes on one model and one data set, under equal budgets."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,18 @@ import click
 
 from coadapt.cli.train import built, read_values, settings
 from coadapt.tuning.candidates import NOT_HERE
-from coadapt.tuning.plan import CompareConfig
+from coadapt.tuning.plan import CompareConfig, Trainings
 
-OWN = ("methods", "budget", "seeds", "rates", "score", "validation_split", "out")
+OWN: dict[str, str] = {
+    "methods": "LIST",
+    "budget": "STEPS|TIME",
+    "seeds": "NUMBER",
+    "rates": "NUMBER",
+    "score": "NAME",
+    "validation_split": "NUMBER",
+    "out": "DIR",
+}
+"""Flag -> what stands for its value."""
 
 
 def _invoke(config: Path | None, overrides: tuple[str, ...], as_json: bool, **flags: Any) -> int:
@@ -48,22 +58,26 @@ def _read(config: Path | None, overrides: tuple[str, ...], flags: dict[str, Any]
     return plan
 
 
-def _options() -> list[click.Option]:
-    metavars = {"methods": "LIST", "budget": "STEPS|TIME", "score": "NAME", "out": "DIR"}
-    found = []
-    for name in OWN:
-        field = CompareConfig.model_fields[name]
-        known = "" if field.default is None or field.is_required() or name == "methods" else f"  [{field.default}]"
-        flag = f"--{name.replace('_', '-')}"
-        help = " ".join(f"{field.description}{known}".split())
-        found.append(click.Option([flag, name], metavar=metavars.get(name, "NUMBER"), help=help))
+def options(of: type[Trainings], own: Mapping[str, str]) -> list[click.Option]:
+    """A flag for each of the fields `own`, which tells what stands for its value."""
+    found: list[click.Option] = []
+    for name, metavar in own.items():
+        field = of.model_fields[name]
+        default = field.get_default(call_default_factory=True)
+        told = ",".join(default) if isinstance(default, list) else {True: "on", False: "off"}.get(default, default)
+        known = "" if told in (None, "") or field.is_required() else f"  [{told}]"
+        flag = name.replace("_", "-")
+        names = [f"--{flag}" if metavar else f"--{flag}/--no-{flag}", name]
+        text = " ".join(f"{field.description}{known}".split())
+        found.append(click.Option(names, metavar=metavar or None, default=None, show_default=False, help=text))
     return found
 
 
-def _hidden() -> list[click.Option]:
-    found = []
+def hidden(own: Iterable[str]) -> list[click.Option]:
+    """The flags of `coadapt train` that are taken as well; the help shows the first few."""
+    found: list[click.Option] = []
     for option in settings():
-        if option.name not in (*NOT_HERE, *OWN):
+        if option.name not in (*NOT_HERE, *own):
             option.hidden = option.name not in ("model", "data", "seed")
             found.append(option)
     return found
@@ -92,8 +106,8 @@ command = click.Command(
         click.Option(
             ["--config"], type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML file with settings."
         ),
-        *_options(),
-        *_hidden(),
+        *options(CompareConfig, OWN),
+        *hidden(OWN),
         click.Option(["--json", "as_json"], is_flag=True, help="Print results.json, and progress on standard error."),
     ],
 )

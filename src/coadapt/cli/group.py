@@ -12,6 +12,7 @@ VERBS = {
     "demo": "Adapt a tiny model in a minute: offline, on the CPU.",
     "train": "Train adapters on your data.",
     "compare": "Compare methods and mixes on your data, under equal budgets.",
+    "search": "Find the best combination of methods, sites, ranks and rates.",
     "generate": "Ask a model with its adapter.",
     "chat": "Talk to a model with its adapters.",
     "eval": "Score a base and its adapters side by side, on rows.",

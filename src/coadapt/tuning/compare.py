@@ -9,22 +9,16 @@ For each candidate, in its folder under `trials`:
 Every training is a run of `coadapt train`. One that has ended is never made again: its result is in its folder.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from coadapt.evaluation.metrics import Metric
-from coadapt.training.assemble import load_base
-from coadapt.training.material import gather
 from coadapt.training.mixing import Stream
-from coadapt.training.recommend import parameters
 from coadapt.training.settings import RunConfig
-from coadapt.training.timetable import timetable
-from coadapt.tuning.grounds import DATA, TRIALS, Kind, begin, claim, examples, metric_of, sizes
+from coadapt.tuning.grounds import DATA, TRIALS, Kind, Known, begin, claim, examples, known_of
 from coadapt.tuning.outcome import Compared, Entrant
 from coadapt.tuning.plan import CompareConfig
 from coadapt.tuning.report import write
@@ -34,18 +28,6 @@ from coadapt.tuning.trial import Interrupted, Result, Trial, conduct, finished, 
 COMPARISON = Kind(name="comparison", verb="compare", file="compare.yaml", may_grow=("methods", "candidates", "seeds"))
 PACE_STEPS = 12
 """Of the training that shows the speed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Known:
-    """What is known of a candidate before it is trained."""
-
-    run: RunConfig
-    """With its default rates filled in."""
-    parameters: int
-    """Those that train, a new head among them."""
-    total: int
-    """All of the model with its adapters."""
 
 
 def compare(config: CompareConfig, console: Console) -> Compared:
@@ -60,7 +42,7 @@ def compare(config: CompareConfig, console: Console) -> Compared:
     first = next(iter(runs.values()))
     parts = split(first, config.validation_split)
     claim(config, parts.fingerprint, COMPARISON)
-    known, metric = _known(runs, config.score)
+    known, metric = known_of(runs, config.score)[:2]
     begin(config, parts.fingerprint, COMPARISON)
     files = parts.write(config.out / DATA)
     rows = examples(next(iter(known.values())).run, files)
@@ -73,36 +55,6 @@ def compare(config: CompareConfig, console: Console) -> Compared:
 
 
 # ---- what is known before -------------------------------------------------------------------------------------------
-
-
-def _known(runs: Mapping[str, RunConfig], score: str | None) -> tuple[dict[str, Known], Metric]:
-    """Each with its data read and attached to the base once: whether that can be, its size, its default rates.
-
-    And the metric of the score.
-    """
-    materials = {name: _told(name, lambda run=run: gather(run, timetable(run))) for name, run in runs.items()}
-    first, run = next(iter(materials.values())), next(iter(runs.values()))
-    metric = metric_of(score, first, run)
-    # What is left open depends on the virtual tokens of each; here all see the same.
-    lengths = [m.first.made.max_length for m in materials.values()]
-    common = {"task": first.task, "max_length": min((n for n in lengths if n is not None), default=None)}
-    base = load_base(
-        run.model, first.task, first.processor, dtype=run.dtype, revision=run.revision, classes=first.classes
-    )
-    size, found = parameters(base), dict[str, Known]()
-    for name, one in runs.items():
-        rated = one.with_rates(size).model_copy(update=common)
-        trains, total = _told(name, lambda rated=rated: sizes(rated, base))
-        found[name] = Known(run=rated, parameters=trains, total=total)
-    return found, metric
-
-
-def _told(name: str, make: Callable[[], Any]) -> Any:
-    """What `make` gives; an error says of which candidate it is."""
-    try:
-        return make()
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: {error}") from error
 
 
 def _steps(

@@ -1,5 +1,6 @@
 """What comparisons and searches stand on: their folder, what a score is, what a candidate is before it is trained."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from torch import nn
 from coadapt.data.prepare import CLASSIFYING
 from coadapt.evaluation.metrics import Metric, chosen
 from coadapt.formats.files import aside
-from coadapt.training.assemble import adapter_config, attach
+from coadapt.training.assemble import adapter_config, attach, load_base
 from coadapt.training.datasets import starts_from
 from coadapt.training.material import Material, gather
+from coadapt.training.recommend import parameters
 from coadapt.training.settings import RunConfig
 from coadapt.training.timetable import timetable
 from coadapt.tuning.plan import Trainings
@@ -31,6 +33,18 @@ class Kind:
     """Of their settings."""
     may_grow: tuple[str, ...]
     """Settings that may be other than when they began: trainings are added, and what there is stays true."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What is known of a candidate before it is trained."""
+
+    run: RunConfig
+    """With its default rates filled in."""
+    parameters: int
+    """Those that train, a new head among them."""
+    total: int
+    """All of the model with its adapters."""
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
@@ -79,6 +93,36 @@ def begin(config: Trainings, fingerprint: str, kind: Kind) -> None:
 
 
 # ---- what is known before -------------------------------------------------------------------------------------------
+
+
+def known_of(runs: Mapping[str, RunConfig], score: str | None) -> tuple[dict[str, Known], Metric, nn.Module]:
+    """Each with its data read and attached to the base once: whether that can be, its size, its default rates.
+
+    And the metric of the score, and the base.
+    """
+    materials = {name: _told(name, lambda run=run: gather(run, timetable(run))) for name, run in runs.items()}
+    first, run = next(iter(materials.values())), next(iter(runs.values()))
+    metric = metric_of(score, first, run)
+    # What is left open depends on the virtual tokens of each; here all see the same.
+    lengths = [m.first.made.max_length for m in materials.values()]
+    common = {"task": first.task, "max_length": min((n for n in lengths if n is not None), default=None)}
+    base = load_base(
+        run.model, first.task, first.processor, dtype=run.dtype, revision=run.revision, classes=first.classes
+    )
+    size, found = parameters(base), dict[str, Known]()
+    for name, one in runs.items():
+        rated = one.with_rates(size).model_copy(update=common)
+        trains, total = _told(name, lambda rated=rated: sizes(rated, base))
+        found[name] = Known(run=rated, parameters=trains, total=total)
+    return found, metric, base
+
+
+def _told(name: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives; an error says of which candidate it is."""
+    try:
+        return make()
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def metric_of(score: str | None, material: Material, run: RunConfig) -> Metric:

@@ -15,12 +15,12 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from coadapt.evaluation.exam import Exam, asked_and_wanted, virtual_tokens
 from coadapt.evaluation.metrics import METRICS, Metric
-from coadapt.evaluation.scoring import score
+from coadapt.evaluation.scoring import Score, score
 from coadapt.formats.files import aside, read_json
 from coadapt.model import PeftModel
 from coadapt.training.assemble import positions
 from coadapt.training.live import Live
-from coadapt.training.material import Material
+from coadapt.training.material import Material, Part
 
 CALLS = 7
 """Of a batch, to time it; the median is kept."""
@@ -122,9 +122,11 @@ def held(model: nn.Module | None, optimizer: Optimizer | None) -> int:
     return sum(t.nbytes for t in every.values())
 
 
-def exam(view: PeftModel, material: Material, metrics: Sequence[Metric], batch_size: int) -> Exam:
-    """The held-out rows of `material`, as they are put to the model."""
-    made = material.first.made
+def exam(
+    view: PeftModel, material: Material, metrics: Sequence[Metric], batch_size: int, part: Part | None = None
+) -> Exam:
+    """The held-out rows of `material` (of one data set among several), as they are put to the model."""
+    made = (part or material.first).made
     assert made.held_out is not None
     rows: list[Any] = [dict(row) for row in made.held_out]
     tokenizer = material.processor if isinstance(material.processor, PreTrainedTokenizerBase) else None
@@ -147,6 +149,11 @@ def exam(view: PeftModel, material: Material, metrics: Sequence[Metric], batch_s
 def held_out_loss(view: PeftModel, material: Material, batch_size: int) -> float:
     """Over all trained tokens of the held-out rows."""
     found = score(view, exam(view, material, [METRICS["loss"]], batch_size), view.composition)["loss"]
+    return mean_of(found)
+
+
+def mean_of(found: Score) -> float:
+    """Over all rows, by their weights."""
     return float(np.average(found.values, weights=found.weights))
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from coadapt.config import did_you_mean
 from coadapt.training.settings import RunConfig
+from coadapt.training.vocabulary import renamed
 from coadapt.tuning.candidates import candidates_of
 
 TIME = re.compile(r"(\d+\.?\d*)\s*(s|m|h)")
@@ -91,7 +92,7 @@ class Trainings(BaseModel):
         own = {name: value for name, value in values.items() if name in cls.model_fields and name != "settings"}
         if "out" not in own:
             raise ValueError("out is missing: the folder that everything goes to.")
-        rest = {name: value for name, value in values.items() if name not in own}
+        rest = renamed({name: value for name, value in values.items() if name not in own})
         try:
             return cls(**own, settings={"eval_split": HELD_OUT, **rest})
         except ValidationError as error:

@@ -62,6 +62,8 @@ class Result:
     """Adapter -> learning rate."""
     latency: float | None = None
     base_latency: float | None = None
+    validation_score: float | None = None
+    """The score of the validation rows, where a search asks for it."""
     values: list[float] | None = None
     """The score of each held-out row."""
     weights: list[float] | None = None
@@ -94,13 +96,13 @@ def conduct(trial: Trial, callbacks: Sequence[TrainerCallback] = ()) -> Result:
         result = Result(failed=str(error))
     with aside(trial.place / RESULT) as file:
         file.write_text(json.dumps(asdict(result)) + "\n", "utf-8")
-    _lean(trial.place)
+    lean(trial.place)
     return result
 
 
 def _trained(trial: Trial, callbacks: Sequence[TrainerCallback]) -> Result:
     run, meter = (
-        _continued(trial.run.model_copy(update={"output_dir": str(trial.place)})),
+        continued(trial.run.model_copy(update={"output_dir": str(trial.place)})),
         Meter(trial.place / MEASURED),
     )
     with (trial.place / SAID).open("a", encoding="utf-8") as said, meter:
@@ -138,7 +140,7 @@ def _figures(trial: Trial, done: Outcome, meter: Meter) -> dict[str, Any]:
     return {**found, "latency": adapted, "base_latency": plain, **scored_rows}
 
 
-def _continued(run: RunConfig) -> RunConfig:
+def continued(run: RunConfig) -> RunConfig:
     """The run as it goes on from what is there, or replaces what cannot be gone on with."""
     again = run.model_copy(update={"resume": True})
     try:
@@ -148,7 +150,7 @@ def _continued(run: RunConfig) -> RunConfig:
     return again
 
 
-def _lean(place: Path) -> None:
+def lean(place: Path) -> None:
     """Checkpoints are there to go on from, and nothing is left to go on with."""
     for name in ("best", "last", MEASURED):
         (place / name).unlink(missing_ok=True)
