@@ -23,8 +23,8 @@ from torch.nn.functional import cross_entropy
 
 import coadapt
 from coadapt import LoraConfig, PeftModel
+from coadapt.training.live import Live
 
-from .measuring import Live
 from .report import machine
 from .setting import Setting, checkpointed, llama
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from coadapt.cli.completion import paths
-from coadapt.cli.train import TrainCommand, flags, read_settings
+from coadapt.cli.train import TrainCommand, read_settings, settings
 from coadapt.training.settings import DataToCheck
 
 SETTINGS = frozenset(
@@ -72,7 +72,7 @@ command = click.Group(
                     help="YAML file with the settings of a run.",
                 ),
                 click.Option(["--json", "as_json"], is_flag=True, help="As JSON, for programs."),
-                *flags(SETTINGS, methods_too=False),
+                *settings(SETTINGS, methods_too=False),
             ],
         )
     ],

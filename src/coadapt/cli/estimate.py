@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from coadapt.cli.train import TrainCommand, flags, read_settings
+from coadapt.cli.train import TrainCommand, read_settings, settings
 from coadapt.training.settings import PlannedRun
 
 SETTINGS = frozenset(
@@ -60,6 +60,6 @@ command = TrainCommand(
         ),
         click.Option(["--calibrate"], is_flag=True, help="Run real steps, on random weights: their time and memory."),
         click.Option(["--json", "as_json"], is_flag=True, help="As JSON, for programs."),
-        *flags(SETTINGS),
+        *settings(SETTINGS),
     ],
 )

@@ -13,6 +13,8 @@ VERBS = {
     "estimate": "What a training will need, before anything is loaded.",
     "data": "Look at your data before it is trained on.",
     "train": "Train adapters on your data.",
+    "compare": "Compare methods and mixes on your data, under equal budgets.",
+    "search": "Find the best combination of methods, sites, ranks and rates.",
     "generate": "Ask a model with its adapter.",
     "chat": "Talk to a model with its adapters.",
     "eval": "Score a base and its adapters side by side, on rows.",

@@ -5,9 +5,9 @@ import types
 import typing
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
 import yaml
@@ -19,6 +19,7 @@ from coadapt.training.options import RECOMMENDED, methods
 from coadapt.training.settings import RunConfig, explain
 from coadapt.training.vocabulary import ALIASES, SettingHint, override, read_yaml
 
+Made = TypeVar("Made")
 PATHS = ("model", "data", "eval_data", "output_dir")
 """Settings that can be a file or a folder."""
 
@@ -53,7 +54,7 @@ class TrainCommand(click.Command):
                 formatter.write_dl(records)
 
 
-def flags(of: Collection[str] = tuple(RunConfig.model_fields), methods_too: bool = True) -> Iterable[Setting]:
+def settings(of: Collection[str] = tuple(RunConfig.model_fields), methods_too: bool = True) -> Iterable[Setting]:
     """A flag for each setting of a run that is named, and for each option of the methods."""
     section = ""
     for name, field in RunConfig.model_fields.items():
@@ -123,21 +124,39 @@ def read_settings(
     Raises:
         click.UsageError: a setting that there is not, or a value that does not fit, all of them listed.
     """
+    return built(lambda: kind(**read_values(config, flags, overrides)))
+
+
+def read_values(config: Path | None, flags: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """What a YAML file, flags and `name=value` say.
+
+    Raises:
+        ValueError: the file cannot be read, or `name=value` is none.
+    """
+    values = read_yaml(config) if config else {}
+    values |= {name: _read(name, value) for name, value in flags.items() if value is not None}
+    for setting in overrides:
+        override(values, setting)
+    return values
+
+
+def built(make: Callable[[], Made]) -> Made:
+    """What `make` gives; hints are told in a line each, and what does not fit is the caller's mistake.
+
+    Raises:
+        click.UsageError: `make` raised a ValueError.
+    """
     try:
-        values = read_yaml(config) if config else {}
-        values |= {name: _read(name, value) for name, value in flags.items() if value is not None}
-        for setting in overrides:
-            override(values, setting)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", SettingHint)
-            run = kind(**values)
+            made = make()
     except ValidationError as error:
         raise click.UsageError(explain(error)) from error
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     for hint in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, SettingHint)):
         click.echo(f"hint: {hint}", err=True)
-    return run
+    return made
 
 
 def _read(name: str, value: Any) -> Any:
@@ -189,6 +208,6 @@ command = TrainCommand(
         click.Option(
             ["--config"], type=click.Path(exists=True, dir_okay=False, path_type=Path), help="YAML file with settings."
         ),
-        *flags(),
+        *settings(),
     ],
 )

@@ -30,6 +30,7 @@ class Outcome:
     """The step that they are of, where the best ones are kept; None where they are those of the last step."""
     view: PeftModel
     processor: Processor
+    material: Material
 
 
 def finish(
@@ -63,6 +64,7 @@ def finish(
         best_step=best_step,
         view=view,
         processor=material.processor,
+        material=material,
     )
 
 

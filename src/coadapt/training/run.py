@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from transformers import EvalPrediction, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from coadapt.data.prepare import CLASSIFYING
@@ -44,8 +44,10 @@ from coadapt.training.settings import RunConfig
 from coadapt.training.timetable import Timetable, timetable
 
 
-def train(run: RunConfig, console: Console) -> Outcome:
+def train(run: RunConfig, console: Console, callbacks: Sequence[TrainerCallback] = ()) -> Outcome:
     """Reads the data, attaches the adapters, trains, and writes the folder; says on `console` what it does.
+
+    `callbacks` are told of what Trainer tells its own.
 
     Raises:
         ValueError: anything in the settings, the data or the model that does not fit, before a step is run.
@@ -68,6 +70,8 @@ def train(run: RunConfig, console: Console) -> Outcome:
         prove(view, table, material, console)
     if processes.first():
         _begin(run, out, start)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     interrupted = _fit(run, trainer, start, console)
     done = finish(run, trainer, view, material, out, interrupted)
     for line in stopped(run, done, trainer):

@@ -1,0 +1,1 @@
+"""Many trainings beside each other: methods compared, and the best combination searched."""
