@@ -115,13 +115,13 @@ def _plain(done: "Exported") -> dict[str, Any]:
 command = click.Command(
     "export",
     callback=_invoke,
-    help=f"""Write an adapter for the program that is to run it.
+    help=f"""Write an adapter for vLLM, llama.cpp, Ollama, MLX, ONNX …
 
     \b
-    coadapt export DIR --for vllm                       one plain LoRA: one rank, every scale within B
-    coadapt export DIR --for llamacpp                   adapter.gguf, for --lora
-    coadapt export DIR --for llamacpp --merged --quantise q8_0    model.gguf, tokenizer included
-    coadapt export DIR --for onnx --quantise int8       runs under onnxruntime, without PyTorch
+    coadapt export DIR --for vllm            one plain LoRA, every scale within B
+    coadapt export DIR --for llamacpp        adapter.gguf, for --lora
+    coadapt export DIR --for llamacpp --merged        model.gguf, with tokenizer
+    coadapt export DIR --for onnx --quantise int8     for onnxruntime, no PyTorch
 
     DIR is an adapter folder, a composition, or a checkpoint of transformers' Trainer. Targets: {", ".join(TARGETS)}.
     IA3, DoRA and copies of layers become the best LoRA of rank --r, and how far that is off is told. What a target
