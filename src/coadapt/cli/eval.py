@@ -87,7 +87,7 @@ def _refuse_beside_tasks() -> None:
 
 def _place(adapter: Path, out: Path | None, overwrite: bool) -> Path:
     """The file to write. Raises UsageError where it cannot be."""
-    from coadapt.training.evaluate import EVALUATION
+    from coadapt.training.folder import EVALUATION
 
     if not adapter.is_dir():
         raise click.UsageError(f"There is no adapter folder {str(adapter)!r}.")
@@ -241,10 +241,10 @@ command = click.Command(
     help="""Score a base and its adapters side by side, on rows.
 
     \b
-    coadapt eval --adapter DIR                     on the rows that its run held out
+    coadapt eval --adapter DIR                on the rows that its run held out
     coadapt eval --adapter DIR --data FILE --limit 200
-    coadapt eval --adapter DIR --data FILE --adapters task --adapters "task + 0.5*style"
-    coadapt eval --adapter DIR --data FILE --metric rouge --metric perplexity --json
+    coadapt eval --adapter DIR --adapters task --adapters "task + 0.5*style"
+    coadapt eval --adapter DIR --data FILE --metric rouge --metric loss --json
     coadapt eval --adapter DIR --lm-eval hellaswag --limit 200
 
     Rows are read, and put to the model, as in training. Answers are the likeliest token each time; perplexity, loss and

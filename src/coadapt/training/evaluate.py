@@ -22,8 +22,6 @@ from coadapt.model import PeftModel
 from coadapt.training.questions import Questions
 
 BASE = "the base"
-EVALUATION = "evaluation.json"
-"""Name of the file of results, in the adapter's folder where nothing else is said."""
 SCHEMA = 1
 
 
