@@ -253,3 +253,67 @@ def test_a_file_that_is_there_is_kept(call: Call, trained: Path, tmp_path: Path)
     assert "--overwrite" in said
     judged(call, file, "--adapter", trained, "--limit", 1, "--overwrite")
     assert file.read_text("utf-8") != "mine"
+
+
+# ---- lm_eval ---------------------------------------------------------------------------------------------------------
+
+
+TASK = r"""
+task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{completion}}"
+target_delimiter: ""
+generation_kwargs: {until: ["</s>"], max_gen_toks: 6}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+filter_list:
+  - {name: stripped, filter: [{function: regex, regex_pattern: '(?s)^\s*(.*?)\s*$'}, {function: take_first}]}
+"""
+
+
+@pytest.mark.filterwarnings("ignore")  # what other programs warn of
+def test_lm_eval_comes_to_the_same_shares(call: Call, trained: Path, rows: Path, tmp_path: Path) -> None:
+    """Another program asks the same adapters; half of the rows want what the LoRA says, others what the base says."""
+    pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
+    judged(call, tmp_path / "said.json", "--adapter", trained, "--data", rows)
+    said = json.loads((tmp_path / "said.json").read_text("utf-8"))["rows"]
+    who = ["lora" if number % 2 else "the base" for number in range(len(said))]
+    pairs = zip(said, who, strict=True)
+    lines = [{"prompt": row["asked"], "completion": row["found"][name]["answer"].strip()} for row, name in pairs]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
+    (tmp_path / "sums.yaml").write_text(TASK.replace("FILE", str(tmp_path / "sums.jsonl")), "utf-8")
+    # Between prompt and answer there is nothing here, neither in training's frame nor in the task's.
+    (tmp_path / "asked.jsonl").write_text(
+        "".join(json.dumps({**r, "completion": f" {r['completion']}"}) + "\n" for r in lines)
+    )
+    ours = by_name(judged(call, tmp_path / "e.json", "--adapter", trained, "--data", tmp_path / "asked.jsonl"))
+    code, text, error = call(
+        *("eval", "--adapter", trained, "--use-cpu", "--json", "--out", tmp_path / "f.json"),
+        *("--lm-eval", tmp_path / "sums.yaml"),
+    )
+    assert code == 0, error
+    theirs = by_name(json.loads(text))
+    shares = {name: scores["exact_match"]["mean"] for name, scores in ours.items()}
+    assert {name: scores["sums exact_match"]["mean"] for name, scores in theirs.items()} == shares
+    assert 0.5 <= shares["lora"] < 1
+    assert len(json.loads((tmp_path / "f.json").read_text("utf-8"))["values"]["lora"]["sums exact_match"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--metric", "loss", "--data", "x"], "--data, --metric has no effect beside --lm-eval"),
+        ([], "--lm-eval needs the package lm_eval: pip install 'coadapt[lm-eval]'"),
+    ],
+)
+def test_lm_eval_is_asked_for_where_it_is_missing(
+    args: list[str], said: str, call: Call, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coadapt.training.harness.find_spec", lambda name: None)
+    out = tmp_path / "e.json"
+    code, text, error = call("eval", "--adapter", trained, "--lm-eval", "hellaswag", "--out", out, *args)
+    assert (code, text, out.exists()) == (2, "", False)
+    assert said in error

@@ -231,6 +231,18 @@ def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         chosen(["rouge"], "causal-lm", True)
 
 
+def test_rouge_refuses_what_it_cannot_read() -> None:
+    """Its tokenizer drops all but a-z and 0-9: every answer in another script would score 0."""
+    tokenizer = byte_tokenizer()
+    asked, wanted = tokenizer("q").input_ids, tokenizer("شكرا", add_special_tokens=False).input_ids
+    labels = [-100] * len(asked) + wanted
+    row = {"input_ids": [*asked, *wanted], "attention_mask": [1] * len(labels), "labels": labels}
+    metrics = chosen(["rouge"], "causal-lm", True)
+    assert metrics[0].value(Response(answer="شكرا"), "شكرا") == 0
+    with pytest.raises(ValueError, match=r"rouge1 knows Latin letters .* 1 of 1 wanted answers have none \('شكرا'"):
+        Exam(rows=[row], task="causal-lm", metrics=metrics, tokenizer=tokenizer)
+
+
 def test_rows_without_an_answer_are_refused(make: Make, tokenizer: Any) -> None:
     plain = {"input_ids": [4, 5], "attention_mask": [1, 1], "labels": [4, 5]}
     with pytest.raises(ValueError, match=r"1 of 1 rows have no prompt, or no answer"):

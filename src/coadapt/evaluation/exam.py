@@ -106,6 +106,12 @@ class Exam:
                 f"{len(empty)} of {len(self.rows)} rows have no prompt, or no answer, to compare by (the first: row "
                 f"{empty[0]}). Take metrics that ask for no answer: perplexity, loss."
             )
+        for metric in self.metrics:
+            if strange := [text for text in self.wanted if not metric.judges(text)]:
+                raise ValueError(
+                    f"{metric.name} knows Latin letters and digits only, and {len(strange)} of {len(self.rows)} wanted "
+                    f"answers have none ({strange[0].strip()[:40]!r} is the first). Take exact_match, or perplexity."
+                )
 
     # ---- what it should say ------------------------------------------------------------------------------------------
 
