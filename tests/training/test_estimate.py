@@ -73,7 +73,7 @@ DEMO: dict[str, dict[str, Any]] = {
     "a stage": {"adapters": {"a": {"method": "lora", "stop_step": 1}, "b": {"method": "bottleneck"}}, "max_steps": 2},
     "a router": {"adapters": {n: {"method": "lora"} for n in "ab"}, "composition": "pooled_router(a, b)"},
 }
-QUICK = ("lora", "full copy of a row")
+QUICK = ("lora",)
 
 
 @pytest.mark.parametrize("case", [c if c in QUICK else pytest.param(c, marks=pytest.mark.full) for c in DEMO])
@@ -203,6 +203,7 @@ def test_the_loss_counts_its_logits_in_float32(small: str) -> None:
     assert found.step.peak > found.step.weights + 2 * 4 * logits
 
 
+@pytest.mark.full
 def test_checkpointing_trades_memory_for_operations(small: str) -> None:
     asked = {"model": small, "use_cpu": True, "method": "lora", "max_length": 64}
     usual = estimate(**asked, per_device_train_batch_size=4)
