@@ -141,70 +141,77 @@ def estimated(run: RunConfig, calibrate: bool = False) -> Estimate:
     config = load_config(run.model, run.revision)
     _refuse(run, config)
     material = gather(run, timetable(run)) if run.data or run.datasets else None
-    found_rows = kinds(run, config, material)
-    rows = found_rows.train
-    run = run.model_copy(update={"task": rows.task})
+    found = kinds(run, config, material)
+    run = run.model_copy(update={"task": found.train.task})
     device, dtype = chosen(run.use_cpu), dtype_of(run, config)
     weights = material.weights(run.mixing_temperature) if material else [1.0]
-    batch, room = run.per_device_train_batch_size, memory.room(device)
+    room = memory.room(device)
 
     def begin(real: bool = False) -> AbstractContextManager[Rehearsal]:
-        return rehearsal(run, config, rows, device, weights=weights, dtype=dtype, real=real)
+        return rehearsal(run, config, found.train, device, weights=weights, dtype=dtype, real=real)
 
-    with begin() as counted:
-        found = _counted(counted, found_rows)
-    step: Bytes = found["step"]
     measured = None
+    with begin() as tried:
+        figures = _counted(tried, found)
+        step: Bytes = figures["step"]
+        if not calibrate:
+            figures["largest_batch"] = _largest(tried, step, usable(room))
     if calibrate:
         if step.peak > usable(room):
             raise ValueError(
-                f"calibrate runs real steps, and {batch} rows would need {memory.size(step.peak)} of the "
-                f"{memory.size(room.free)} that are free. Give a smaller per_device_train_batch_size or max_length."
+                f"calibrate runs real steps, and {run.per_device_train_batch_size} rows would need "
+                f"{memory.size(step.peak)} of the {memory.size(room.free)} that are free. Give a smaller "
+                "per_device_train_batch_size or max_length."
             )
         with begin(real=True) as tried:
             measured = _measured(tried)
-    factor = 1.0 if measured is None else (measured.peak - step.weights) / (step.peak - step.weights)
-    with begin() as counted:
-        largest = largest_batch(
-            lambda rows: int(step.weights + factor * (counted.step(rows).peak - step.weights)),
-            usable(room),
-            start=batch,
-            least=len(weights),
-        )
+        with begin() as tried:
+            figures["largest_batch"] = _largest(tried, step, usable(room), measured.peak)
     return Estimate(
         model=run.model,
-        task=rows.task,
+        task=found.train.task,
         adapters={name: adapter.method for name, adapter in run.adapters.items()},
         device=device.type,
         dtype=str(dtype).removeprefix("torch."),
         optimizer=run.optim,
-        rows=batch,
-        length=rows.length,
-        target=rows.target,
+        rows=run.per_device_train_batch_size,
+        length=found.train.length,
+        target=found.train.target,
         room=room,
-        largest_batch=largest,
         rate=rate(device, torch.bfloat16 if run.bf16 else torch.float16 if run.fp16 else dtype),
         measured=measured,
-        **found,
+        **figures,
     )
 
 
-def _counted(counted: Rehearsal, kinds: Kinds) -> dict[str, Any]:
+def _counted(tried: Rehearsal, kinds: Kinds) -> dict[str, Any]:
     """What is found without data."""
-    run, base = counted.run, counted.view.get_base_model()
+    run, base = tried.run, tried.view.get_base_model()
     batch = run.per_device_train_batch_size
     held_out = None if run.eval_strategy == "no" else kinds.held_out
-    of_base = sum(t.nbytes for t in {id(t): t for t in (*base.parameters(), *base.buffers())}.values())
-    trainable, all_of_them = counted.view.get_nb_trainable_parameters()
+    trainable, all_of_them = tried.view.get_nb_trainable_parameters()
+    step, operations = tried.step_and_operations(batch)
     return {
         "parameters": all_of_them,
         "trainable": trainable,
-        "base": of_base,
-        "step": counted.step(batch),
-        "evaluation": counted.evaluation(run.per_device_eval_batch_size, held_out) if held_out else 0,
-        "trial": counted.trial(ROWS, kinds.first) if run.verify and batch < ROWS else 0,
-        "operations": counted.operations(batch) * run.gradient_accumulation_steps,
+        "base": sum(t.nbytes for t in {id(t): t for t in (*base.parameters(), *base.buffers())}.values()),
+        "step": step,
+        "operations": operations,
+        "evaluation": tried.evaluation(run.per_device_eval_batch_size, held_out) if held_out else 0,
+        "trial": tried.trial(ROWS, kinds.first) if run.verify and batch < ROWS else 0,
     }
+
+
+def _largest(tried: Rehearsal, step: Bytes, most: int, measured: int | None = None) -> int:
+    """The most rows of a batch; what was measured of `step` corrects what comes and goes with the rows."""
+    factor = 1.0 if measured is None else (measured - step.weights) / (step.peak - step.weights)
+    batch = tried.run.per_device_train_batch_size
+
+    def peak(rows: int) -> int:
+        counted = step if rows == batch else tried.step(rows)
+        return int(step.weights + factor * (counted.peak - step.weights))
+
+    return largest_batch(peak, most, start=batch, least=len(tried.trainer.weights))
 
 
 def _measured(tried: Rehearsal) -> Measured:

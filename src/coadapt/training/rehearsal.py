@@ -45,6 +45,8 @@ from coadapt.training.settings import RunConfig
 from coadapt.training.timetable import timetable
 
 _CANNOT = "This run cannot be forecast, as its step cannot be run on tensors without data: {} (docs/limits.md)."
+BATCHES = 2
+"""Of those that a step is made of, so many are run: the third holds what the second does."""
 Phase = Literal["forward", "backward", "optimiser step"]
 
 
@@ -76,13 +78,13 @@ def one_step(
     """What a step holds whose optimiser has its states already.
 
     Args:
-        batches: that the step is made of; those after the second hold what the second does.
+        batches: that the step is made of.
         monitored: as a step that is logged, which keeps the parameters to see how far they move.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     meter.restart()
     before, activations, peaks = meter.now, 0, dict[int, Phase]()  # where each height was first reached
-    for _ in range(min(batches, 2)):
+    for _ in range(min(batches, BATCHES)):
         found = loss()
         activations = activations or meter.now - before - found.nbytes
         peaks.setdefault(meter.peak, "forward")
@@ -189,14 +191,12 @@ class Rehearsal:
             parameter.grad = None
         return peak
 
-    def operations(self, rows: int) -> int:
-        """Floating point operations of forward and backward of a batch."""
-        self.model.train()
+    def step_and_operations(self, rows: int) -> tuple[Bytes, int]:
+        """A step, and the floating point operations of all its batches."""
         with FlopCounterMode(display=False) as counter:
-            self.trainer.accelerator.backward(self._loss(rows)())
-        for parameter in self.view.parameters():
-            parameter.grad = None
-        return counter.get_total_flops()
+            found = self.step(rows)
+        batches = self.run.gradient_accumulation_steps
+        return found, counter.get_total_flops() * batches // min(batches, BATCHES)
 
     @property
     def _optimizer(self) -> Optimizer:

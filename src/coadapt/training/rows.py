@@ -78,7 +78,8 @@ def kinds(run: RunConfig, config: PreTrainedConfig, material: Material | None) -
     classes = len(material.classes) if material else CLASSES
     if task in CLASSIFYING:
         config.num_labels = classes
-        config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
+        if task != "image-classification":
+            config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
     if task == "image-classification":
         alike = Rows(task=task, image=_image(run, config, material), classes=classes)
     else:
