@@ -2,8 +2,8 @@
 
     python -m benchmarks.searching --assets FOLDER [--trials 16] [--steps 20] [--seeds 3]
 
-Nothing is given up before its end, so both make the same number of steps. The figures are the best validation loss after
-so many trials, and the held-out loss of the best candidate, trained once more with another seed.
+Nothing is given up before its end, so both make as many steps. The figures are the best validation loss after so many
+trials, and the held-out loss of the best candidate, trained once more with another seed.
 """
 
 import argparse
@@ -130,9 +130,10 @@ def main(arguments: Sequence[str]) -> None:
     versions = f"optuna {optuna.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     head = (
         f"# A search that learns, beside a random one, {date.today()}\n\n"
-        f"`python -m benchmarks.searching {shown}` with coadapt {coadapt.__version__}, {versions}, on {machine()}. "
-        f"stories260K, {ROWS} rows (a fifth held out, of the rest a quarter to choose by), {METHODS} in mixes of up to "
-        f"two, {given.steps} steps of 8 rows for each candidate, {given.trials} candidates, {given.seeds} seeds of data "
+        f"`python -m benchmarks.searching {shown}` with coadapt {coadapt.__version__}, {versions}, "
+        f"on {machine()}. "
+        f"stories260K, {ROWS} rows (a fifth held out, of the rest a quarter to choose by), {METHODS} in mixes of up "
+        f"to two, {given.steps} steps of 8 rows for each candidate, {given.trials} candidates, {given.seeds} seeds of data "
         "and search.\n"
     )
     text = "\n".join([head, *parts, f"{(time.monotonic() - begun) / 60:.0f} minutes."])

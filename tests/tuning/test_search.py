@@ -141,6 +141,7 @@ def test_candidates_beside_others_come_to_what_they_come_to_alone(done: Search, 
             assert all(torch.allclose(one[key], other[key], rtol=1e-3, atol=1e-5) for key in one)
 
 
+@pytest.mark.full
 def test_a_search_with_candidates_side_by_side(base: str, rows: str, tmp_path: Path) -> None:
     found = search(config(base, rows, tmp_path / "out", together=3, gates=False, trials=3), Console(quiet=True))
     assert {t.user_attrs["group"] for t in found.trained} == {"0-2"}
@@ -232,6 +233,7 @@ def arguments(base: str, rows: str, out: Path, trials: int, *more: str) -> list[
     return ["search", "--model", base, "--data", rows, *told.split(), *more]
 
 
+@pytest.mark.full
 def test_a_search_that_is_killed_goes_on_with_the_trial_that_had_begun(base: str, rows: str, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     process = killing.start(killing.command, log, *arguments(base, rows, out, 2))
