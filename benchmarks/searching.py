@@ -132,9 +132,9 @@ def main(arguments: Sequence[str]) -> None:
         f"# A search that learns, beside a random one, {date.today()}\n\n"
         f"`python -m benchmarks.searching {shown}` with coadapt {coadapt.__version__}, {versions}, "
         f"on {machine()}. "
-        f"stories260K, {ROWS} rows (a fifth held out, of the rest a quarter to choose by), {METHODS} in mixes of up "
-        f"to two, {given.steps} steps of 8 rows for each candidate, {given.trials} candidates, {given.seeds} seeds of data "
-        "and search.\n"
+        f"stories260K, {ROWS} rows (a fifth held out, of the rest a quarter to choose by), {METHODS} in mixes "
+        f"of up to two, {given.steps} steps of 8 rows for each candidate, {given.trials} candidates, "
+        f"{given.seeds} seeds of data and search.\n"
     )
     text = "\n".join([head, *parts, f"{(time.monotonic() - begun) / 60:.0f} minutes."])
     given.out.mkdir(parents=True, exist_ok=True)
