@@ -283,6 +283,36 @@ def test_the_base_answers_beside_the_adapted_model(talk: Call, talker: Path, ada
     assert base != adapted
 
 
+def test_several_compositions_answer_beside_each_other(talk: Call, talker: Path, adapter: Path) -> None:
+    who = ["task", "0.5*style", "lead + task"]
+    model = ["--model", talker, "--adapter", adapter]
+    alone = {text: talk(["a"], *model, "--adapters", text)[1] for text in who}
+    _, base, _ = talk(["a"], "--model", talker)
+    assert len({base, *alone.values()}) == 4
+    expected = f"base:\n{base}" + "".join(f"{text}:\n{said}" for text, said in alone.items())
+    named = [part for text in who for part in ("--adapters", text)]
+    assert talk(["a"], *model, *named, "--compare")[1] == expected
+    typed = ["/compare 0.5*style", "/compare lead + task", "a", "/compare", "/clear", "a"]
+    code, text, said = talk(typed, *model)
+    assert (code, text) == (0, expected + alone["task"])
+    assert "Beside it answer now: the base, 0.5*style, lead + task.\n" in said
+    assert "The base and 0.5*style, lead + task keep quiet now.\n" in said
+    assert talk(["/compare nobody"], *model)[2].endswith(
+        "error: There is no adapter 'nobody'. Attached: task, style, lead.\n"
+    )
+
+
+def test_the_conversation_goes_on_with_what_is_active(chat: Chat) -> None:
+    chat.put_beside("style")
+    chat.put_beside("lead")
+    assert [name for name, _ in chat.asked()] == ["the base", "task", "style", "lead"]
+    assert chat.room == ROOM - 8  # the one of them with virtual tokens needs them
+    request = chat.request("a")
+    assert chat.answer(request, using="style") != chat.answer(request)
+    chat.use("style")
+    assert [name for name, _ in chat.asked()] == ["the base", "style", "lead"]
+
+
 def test_a_mistake_of_ours_does_not_end_a_conversation(
     talk: Call, talker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +334,7 @@ def test_a_mistake_of_ours_does_not_end_a_conversation(
     ("args", "code", "message"),
     [
         (["--compare"], 2, "give --adapter too"),
+        (["--adapter", ".", "--adapters", "a", "--adapters", "b"], 2, "give --compare too"),
         (["--adapters", "a"], 2, "give --adapter too"),
         ([], 1, "Which base? Give --model"),
     ],

@@ -48,7 +48,7 @@ def test_base_is_small_enough_to_ship() -> None:
 def test_base_answers_in_english_and_never_in_the_task_format(base: Base) -> None:
     rows = examples("held-out", 64, seed=0)
     generated = generate(base, [row["prompt"] for row in rows])
-    assert exact_match(generated, rows) == 0
+    assert exact_match(generated, rows).mean == 0
     english = re.compile(r" (The \w+ is [\w ]+|\w+ had the \w+)\.")
     assert all(english.fullmatch(answer.splitlines()[0]) for answer in generated)
 
@@ -106,7 +106,7 @@ def test_exact_match_counts_equal_answers_only() -> None:
         rows[2]["completion"] + " x",
         "",
     ]
-    assert exact_match(generated, rows) == 0.5
+    assert exact_match(generated, rows).mean == 0.5
 
 
 def test_pretraining_text_holds_no_task_record() -> None:

@@ -1,6 +1,7 @@
 """Image classification from the command line: trained, asked, shown, merged; and what does not go together."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return paint_folders(tmp_path_factory.mktemp("images"))
+
+
+def rows_in(file: Path) -> list[Any]:
+    return json.loads(file.read_text("utf-8"))["rows"]
 
 
 def go(base: Path, data: Path, out: Path, console: Console | None = None, **settings: Any) -> Outcome:
@@ -64,6 +69,10 @@ def test_classes_of_images(seeing: Path, images: Path, out: Path, capsys: pytest
     assert "vit.layers.*.attention.q_proj" in said("show", out)
     assert "--image …" in said("merge", "--adapter", out, "--out", out.parent / "merged", "--use-cpu")
     assert said("generate", "--model", out.parent / "merged", *asked) == "blue\nred\n"
+    held_out = json.loads(said("eval", "--adapter", out, "--use-cpu", "--json"))
+    assert held_out["results"][1]["scores"]["accuracy"]["mean"] == 1.0
+    assert {row["wanted"] == row["found"]["default"]["answer"] for row in rows_in(out / "evaluation.json")} == {True}
+    assert len(rows_in(out / "evaluation.json")) == held_out["data"]["rows"] > 2
     # as the card says
     card = (out / "README.md").read_text()
     assert f'AutoModelForImageClassification.from_pretrained("{seeing}", num_labels=2, ignore_mismatched' in card

@@ -25,7 +25,9 @@ CONTROLS = dict.fromkeys(code for code in (*range(32), *range(127, 160)) if chr(
 """What a model could steer a terminal with."""
 
 
-def _invoke(model: str | None, adapter: Path | None, adapters: str | None, use_cpu: bool, **options: Any) -> int:
+def _invoke(model: str | None, adapter: Path | None, adapters: tuple[str, ...], use_cpu: bool, **options: Any) -> int:
+    if len(adapters) > 1 and not options["compare"]:
+        raise click.UsageError("Several --adapters answer side by side: give --compare too, or one of them.")
     if adapter is None:
         if adapters:
             raise click.UsageError("--adapters says which adapters of --adapter take part; give --adapter too.")
@@ -37,7 +39,9 @@ def _invoke(model: str | None, adapter: Path | None, adapters: str | None, use_c
     from coadapt.training.machine import chosen
 
     quiet()
-    Talk(Chat(load(model, adapter, adapters, device=chosen(use_cpu)), **options)).run()
+    first, *beside = adapters or (None,)
+    ready = load(model, adapter, first, device=chosen(use_cpu))
+    Talk(Chat(ready, beside=[text for text in beside if text is not None], **options)).run()
     return 0
 
 
@@ -133,9 +137,9 @@ class Talk:
         if request.longest < self.chat.max_new_tokens:
             self._note(f"(there is room for {request.longest} tokens of an answer)")
 
-    def _one(self, request: "Request", stop: threading.Event, base: bool = False) -> str:
+    def _one(self, request: "Request", stop: threading.Event, **how: Any) -> str:
         try:
-            return self.chat.answer(request, self._print, base=base, stopped=stop.is_set)
+            return self.chat.answer(request, self._print, stopped=stop.is_set, **how)
         finally:
             click.echo()
 
@@ -143,40 +147,46 @@ class Talk:
         click.echo(piece.translate(CONTROLS) if self.live else piece, nl=False)
 
     def _both(self, request: "Request", stop: threading.Event) -> str:
+        """Everybody's answer; that of what is active is the one that the conversation goes on with."""
         from coadapt.cli.output import console
 
-        screen = console()
-        if self.live and screen.width >= WIDE:
+        screen, asked = console(), self.chat.asked()
+        if self.live and screen.width >= WIDE * (len(asked) / 2):
             return self._beside(request, stop, screen)
-        click.echo("base:")
-        self._one(request, stop, base=True)
-        click.echo(f"{self.chat.active}:")
-        return "" if stop.is_set() else self._one(request, stop)
+        found = ""
+        for name, how in asked:
+            if stop.is_set():
+                break
+            click.echo(f"{name.removeprefix('the ') if how.get('base') else name}:")
+            said = self._one(request, stop, **how)
+            found = found if how else said
+        return found
 
     def _beside(self, request: "Request", stop: threading.Event, screen: Any) -> str:
-        """Two columns, which fill as the answers come."""
+        """A column for each, which fill as the answers come."""
         from rich.live import Live
         from rich.table import Table
         from rich.text import Text
 
-        heads = ("the base", self.chat.active)
-        texts = ["", ""]
+        asked, found = self.chat.asked(), ""
+        texts = [""] * len(asked)
 
         def shown() -> Table:
             table = Table(box=None, expand=True, padding=(0, 2, 0, 0))
-            for head in heads:
-                table.add_column(Text(head, "bold"), ratio=1, overflow="fold")
+            for name, _ in asked:
+                table.add_column(Text(name, "bold"), ratio=1, overflow="fold")
             table.add_row(*map(Text, texts))
             return table
 
         with Live(shown(), console=screen, refresh_per_second=8) as live:
-            for column, base in enumerate((True, False)):
+            for column, (_, how) in enumerate(asked):
 
                 def hear(piece: str, column: int = column) -> None:
                     texts[column] += piece
                     live.update(shown())
 
-                found = "" if stop.is_set() else self.chat.answer(request, hear, base=base, stopped=stop.is_set)
+                said = "" if stop.is_set() else self.chat.answer(request, hear, stopped=stop.is_set, **how)
+                found = found if how else said
         return found
 
     @contextmanager
@@ -211,6 +221,7 @@ command = click.Command(
     \b
     coadapt chat --adapter DIR
     coadapt chat --adapter DIR --adapters "task + 0.5*style" --compare
+    coadapt chat --adapter DIR --compare --adapters task --adapters style
     coadapt chat --model DIR_OR_ID --system "Answer in one sentence." < questions.txt
 
     With a chat template the model is shown the whole conversation. Without one, and for adapters that were trained
@@ -229,10 +240,13 @@ command = click.Command(
             help="Adapter folder; left out, the base alone answers.",
         ),
         click.Option(
-            ["--adapters"], help="Which of its adapters take part, as in `task + 0.5*style`; left out, as saved."
+            ["--adapters"],
+            multiple=True,
+            help="Which of its adapters take part, as in `task + 0.5*style`; left out, as saved. With --compare it may "
+            "be repeated: each answers, and the first one's answers make the conversation.",
         ),
         click.Option(["--system"], help="System prompt, where the model's chat template has a place for one."),
-        click.Option(["--compare"], is_flag=True, help="The base's answer beside the adapted one."),
+        click.Option(["--compare"], is_flag=True, help="The base's answer beside the adapted ones."),
         click.Option(
             ["--raw"], is_flag=True, help="Put each text as it is, without chat template or frame of training."
         ),

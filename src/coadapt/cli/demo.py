@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
+    from coadapt.evaluation.intervals import Estimate
     from coadapt.model import PeftModel
 
 SETTINGS: dict[str, Any] = {
@@ -90,26 +91,22 @@ def _answers(view: "PeftModel", tokenizer: "PreTrainedTokenizerBase", prompts: S
     """The answers of the base, of each adapter alone, and of both."""
     found: dict[str, list[str]] = {}
     with view.disable_adapter():
-        found["the base"] = _generate(view.generate, tokenizer, prompts)
+        found["the base"] = _generate(view, tokenizer, prompts)
     for who in ("prompt", "lora", "prompt + lora"):
         with view.using(who):
-            found[who] = _generate(view.generate, tokenizer, prompts)
+            found[who] = _generate(view, tokenizer, prompts)
     return found
 
 
-def _generate(generate: Callable[..., Any], tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]) -> list[str]:
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
-    ids = generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        max_new_tokens=LONGEST,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+def _generate(view: "PeftModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]) -> list[str]:
+    from coadapt.evaluation.exam import answers
+
+    return answers(view, tokenizer, tokenizer(list(prompts)).input_ids, max_new_tokens=LONGEST)
 
 
-def _show(screen: "Console", rows: Sequence[Mapping[str, str]], answers: Table, scores: Mapping[str, float]) -> None:
+def _show(
+    screen: "Console", rows: Sequence[Mapping[str, str]], answers: Table, scores: Mapping[str, "Estimate"]
+) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
@@ -123,11 +120,11 @@ def _show(screen: "Console", rows: Sequence[Mapping[str, str]], answers: Table, 
             right = given[number].strip() == wanted
             table.add_row(who, Text(f"{'✓' if right else '✗'} {given[number].strip()}", "green" if right else ""))
         screen.print("", table)
-    screen.print(f"\nright, of {len(rows)} questions about scenes that were never trained on:")
+    screen.print(f"\nright, of {len(rows)} questions about scenes that were never trained on (95 % interval):")
     for who, score in scores.items():
-        screen.print(
-            Text(f"  {who:14}{score:>5.0%}  {'█' * round(score * 40)}", "bold" if who == "prompt + lora" else "")
-        )
+        spread = f"({100 * score.low:.0f} to {100 * score.high:.0f})"
+        line = f"  {who:14}{score.mean:>5.0%}  {spread:10}  {'█' * round(score.mean * 40)}"
+        screen.print(Text(line, "bold" if who == "prompt + lora" else ""))
 
 
 def _merge(
@@ -140,7 +137,7 @@ def _merge(
     """The LoRA goes into the weights, the prompt stays beside them, and everything comes back to the bit."""
     weights = {name: value.clone() for name, value in view.get_base_model().state_dict().items()}
     view.merge_adapter()
-    same = sum(a == b for a, b in zip(_generate(view.generate, tokenizer, prompts), before, strict=True))
+    same = sum(a == b for a, b in zip(_generate(view, tokenizer, prompts), before, strict=True))
     view.unmerge_adapter()
     back = all(value.equal(weights[name]) for name, value in view.get_base_model().state_dict().items())
     screen.print(
@@ -158,6 +155,7 @@ Done in {seconds:.0f} seconds. Everything is in [bold]{out}[/bold]: the adapters
 log, the settings. Try next:
 
   coadapt show {out}
+  coadapt eval --adapter {out}                                  on the rows that were held out
   coadapt generate --adapter {out} --prompt $'Mia hid the red kite in the barn.\\nQ: Where is the kite?\\nA:'
   coadapt train --model DIR_OR_ID --data FILE --method lora     your own model and data
 """

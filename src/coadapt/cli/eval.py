@@ -1,48 +1,93 @@
 """`coadapt eval`: a base and its adapters side by side on the same rows, every figure with its interval."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from coadapt.cli.completion import paths, words
 from coadapt.cli.options import inputs
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
-    from coadapt.evaluation.scoring import Score
-    from coadapt.training.evaluate import Result
-    from coadapt.training.questions import Questions
+    from coadapt.evaluation.journal import Journal
+    from coadapt.model import PeftModel
+    from coadapt.training.evaluate import Result, Step
+    from coadapt.training.load import Ready
+    from coadapt.training.questions import Rows
 
 KNOWN = ("exact_match", "accuracy", "perplexity", "loss", "rouge")
-PERCENT = ("exact_match", "accuracy", "rouge1", "rouge2", "rougeL")
-"""Metrics that are shares."""
-SHOWN = 400
-"""Characters of a prompt or an answer that are shown, at most."""
+ABOUT_ROWS = (
+    *("data", "metric", "max_new_tokens", "max_length", "dataset_config", "show"),
+    *("text_column", "prompt_column", "completion_column", "label_column", "image_column"),
+)
+"""Options without a meaning for tasks of lm_eval."""
 
 
 def _invoke(
     adapter: Path,
     model: str | None,
     adapters: tuple[str, ...],
-    data: str | None,
-    metric: tuple[str, ...],
-    limit: int | None,
-    batch_size: int,
-    max_new_tokens: int,
-    show: int,
     out: Path | None,
     overwrite: bool,
     as_json: bool,
     use_cpu: bool,
-    **settings: Any,
+    tasks: tuple[str, ...],
+    **options: Any,
 ) -> int:
-    from coadapt.training.evaluate import EVALUATION, compositions, evaluate, question, report, summary, write
+    if tasks:
+        _refuse_beside_tasks()
+    file = _place(adapter, out, overwrite)
+    import torch
+
+    from coadapt.cli.output import quiet
+    from coadapt.model import PeftModel
+    from coadapt.training.evaluate import compositions
+    from coadapt.training.load import load
+    from coadapt.training.machine import chosen
+    from coadapt.training.questions import find_rows, run_of
+
+    quiet()
+    with inputs():
+        run = run_of(adapter)
+        rows = None if tasks else find_rows(options["data"], run, options)
+        torch.manual_seed(42)  # a head that is new is the same one each time
+        ready = load(model, adapter, device=chosen(use_cpu))
+        view: Any = ready.model
+        assert isinstance(view, PeftModel)
+        who = compositions(view, adapters)
+        facts = {"adapter": str(adapter), "base": getattr(view.get_base_model().config, "name_or_path", None)}
+        work = _Tasks(ready, tasks, options) if rows is None else _Rows(ready, rows, run, adapter, options)
+    try:
+        done = _done(work, view, who, file, facts, quiet=as_json)
+    except KeyboardInterrupt:
+        click.echo("Stopped. What was answered is kept: the same command goes on from there.", err=True)
+        return 1
+    if as_json:
+        click.echo(json.dumps({**done, "file": str(file)}, indent=2, ensure_ascii=False))
+    return 0
+
+
+def _refuse_beside_tasks() -> None:
+    """Raises UsageError for options that are about rows, which tasks of lm_eval bring themselves."""
+    context = click.get_current_context()
+    options = [p for p in context.command.params if p.name in ABOUT_ROWS]
+    if beside := [
+        p.opts[0] for p in options if context.get_parameter_source(str(p.name)) is ParameterSource.COMMANDLINE
+    ]:
+        raise click.UsageError(
+            f"{', '.join(beside)} has no effect beside --lm-eval, whose tasks have rows of their own."
+        )
+
+
+def _place(adapter: Path, out: Path | None, overwrite: bool) -> Path:
+    """The file to write. Raises UsageError where it cannot be."""
+    from coadapt.training.folder import EVALUATION
 
     if not adapter.is_dir():
         raise click.UsageError(f"There is no adapter folder {str(adapter)!r}.")
@@ -51,61 +96,127 @@ def _invoke(
         raise click.UsageError(f"{file} is there already: choose another file with --out, or --overwrite it.")
     if not file.parent.is_dir():
         raise click.UsageError(f"--out {file}: there is no folder {file.parent}.")
-    import torch
+    return file
 
-    from coadapt.cli.output import console, quiet
+
+def _done(
+    work: "_Rows | _Tasks", view: "PeftModel", who: Mapping[str, Any], file: Path, facts: Mapping[str, Any], quiet: bool
+) -> dict[str, Any]:
+    """Asks, writes the file, shows the tables; what was written, less the single rows."""
+    from coadapt.cli.output import console
     from coadapt.evaluation.journal import Journal
-    from coadapt.formats.files import PROVENANCE, read_json
-    from coadapt.model import PeftModel
-    from coadapt.training.load import load
-    from coadapt.training.machine import chosen
-    from coadapt.training.questions import find_rows, make_questions, run_of
+    from coadapt.training.evaluate import SCHEMA, write
+    from coadapt.training.score_tables import table
 
-    quiet()
-    with inputs():
-        run = run_of(adapter)
-        rows = find_rows(data, run, settings)
-        torch.manual_seed(42)  # a head that is new is the same one each time
-        ready = load(model, adapter, device=chosen(use_cpu))
-        view = ready.model
-        assert isinstance(view, PeftModel)
+    screen = console()
+    if not quiet:
+        work.introduce(screen)
+    with Journal(file, work.question(view)) as journal:
+        if journal.count:
+            click.echo(f"Going on where an earlier try was cut off ({journal.count} answers are kept).", err=True)
+        with _progress() as step:
+            results = work.run(view, who, journal, step)
+        found = {**facts, **work.summary(results)}
+        write(file, {"schema": SCHEMA, **found, **work.rows(results)})
+        journal.remove()
+    if not quiet:
+        work.examples(screen, results)
+        for name in results[0].scores:
+            screen.print("", table(name, results))
+        screen.print(f"\n{work.closing} {file}.", soft_wrap=True, highlight=False)
+    return found
+
+
+class _Rows:
+    """Rows of the user's, or of the run."""
+
+    closing = "Every row, with its answers, is in"
+
+    def __init__(
+        self, ready: "Ready", rows: "Rows", run: Mapping[str, Any], adapter: Path, options: Mapping[str, Any]
+    ) -> None:
+        from coadapt.formats.files import PROVENANCE, read_json
+        from coadapt.training.questions import make_questions
+
         told = read_json(adapter / PROVENANCE) if (adapter / PROVENANCE).is_file() else {}
-        questions = make_questions(
+        self.show = options["show"]
+        self.questions = make_questions(
             ready,
             rows,
             run,
-            settings,
-            metrics=metric,
-            limit=limit,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
+            options,
+            metrics=options["metric"],
+            limit=options["limit"],
+            batch_size=options["batch_size"],
+            max_new_tokens=options["max_new_tokens"],
             trained_on=told.get("data", {}).get("sha256"),
         )
-        who = compositions(view, adapters)
-    screen = console()
-    if not as_json:
-        _introduce(screen, questions)
-    try:
-        with Journal(file, question(view, questions.exam)) as journal, _progress() as step:
-            if journal.known:
-                click.echo(f"Going on where an earlier try was cut off ({journal.count} answers are kept).", err=True)
-            results = evaluate(view, questions.exam, who, journal, step)
-            facts = {"adapter": str(adapter), "base": view.get_base_model().config.name_or_path}  # type: ignore[union-attr]
-            write(file, report(questions, results, facts))
-            journal.remove()
-    except KeyboardInterrupt:
-        click.echo("Stopped. What was answered is kept: the same command goes on from there.", err=True)
-        return 1
-    if as_json:
-        click.echo(
-            json.dumps({**facts, **summary(questions, results), "file": str(file)}, indent=2, ensure_ascii=False)
-        )
-        return 0
-    _examples(screen, questions, results, show)
-    for name in results[0].scores:
-        screen.print("", _table(name, results))
-    _close(screen, results, file)
-    return 0
+
+    def question(self, view: "PeftModel") -> str:
+        from coadapt.training.evaluate import question
+
+        return question(view, self.questions.exam)
+
+    def run(self, view: "PeftModel", who: Mapping[str, Any], journal: "Journal", step: "Step") -> list["Result"]:
+        from coadapt.training.evaluate import evaluate
+
+        return evaluate(view, self.questions.exam, who, journal, step)
+
+    def summary(self, results: Sequence["Result"]) -> dict[str, Any]:
+        from coadapt.training.evaluate import summary
+
+        return summary(self.questions, results)
+
+    def rows(self, results: Sequence["Result"]) -> dict[str, Any]:
+        from coadapt.training.evaluate import rows
+
+        return {"rows": list(rows(self.questions.exam, results))}
+
+    def introduce(self, screen: "Console") -> None:
+        from coadapt.training.score_tables import introduction
+
+        for line in introduction(self.questions):
+            screen.print(line, soft_wrap=True)
+
+    def examples(self, screen: "Console", results: Sequence["Result"]) -> None:
+        from coadapt.training.score_tables import examples
+
+        for table in examples(self.questions, results, self.show):
+            screen.print("", table)
+
+
+class _Tasks:
+    """Tasks of lm_eval."""
+
+    closing = "The value of every row is in"
+
+    def __init__(self, ready: "Ready", tasks: Sequence[str], options: Mapping[str, Any]) -> None:
+        from coadapt.training.harness import Harness
+
+        self.tasks = list(tasks)
+        self.harness = Harness(ready, tasks, limit=options["limit"], batch_size=options["batch_size"])
+
+    def question(self, view: "PeftModel") -> str:
+        return self.harness.question(view)
+
+    def run(self, view: "PeftModel", who: Mapping[str, Any], journal: "Journal", step: "Step") -> list["Result"]:
+        return self.harness.run(view, who, journal, step)
+
+    def summary(self, results: Sequence["Result"]) -> dict[str, Any]:
+        from coadapt.training.evaluate import figures_of
+
+        return {"lm_eval": {"tasks": self.tasks, "limit": self.harness.limit}, **figures_of(results)}
+
+    def rows(self, results: Sequence["Result"]) -> dict[str, Any]:
+        return {
+            "values": {one.who: {name: score.values.tolist() for name, score in one.scores.items()} for one in results}
+        }
+
+    def introduce(self, screen: "Console") -> None:
+        screen.print(f"lm_eval: {', '.join(self.tasks)}", markup=False)
+
+    def examples(self, screen: "Console", results: Sequence["Result"]) -> None:
+        """There are none: the tasks' own files are what tells of their rows."""
 
 
 @contextmanager
@@ -124,94 +235,17 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda who, done, total: bar.update(task, description=who, completed=done, total=total)
 
 
-def _introduce(screen: "Console", questions: "Questions") -> None:
-    from rich.text import Text
-
-    many = f"{len(questions.exam.rows):,} rows of {questions.name} ({questions.form.name})"
-    screen.print(Text(many, "bold"), soft_wrap=True)
-    for line in questions.told:
-        screen.print(Text(f"  {line}", "bold yellow" if line.isupper() else "dim"))
-
-
-def _examples(screen: "Console", questions: "Questions", results: Sequence["Result"], show: int) -> None:
-    """The first rows, with what everybody said; of plain text there is nothing to show."""
-    from rich.table import Table
-    from rich.text import Text
-
-    exam = questions.exam
-    for row in range(min(show, len(exam.rows)) if results[0].responses[0].answer is not None else 0):
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        table.add_column(style="dim", max_width=24, overflow="fold")
-        table.add_column(overflow="fold")
-        wanted = exam.wanted[row].strip()
-        table.add_row("asked", Text(_short(exam.asked(row)), "italic"))
-        table.add_row("wanted", Text(_short(wanted)))
-        for result in results:
-            said = (result.responses[row].answer or "").strip()
-            table.add_row(result.who, Text(f"{'✓' if said == wanted else '✗'} {_short(said)}"))
-        screen.print("", table)
-
-
-def _short(text: str) -> str:
-    plain = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text.strip())
-    return plain if len(plain) <= SHOWN else f"{plain[:SHOWN]} …"
-
-
-def _table(name: str, results: Sequence["Result"]) -> "Table":
-    from rich.table import Table
-    from rich.text import Text
-
-    metric = results[0].scores[name].metric
-    unit = " in %" if name in PERCENT else " per token" if name == "loss" else ""
-    title = f"{name.replace('_', ' ')}{unit}, {'more' if metric.higher_is_better else 'less'} is better"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    table.add_column("", overflow="fold")
-    for head in ("", "95 % interval"):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("against the base", no_wrap=True)
-    for result in results:
-        score = result.scores[name]
-        found = score.estimate
-        ends = f"{_number(found.low, name)} to {_number(found.high, name)}"
-        against = "" if result is results[0] else _against(score, results[0].scores[name])
-        table.add_row(Text(result.who), _number(found.mean, name), ends, Text(against))
-    return table
-
-
-def _against(score: "Score", base: "Score") -> str:
-    """The difference where it can be told from chance, and otherwise only how large the chance is."""
-    name, found, verdict = score.metric.name, score.less(base), score.against(base)
-    ends = sorted([abs(found.low), abs(found.high)])
-    if verdict == "within the spread":
-        return f"{verdict} ({_signed(found.low, name)} to {_signed(found.high, name)})"
-    return f"{verdict} by {_number(abs(found.mean), name)} ({' to '.join(_number(end, name) for end in ends)})"
-
-
-def _number(value: float, name: str) -> str:
-    if name in PERCENT:
-        return f"{100 * value:.1f}"
-    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.4g}"
-
-
-def _signed(value: float, name: str) -> str:
-    text = _number(value, name)
-    return text if value < 0 else f"+{text}"
-
-
-def _close(screen: "Console", results: Sequence["Result"], file: Path) -> None:
-    screen.print(f"\nEvery row, with its answers, is in {file}.", soft_wrap=True, highlight=False)
-
-
 command = click.Command(
     "eval",
     callback=_invoke,
     help="""Score a base and its adapters side by side, on rows.
 
     \b
-    coadapt eval --adapter DIR                     on the rows that its run held out
+    coadapt eval --adapter DIR                on the rows that its run held out
     coadapt eval --adapter DIR --data FILE --limit 200
-    coadapt eval --adapter DIR --data FILE --adapters task --adapters "task + 0.5*style"
-    coadapt eval --adapter DIR --data FILE --metric rouge --metric perplexity --json
+    coadapt eval --adapter DIR --adapters task --adapters "task + 0.5*style"
+    coadapt eval --adapter DIR --data FILE --metric rouge --metric loss --json
+    coadapt eval --adapter DIR --lm-eval hellaswag --limit 200
 
     Rows are read, and put to the model, as in training. Answers are the likeliest token each time; perplexity, loss and
     accuracy are of what should have been said. Intervals are over rows; where a difference from the base is within its
@@ -247,7 +281,17 @@ command = click.Command(
             shell_complete=words(KNOWN),
             help=f"{', '.join(KNOWN)}; may be repeated. Left out: exact_match and perplexity, or accuracy and loss.",
         ),
-        click.Option(["--limit"], type=click.IntRange(1), help="So many rows at most, drawn (always the same ones)."),
+        click.Option(
+            ["--lm-eval", "tasks"],
+            multiple=True,
+            metavar="TASK",
+            help="Instead of rows, a task of lm-evaluation-harness, or the YAML file of one; may be repeated.",
+        ),
+        click.Option(
+            ["--limit"],
+            type=click.IntRange(1),
+            help="So many rows at most, drawn, and always the same ones (of a task the first ones).",
+        ),
         click.Option(["--batch-size"], type=click.IntRange(1), default=8, show_default=True, help="Rows at once."),
         click.Option(
             ["--max-new-tokens"], type=click.IntRange(1), default=128, show_default=True, help="Longest answer."

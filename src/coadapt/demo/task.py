@@ -12,6 +12,8 @@ from typing import Literal
 
 from coadapt.demo.text import turn
 from coadapt.demo.world import COLORS, PEOPLE, PLACES, THINGS, Placement, question, scene
+from coadapt.evaluation import intervals, metrics
+from coadapt.evaluation.intervals import Estimate
 
 Split = Literal["train", "held-out"]
 
@@ -33,10 +35,10 @@ def examples(split: Split, count: int, seed: int) -> list[dict[str, str]]:
     return rows
 
 
-def exact_match(generated: Sequence[str], rows: Sequence[dict[str, str]]) -> float:
+def exact_match(generated: Sequence[str], rows: Sequence[dict[str, str]]) -> Estimate:
     """The share of generated answers, without prompt and end token, that equal the completion (stripped)."""
     pairs = zip(generated, rows, strict=True)
-    return sum(text.strip() == row["completion"].strip() for text, row in pairs) / len(rows)
+    return intervals.share([metrics.exact_match(text, row["completion"]) for text, row in pairs])
 
 
 def _split_of(placement: Placement) -> Split:

@@ -106,6 +106,12 @@ class Exam:
                 f"{len(empty)} of {len(self.rows)} rows have no prompt, or no answer, to compare by (the first: row "
                 f"{empty[0]}). Take metrics that ask for no answer: perplexity, loss."
             )
+        for metric in self.metrics:
+            if strange := [text for text in self.wanted if not metric.judges(text)]:
+                raise ValueError(
+                    f"{metric.name} knows Latin letters and digits only, and {len(strange)} of {len(self.rows)} wanted "
+                    f"answers have none ({strange[0].strip()[:40]!r} is the first). Take exact_match, or perplexity."
+                )
 
     # ---- what it should say ------------------------------------------------------------------------------------------
 
@@ -126,8 +132,8 @@ class Exam:
         right = likeliest.eq(labels).reshape(len(labels), -1).sum(1)  # labels that are ignored equal no class
         chosen = [one[label.ne(IGNORED)].reshape(-1).tolist() for one, label in zip(likeliest, labels, strict=True)]
         return [
-            Response(loss=loss, tokens=int(n), right=int(r), answer=" ".join(self.classes[c] for c in classes))
-            for (loss, n), r, classes in zip(found, right.tolist(), chosen, strict=True)
+            Response(loss=loss, tokens=int(n), right=int(r), answer=" ".join(str(self.classes[c]) for c in ids))
+            for (loss, n), r, ids in zip(found, right.tolist(), chosen, strict=True)
         ]
 
     def _collated(self, examples: Sequence[Example]) -> dict[str, Tensor]:

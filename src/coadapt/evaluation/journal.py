@@ -29,6 +29,8 @@ class Journal:
     def __init__(self, file: Path, question: str) -> None:
         self.file = file.with_name(f".{file.name}.{question}.part")
         self.known: dict[str, dict[int, Response]] = {}
+        self.columns: dict[str, dict[str, Any]] = {}
+        """What somebody else's evaluation found, by composition."""
 
     def __enter__(self) -> Self:
         whole = 0
@@ -49,6 +51,9 @@ class Journal:
     def _take(self, line: bytes) -> bool:
         try:
             said = json.loads(line)
+            if "columns" in said:
+                self.columns[said["who"]] = said["columns"]
+                return True
             rows = {int(row): Response(**values) for row, values in said["rows"].items()}
         except (ValueError, TypeError, KeyError):
             return False
@@ -57,15 +62,22 @@ class Journal:
 
     def write(self, who: str, rows: Mapping[int, Response]) -> None:
         """Keeps the responses of a batch."""
-        line = {"who": who, "rows": {row: vars(response) for row, response in rows.items()}}
+        self._add({"who": who, "rows": {row: vars(response) for row, response in rows.items()}})
+        self.known.setdefault(who, {}).update(rows)
+
+    def write_columns(self, who: str, columns: dict[str, Any]) -> None:
+        """Keeps what somebody else's evaluation found of a composition."""
+        self._add({"who": who, "columns": columns})
+        self.columns[who] = columns
+
+    def _add(self, line: Mapping[str, Any]) -> None:
         self._lines.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._lines.flush()
-        self.known.setdefault(who, {}).update(rows)
 
     @property
     def count(self) -> int:
-        """Responses that are kept."""
-        return sum(map(len, self.known.values()))
+        """Responses, and whole compositions, that are kept."""
+        return sum(map(len, self.known.values())) + len(self.columns)
 
     def remove(self) -> None:
         """What it was kept for is written."""

@@ -1,5 +1,6 @@
 """What an answer, or a probability, is worth: one row for each metric."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -46,6 +47,8 @@ class Metric:
     higher_is_better: bool = True
     reading: Reading = np.asarray
     """What is made of the mean."""
+    judges: Callable[[str], bool] = lambda wanted: True
+    """Whether it can tell anything of answers where this one is wanted."""
     package: str | None = None
     """A library that it needs, which is not among coadapt's own."""
 
@@ -66,7 +69,10 @@ def _rouge_metric(name: str) -> Metric:
     def value(response: Response, wanted: str) -> float:
         return float(_rouge().score(wanted, response.answer or "")[name].fmeasure)
 
-    return Metric(name=name, tasks=LANGUAGE, value=value, generates=True, package="rouge_score")
+    def judges(wanted: str) -> bool:
+        return re.search(r"[a-z0-9]", wanted.lower()) is not None  # its tokenizer drops everything else
+
+    return Metric(name=name, tasks=LANGUAGE, value=value, generates=True, judges=judges, package="rouge_score")
 
 
 _ALL = (

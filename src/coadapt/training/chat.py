@@ -1,7 +1,7 @@
 """A conversation with a loaded model: what was said, what of it the model is shown, and its answers. No terminal."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +12,16 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from coadapt.core import composition
-from coadapt.core.composition import Sum
+from coadapt.core.composition import Sum, names
 from coadapt.core.gates import Gate, Reading
+from coadapt.evaluation.exam import virtual_tokens
 from coadapt.formats.files import aside
 from coadapt.model import PeftModel
 from coadapt.training.ask import classifies, classify, say, tokens
 from coadapt.training.assemble import positions
 from coadapt.training.load import Ready
 
+BASE = "the base"
 NOTHING = "none"
 """What `use` takes for the base alone."""
 
@@ -67,9 +69,10 @@ class Chat:
         raw: each text goes to the model as it is.
         system: a system prompt.
         compare: the base answers beside the adapted model.
+        beside: further compositions that answer beside it, too; they are shown the same conversation.
 
     Raises:
-        ValueError: there is no place for a system prompt, or nothing to compare with.
+        ValueError: there is no place for a system prompt, nothing to compare with, or no adapter of that name.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class Chat:
         raw: bool = False,
         system: str | None = None,
         compare: bool = False,
+        beside: Sequence[str] = (),
     ) -> None:
         self.ready, self.max_new_tokens, self.temperature, self.seed = ready, max_new_tokens, temperature, seed
         self.raw = raw
@@ -96,8 +100,10 @@ class Chat:
         self._left_out = 0
         self._answered = False
         self.system: str | None = None
-        self.compare = False
+        self.compare, self.beside = False, list[str]()
         self.set_compare(compare)
+        for text in beside:
+            self.put_beside(text)
         self.set_system(system)
 
     # ---- what the model is shown -------------------------------------------------------------------------------------
@@ -163,8 +169,10 @@ class Chat:
         known = positions(self.model.config, self.ready.tokenizer)
         if not known:
             return None
-        configs = [] if self.view is None else [self.view.peft_config[name] for name in self.view.active_adapters]
-        return min(known) - sum(int(getattr(config, "num_virtual_tokens", 0)) for config in configs)
+        if self.view is None:
+            return min(known)
+        asked = [self.view.active_adapters, *(names(self.view.checked(text)) for text in self.beside)]
+        return min(known) - max(virtual_tokens(self.view, one) for one in asked)
 
     @property
     def _answers_apart(self) -> bool:
@@ -202,6 +210,7 @@ class Chat:
         hear: Callable[[str], None] = lambda piece: None,
         *,
         base: bool = False,
+        using: str | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> str:
         """The model's answer.
@@ -209,10 +218,13 @@ class Chat:
         Args:
             hear: gets the answer piece by piece, as it comes.
             base: the base answers, whatever is active.
+            using: this composition answers, whatever is active.
             stopped: asked after each token; True ends the answer there.
         """
-        nobody: AbstractContextManager[Any] = nullcontext()
-        with self.view.disable_adapter() if base and self.view is not None else nobody:
+        who: AbstractContextManager[Any] = nullcontext()
+        if self.view is not None and (base or using is not None):
+            who = self.view.disable_adapter() if base else self.view.using(using)
+        with who:
             if self.classifies:
                 found = classify(self.ready, request.inputs)
                 hear(found)
@@ -294,6 +306,23 @@ class Chat:
         if compare and self.view is None:
             raise ValueError("There is nothing to compare with the base: start with --adapter.")
         self.compare = compare
+
+    def put_beside(self, text: str) -> None:
+        """Lets a composition answer beside what is active, and the base. Raises ValueError as `use` does."""
+        self.set_compare(True)
+        assert self.view is not None
+        self.view.checked(text)
+        if text not in self.beside:
+            self.beside.append(text)
+        self._left_out = 0
+
+    def asked(self) -> list[tuple[str, dict[str, Any]]]:
+        """Everybody who answers, with what `answer` is told then; what is active is told nothing."""
+        active: list[tuple[str, dict[str, Any]]] = [(self.active, {})]
+        if not self.compare:
+            return active
+        others = [(text, {"using": text}) for text in self.beside if text != self.active]
+        return [(BASE, {"base": True}), *active, *others]
 
     # ---- files -------------------------------------------------------------------------------------------------------
 

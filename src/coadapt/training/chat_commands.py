@@ -91,8 +91,19 @@ def _clear(chat: Chat, argument: str) -> tuple[str, Next]:
 
 
 def _compare(chat: Chat, argument: str) -> tuple[str, Next]:
+    if argument:
+        chat.put_beside(argument)
+        return f"Beside it answer now: {', '.join(name for name, how in chat.asked() if how)}.", Next.WAIT
     chat.set_compare(not chat.compare)
-    return ("The base answers beside it now." if chat.compare else "The base keeps quiet now."), Next.WAIT
+    others = "The base" if not chat.beside else f"The base and {', '.join(chat.beside)}"
+    return f"{others} {_verb(chat)} now.", Next.WAIT
+
+
+def _verb(chat: Chat) -> str:
+    several = bool(chat.beside)
+    if chat.compare:
+        return "answer beside it" if several else "answers beside it"
+    return "keep quiet" if several else "keeps quiet"
 
 
 def _quit(chat: Chat, argument: str) -> tuple[str, Next]:
@@ -104,7 +115,9 @@ COMMANDS: Mapping[str, Command] = {
     "/use": Command(argument="TEXT", help="Make a composition active: task + 0.5*style; none: the base.", run=_use),
     "/system": Command(argument="[TEXT]", help="Set the system prompt; without a text, take it away.", run=_system),
     "/retry": Command(help="Ask the last question again, drawn with another seed.", run=_retry),
-    "/compare": Command(help="The base's answer beside the adapted one: on, or off again.", run=_compare),
+    "/compare": Command(
+        argument="[TEXT]", help="The base's answer beside it: on, or off; TEXT: that composition's, too.", run=_compare
+    ),
     "/save": Command(argument="FILE", help="Write the conversation as rows that coadapt train reads.", run=_save),
     "/clear": Command(help="Forget what was said.", run=_clear),
     "/help": Command(help="This list.", run=_help),

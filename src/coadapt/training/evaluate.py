@@ -12,19 +12,16 @@ import torch
 from coadapt.core.base import fingerprint
 from coadapt.core.composition import Node, Sum
 from coadapt.evaluation.exam import Exam
+from coadapt.evaluation.intervals import LEVEL
 from coadapt.evaluation.journal import Journal, digest
 from coadapt.evaluation.metrics import CLASSES, Response
 from coadapt.evaluation.scoring import Score, figures, plain, scores
 from coadapt.formats.files import aside
 from coadapt.formats.provenance import versions
 from coadapt.model import PeftModel
-from coadapt.training.assemble import load_config
-from coadapt.training.load import Ready
 from coadapt.training.questions import Questions
 
 BASE = "the base"
-EVALUATION = "evaluation.json"
-"""Name of the file of results, in the adapter's folder where nothing else is said."""
 SCHEMA = 1
 
 
@@ -86,45 +83,28 @@ def _result(name: str, exam: Exam, journal: Journal) -> Result:
 
 def question(view: PeftModel, exam: Exam) -> str:
     """The name of everything that a response depends on, but for the composition."""
+    how = [exam.task, exam.batch_size, exam.max_new_tokens, exam.room, [metric.name for metric in exam.metrics]]
+    weight = next(view.get_base_model().parameters())
+    return digest(
+        fingerprint(view.get_base_model()), weight.dtype, weight.device.type, state_of(view), how, list(exam.rows)
+    )
+
+
+def state_of(view: PeftModel) -> str:
+    """Tells adapters apart: SHA-256 of all that a view saves."""
     state = hashlib.sha256()
     for name, value in sorted(view.state_dict().items()):
         state.update(name.encode())
         state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    how = [exam.task, exam.batch_size, exam.max_new_tokens, exam.room, [metric.name for metric in exam.metrics]]
-    weight = next(view.get_base_model().parameters())
-    return digest(
-        fingerprint(view.get_base_model()), weight.dtype, weight.device.type, state.hexdigest(), how, list(exam.rows)
-    )
+    return state.hexdigest()
 
 
 # ---- what is said of it ----------------------------------------------------------------------------------------------
 
 
-def untrained_head(ready: Ready, name: str | None) -> bool:
-    """Whether the base's own head is new, so that its classes are guesses."""
-    if ready.task not in CLASSES or name is None:
-        return False
-    config = load_config(name)
-    fitting = any("Classification" in architecture for architecture in config.architectures or [])
-    return not (fitting and config.id2label == ready.model.config.id2label)  # type: ignore[union-attr]
-
-
-def report(questions: Questions, results: Sequence[Result], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything for the file: the figures, and each row with its answers."""
-    return {"schema": SCHEMA, **facts, **summary(questions, results), "rows": list(_rows(questions.exam, results))}
-
-
 def summary(questions: Questions, results: Sequence[Result]) -> dict[str, Any]:
     """Data, metrics and figures, less the single rows."""
-    exam, base = questions.exam, results[0].scores
-    each = [
-        {
-            "composition": None if result.who == BASE else result.who,
-            "scores": plain(result.scores),
-            **({} if result.who == BASE else {"against_base": _against(result.scores, base)}),
-        }
-        for result in results
-    ]
+    exam = questions.exam
     return {
         "data": {
             "name": questions.name,
@@ -134,11 +114,23 @@ def summary(questions: Questions, results: Sequence[Result]) -> dict[str, Any]:
             "told": list(questions.told),
         },
         "task": exam.task,
-        "level": 0.95,
         "max_new_tokens": exam.max_new_tokens,
-        "results": each,
-        "versions": versions(),
+        **figures_of(results),
     }
+
+
+def figures_of(results: Sequence[Result]) -> dict[str, Any]:
+    """Every composition's scores, and their differences from the base, which is the first."""
+    base = results[0].scores
+    each = [
+        {
+            "composition": None if result.who == BASE else result.who,
+            "scores": plain(result.scores),
+            **({} if result.who == BASE else {"against_base": _against(result.scores, base)}),
+        }
+        for result in results
+    ]
+    return {"level": LEVEL, "results": each, "versions": versions()}
 
 
 def _against(scores: Mapping[str, Score], base: Mapping[str, Score]) -> dict[str, Any]:
@@ -148,7 +140,8 @@ def _against(scores: Mapping[str, Score], base: Mapping[str, Score]) -> dict[str
     }
 
 
-def _rows(exam: Exam, results: Sequence[Result]) -> Iterator[dict[str, Any]]:
+def rows(exam: Exam, results: Sequence[Result]) -> Iterator[dict[str, Any]]:
+    """Each row, with what everybody made of it, for the file."""
     for row in range(len(exam.rows)):
         found = {result.who: _plain(exam, result.responses[row]) for result in results}
         yield {"asked": exam.asked(row), "wanted": exam.wanted[row], "found": found}

@@ -32,6 +32,8 @@ from coadapt.training.record import read_log
 from coadapt.training.settings import RunConfig, Task
 
 RUN, METRICS, PICTURE, CARD = "run.yaml", "metrics.jsonl", "loss.png", "README.md"
+EVALUATION = "evaluation.json"
+"""What `coadapt eval` writes beside the adapters, where nothing else is said."""
 STATE = "trainer_state.json"
 """What Trainer writes last into a checkpoint."""
 MAY_CHANGE = frozenset(
@@ -199,7 +201,7 @@ def _results(folder: Path) -> list[Path]:
     ours = [folder / name for name in (RUN, METRICS, CONFIG, COMPOSITION)]
     if not parts and not checkpoints and not any(path.exists() for path in ours):
         return []
-    beside = [folder / n for n in (PROVENANCE, PICTURE, CARD, WEIGHTS, TRAINING, GATES, "best", "last")]
+    beside = [folder / n for n in (PROVENANCE, PICTURE, CARD, EVALUATION, WEIGHTS, TRAINING, GATES, "best", "last")]
     return [path for path in (*ours, *beside, *checkpoints, *parts) if path.exists() or path.is_symlink()]
 
 

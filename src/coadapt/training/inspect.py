@@ -20,6 +20,7 @@ from coadapt.core.composition import Node
 from coadapt.formats import checkpoint
 from coadapt.formats.checkpoint import EXTRA
 from coadapt.formats.compositions import node_from_json
+from coadapt.formats.facts import places
 from coadapt.formats.files import CHECKPOINT, COMPOSITION, CONFIG, WEIGHTS, read_json, settle
 from coadapt.training.assemble import load_config, task_of_model
 from coadapt.training.folder import AUTO_NAMES
@@ -78,9 +79,8 @@ def read_folder(folder: Path) -> Contents:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {str(folder)!r}.")
     settle(folder)
-    places = [p for p in (folder, *sorted(folder.iterdir())) if (p / CONFIG).is_file() and not p.is_symlink()]
-    if places:
-        adapters = [_read(place, "default" if place == folder else place.name) for place in places]
+    if found := places(folder):
+        adapters = [_read(place, "default" if place == folder else place.name) for place in found]
         told = read_json(folder / COMPOSITION) if (folder / COMPOSITION).is_file() else None
         node = node_from_json(told["composition"]) if told else adapters[0].name
         return Contents(adapters=adapters, composition=_text(node), base=base_of(folder))

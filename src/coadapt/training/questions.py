@@ -17,7 +17,7 @@ from coadapt.data.tokens import Example
 from coadapt.evaluation.exam import Exam, virtual_tokens
 from coadapt.evaluation.metrics import chosen
 from coadapt.model import PeftModel
-from coadapt.training.assemble import USUAL_LENGTH, positions
+from coadapt.training.assemble import USUAL_LENGTH, load_config, positions
 from coadapt.training.datasets import DatasetSettings
 from coadapt.training.folder import RUN
 from coadapt.training.load import Ready
@@ -123,7 +123,8 @@ def make_questions(
         classes=_classes(ready) if task in CLASSIFYING else (),
     )
     told = [*notes, *_told(ready, rows, made, found, trained_on)]
-    return Questions(exam=exam, name=rows.source.name, fingerprint=made.fingerprint, form=found.form, told=told)
+    source = rows.held_out or rows.source
+    return Questions(exam=exam, name=source.name, fingerprint=made.fingerprint, form=found.form, told=told)
 
 
 def _prepared(
@@ -205,6 +206,13 @@ def _room(ready: Ready, view: PeftModel) -> int | None:
     return min(known) - virtual_tokens(view, list(view.peft_config)) if known else None
 
 
+def _head_is_new(ready: Ready) -> bool:
+    """Whether the base has no head for these classes, so that its own classes are guesses."""
+    config: Any = load_config(ready.model.get_base_model().config.name_or_path)  # type: ignore[operator, union-attr]
+    fitting = any("Classification" in architecture for architecture in config.architectures or [])
+    return not (fitting and [str(name) for name in config.id2label.values()] == _classes(ready))
+
+
 def _told(ready: Ready, rows: Rows, made: Prepared, found: Plan, trained_on: str | None) -> list[str]:
     told = [found.form.note] if found.form.note else []
     tally = made.tally
@@ -221,6 +229,8 @@ def _told(ready: Ready, rows: Rows, made: Prepared, found: Plan, trained_on: str
             f"asked in the style {made.framing.style} (separator {made.framing.separator!r}), and trained in the style "
             f"{framing.style} (separator {framing.separator!r})"
         )
+    if ready.task in CLASSIFYING and _head_is_new(ready):
+        told.append("the base's head is new and untrained: its own figures are those of guessing")
     whole = not rows.own and rows.source.held_out is None
     if whole and trained_on is not None and fingerprint(rows.source.rows) == trained_on:
         told.append(
