@@ -38,7 +38,7 @@ def _invoke(config: Path | None, overrides: tuple[str, ...], as_json: bool, **fl
     said = Console(stderr=True, highlight=False) if as_json else screen
     try:
         found = compare(plan, said)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from error
     except Interrupted:
         click.echo("\nStopped; what had ended is kept. Go on with the same command.", err=as_json)
@@ -64,7 +64,13 @@ def options(of: type[Trainings], own: Mapping[str, str]) -> list[click.Option]:
     for name, metavar in own.items():
         field = of.model_fields[name]
         default = field.get_default(call_default_factory=True)
-        told = ",".join(default) if isinstance(default, list) else {True: "on", False: "off"}.get(default, default)
+        told = (
+            ",".join(default)
+            if isinstance(default, list)
+            else ("off", "on")[default]
+            if isinstance(default, bool)
+            else default
+        )
         known = "" if told in (None, "") or field.is_required() else f"  [{told}]"
         flag = name.replace("_", "-")
         names = [f"--{flag}" if metavar else f"--{flag}/--no-{flag}", name]

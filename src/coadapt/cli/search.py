@@ -47,7 +47,7 @@ def _invoke(config: Path | None, overrides: tuple[str, ...], as_json: bool, **fl
     said = Console(stderr=True, highlight=False) if as_json else screen
     try:
         found = search(plan, said)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from error
     except Interrupted:
         click.echo("\nStopped; what had ended is kept. Go on with the same command.", err=as_json)

@@ -56,6 +56,7 @@ def tell(found: Search) -> Iterable[Table | Text]:
         f"{len(states)} candidates trained for {found.ground.steps} steps, {given_up} of them given up before; "
         f"{refused} not trained (too large, or impossible). Judged by {found.ground.rows['validation']} validation "
         "rows.",
+        f"{refused} not trained (too large, or impossible). Judged by {found.ground.rows['validation']} rows.",
         "dim",
     )
     if weighed := importance(found.study, found.config):

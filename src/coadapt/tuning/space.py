@@ -59,6 +59,12 @@ class Draws(Protocol):
 class SearchConfig(Trainings):
     """A search."""
 
+    methods: list[str] = Field(default_factory=list)
+    """Methods to choose from, as in lora,prompt,bottleneck."""
+    budget: str | None = None
+    """Steps of each training. Left out: max_steps or num_train_epochs."""
+    validation_split: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the training rows that candidates are judged by; they are not trained on."""
     mixes: int = Field(default=2, ge=1)
     """The most methods in one mix."""
     gates: bool = True
