@@ -54,8 +54,6 @@ def tell(found: Search) -> Iterable[Table | Text]:
     refused = sum("refused" in t.user_attrs for t in found.trials())
     yield Text(
         f"{len(states)} candidates trained for {found.ground.steps} steps, {given_up} of them given up before; "
-        f"{refused} not trained (too large, or impossible). Judged by {found.ground.rows['validation']} validation "
-        "rows.",
         f"{refused} not trained (too large, or impossible). Judged by {found.ground.rows['validation']} rows.",
         "dim",
     )
