@@ -87,6 +87,13 @@ def test_rows_that_it_was_trained_on_are_told(call: Call, trained: Path, rows: P
     assert told == ["2 of them, drawn (seed 42)"]
 
 
+def test_a_checkpoint_of_the_run_is_scored_like_its_folder(call: Call, trained: Path, tmp_path: Path) -> None:
+    """It names the base itself, and the run's settings are beside it."""
+    whole = judged(call, tmp_path / "e.json", "--adapter", trained)
+    found = judged(call, tmp_path / "f.json", "--adapter", (trained / "last").resolve())
+    assert by_name(found) == by_name(whole)
+
+
 def test_plain_text_has_perplexity_only(call: Call, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("One line of text.\nAnd another one.\n" * 20, "utf-8")
     found = judged(call, tmp_path / "e.json", "--adapter", trained, "--data", tmp_path / "text.txt", "--max-length", 64)

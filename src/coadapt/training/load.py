@@ -1,7 +1,7 @@
 """A trained folder and its base, ready to be asked."""
 
-import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
-from coadapt.config import PeftConfig
 from coadapt.data.segments import Framing
+from coadapt.formats.facts import read_facts
 from coadapt.formats.files import PROVENANCE, read_json, settle
 from coadapt.formats.vocabulary import rows_needed
 from coadapt.model import PeftModel
@@ -55,11 +55,16 @@ def asking(processor: Processor) -> str:
 
 
 def base_of(adapter: Path) -> str | None:
-    """The base that an adapter folder names."""
-    for config in (adapter / "adapter_config.json", *sorted(adapter.glob("*/adapter_config.json"))):
-        if config.is_file():
-            return json.loads(config.read_text("utf-8")).get("base_model_name_or_path")
-    return None
+    """The base that an adapter folder, or a Trainer's checkpoint of a view, names."""
+    return next((str(name) for said in _configs(adapter) if (name := said.get("base_model_name_or_path"))), None)
+
+
+def _configs(adapter: Path) -> list[Mapping[str, Any]]:
+    """What the folder says of its adapters; nothing where it holds none."""
+    try:
+        return [facts.config for facts in read_facts(adapter).adapters]
+    except FileNotFoundError:
+        return []
 
 
 def load(
@@ -122,9 +127,7 @@ def load_bare(model: str | None, adapter: Path | None) -> Ready:
 
 
 def _task_of(adapter: Path) -> Task | None:
-    config = next((p for p in (adapter, *sorted(adapter.iterdir())) if (p / "adapter_config.json").is_file()), None)
-    found = PeftConfig.from_pretrained(config).task_type if config else None
-    return TASKS.get(found) if found else None
+    return next((TASKS[str(kind)] for said in _configs(adapter) if (kind := said.get("task_type")) in TASKS), None)
 
 
 def _provenance(adapter: Path) -> dict[str, Any]:
