@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 
 class Meter(Protocol):
@@ -41,6 +42,8 @@ class Live(TorchDispatchMode):
     def __init__(self, read: bool = False) -> None:
         super().__init__()
         self.now, self.peak, self.read = 0, 0, read
+        self.operations = 0
+        """Floating point operations of products and attention, since it began."""
         self._known: set[int] = set()
 
     def restart(self) -> None:
@@ -54,6 +57,8 @@ class Live(TorchDispatchMode):
                 self._seen(storage, set())
         given = {storage._cdata for storage in inputs}
         out = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func.overloadpacket)) is not None:
+            self.operations += count(*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._seen(_storage(tensor), given)

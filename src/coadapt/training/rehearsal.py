@@ -23,7 +23,6 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig
 
 from coadapt.config import PeftConfig
@@ -192,11 +191,11 @@ class Rehearsal:
         return peak
 
     def step_and_operations(self, rows: int) -> tuple[Bytes, int]:
-        """A step, and the floating point operations of all its batches."""
-        with FlopCounterMode(display=False) as counter:
-            found = self.step(rows)
-        batches = self.run.gradient_accumulation_steps
-        return found, counter.get_total_flops() * batches // min(batches, BATCHES)
+        """A step without data, and the floating point operations of all its batches."""
+        assert isinstance(self.meter, Live)
+        before, batches = self.meter.operations, self.run.gradient_accumulation_steps
+        found = self.step(rows)
+        return found, (self.meter.operations - before) * batches // min(batches, BATCHES)
 
     @property
     def _optimizer(self) -> Optimizer:
