@@ -184,6 +184,17 @@ def test_other_settings_are_refused_and_nothing_is_changed(done: Compared, base:
     assert {path: path.stat().st_mtime_ns for path in done.config.out.rglob("*")} == files
 
 
+def test_another_candidate_under_a_name_that_has_results_is_refused(base: str, rows: str, tmp_path: Path) -> None:
+    told = {"methods": "", "r": None, "num_virtual_tokens": None, "rates": 1, "seeds": 1}
+
+    def one(r: int) -> CompareConfig:
+        return config(base, rows, tmp_path / "out", candidates={"mine": {"method": "lora", "r": r}}, **told)
+
+    compare(one(1), Console(quiet=True))
+    with pytest.raises(ValueError, match="the result of a training with other settings"):
+        compare(one(2), Console(quiet=True))
+
+
 def test_what_cannot_work_is_refused_before_anything_is_written(base: str, rows: str, tmp_path: Path) -> None:
     for other, said in (
         ({"methods": "lora,ptompt"}, "Did you mean 'prompt'"),

@@ -215,6 +215,7 @@ def test_a_training_that_is_worse_than_most_is_given_up(base: str, rows: str, tm
         ({"objectives": "accuracy"}, "has no meaning for causal-lm"),
         ({"together": 2, "objectives": "loss,memory"}, "one candidate at a time"),
         ({"learning_rate": 1e-3}, "rates are searched"),
+        ({"early_stopping_patience": 2}, "add --no-prune"),
         ({"budget": "5s"}, "each training has so many steps"),
         ({"time": "7"}, "is no time"),
         ({"storage": "nosql://here"}, "cannot be used"),

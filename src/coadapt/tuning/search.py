@@ -260,11 +260,12 @@ class Search:
         values = None if result.failed else [self._value(name, number, result) for name in self.config.objectives]
         if result.failed:
             self._attr(number, "failed", result.failed)
-        if values is None or result.steps < self.ground.steps:
+        given_up = self.config.pruned and result.steps < self.ground.steps
+        if values is None or given_up:
             self.study.tell(number, state=TrialState.PRUNED)
         else:
             self.study.tell(number, values)
-        shown = result.failed or ("given up at step " + str(result.steps) if result.steps < self.ground.steps else "")
+        shown = result.failed or (f"given up at step {result.steps}" if given_up else "")
         figures = shown or ", ".join(f"{n} {v:.5g}" for n, v in zip(self.config.objectives, values or (), strict=False))
         most = "" if self.config.most is None else f"/{self.config.most}"
         line = f"{len(self.trained)}{most}  {described(self._trial(number).params)}: {figures.splitlines()[0]}"

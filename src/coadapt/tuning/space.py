@@ -175,6 +175,11 @@ class SearchConfig(Trainings):
         for name in ("learning_rate", "gates_learning_rate"):
             if name in self.settings:
                 raise ValueError(f"{name} has no meaning here: rates are searched, and space says between which.")
+        if self.pruned and "early_stopping_patience" in self.settings:
+            raise ValueError(
+                "early_stopping_patience ends trainings as prune does, and the two could not be told apart: add "
+                "--no-prune."
+            )
         candidates_of(self.common, self.methods)
 
     def mixed(self) -> list[str]:

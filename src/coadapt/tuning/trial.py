@@ -86,8 +86,10 @@ def conduct(trial: Trial, callbacks: Sequence[TrainerCallback] = ()) -> Result:
 
     Raises:
         Interrupted: a person stopped it.
+        ValueError: the folder has the result of a training with other settings.
     """
     if (known := finished(trial.place)) is not None:
+        _check_same(trial)
         return known
     trial.place.mkdir(parents=True, exist_ok=True)
     try:
@@ -98,6 +100,19 @@ def conduct(trial: Trial, callbacks: Sequence[TrainerCallback] = ()) -> Result:
         file.write_text(json.dumps(asdict(result)) + "\n", "utf-8")
     lean(trial.place)
     return result
+
+
+def _check_same(trial: Trial) -> None:
+    """Raises a ValueError where a result is of a candidate that had the same name and was another."""
+    if (trial.place / folder.RUN).is_file():
+        try:
+            folder.same_run(trial.place, trial.run)
+        except ValueError as error:
+            told = str(error).partition("\n")[2] or str(error)
+            raise ValueError(
+                f"{trial.place} has the result of a training with other settings:\n{told}\nTake the folder away, or "
+                "give the candidate another name."
+            ) from error
 
 
 def _trained(trial: Trial, callbacks: Sequence[TrainerCallback]) -> Result:
