@@ -128,6 +128,17 @@ def test_what_peft_reads_is_written_as_it_is(view: View, tmp_path: Path) -> None
         made.unload()
 
 
+def test_transformers_gets_dora_as_a_lora(view: View, tmp_path: Path) -> None:
+    """Of DoRA it loads A and B alone."""
+    made = view(LoraConfig(r=3, use_dora=True, init_lora_weights=False))
+    done = export(made, "transformers", tmp_path / "out", r="full")
+    assert done.report is not None and done.report.exact
+    found = llama()
+    found.load_adapter(str(tmp_path / "out"))
+    assert off(logits(found), logits(made)) < 1e-5
+    assert export(made, "transformers", tmp_path / "less").report is not None
+
+
 def test_a_composition_with_biases_and_copies_is_one_adapter_for_peft(view: View, tmp_path: Path) -> None:
     base = gpt2()
     lora = LoraConfig(r=2, target_modules=["c_attn"], bias="lora_only", init_lora_weights=False)

@@ -8,6 +8,7 @@ import click
 
 from coadapt.cli.combine import Rank, table
 from coadapt.cli.completion import paths, words
+from coadapt.cli.options import WrongInput
 
 if TYPE_CHECKING:
     from coadapt.exporting import Exported
@@ -15,15 +16,6 @@ if TYPE_CHECKING:
 TARGETS = ("peft", "transformers", "vllm", "tgi", "llamacpp", "ollama", "mlx", "onnx")
 ALIASES = {"llama.cpp": "llamacpp", "gguf": "llamacpp", "mlx-lm": "mlx", "onnxruntime": "onnx", "hf": "transformers"}
 """What people also call them."""
-
-
-class Refused(click.ClickException):
-    """Input that cannot be exported: one line, exit code 2."""
-
-    exit_code = 2
-
-    def show(self, file: Any = None) -> None:
-        click.echo(f"error: {self.format_message()}", err=True)
 
 
 class TargetName(click.ParamType):
@@ -79,7 +71,7 @@ def _invoke(
             provenance=folder,
         )
     except (ValueError, TypeError, FileNotFoundError) as error:
-        raise Refused(str(error)) from error
+        raise WrongInput(str(error)) from error
     if as_json:
         click.echo(json.dumps(_plain(done), indent=2, ensure_ascii=False))
     else:

@@ -70,7 +70,8 @@ def made(aim: Target, view: PeftModel, node: Node, r: Any) -> tuple[Adapter, Rep
     adapters = {name: view.get_adapter(name) for name in names(node)}
     found = obstacles(base, adapters, node, aim.ends)
     only = adapters[node] if isinstance(node, str) else None
-    if aim.own_kinds and only is not None and r is None and (found or only.config.method != "LORA"):
+    own = only is not None and aim.own_kinds and only.config.method not in aim.but_for
+    if own and only is not None and r is None and (found or only.config.method != "LORA"):
         if readable(only.config, only, base) and (aim.virtual or not _is_virtual(only)):
             return only, None
     if not found:

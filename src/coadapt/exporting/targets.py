@@ -20,6 +20,8 @@ class Target:
     """How a merged model is written for it; None: it takes adapters only."""
     own_kinds: bool = False
     """Whether it takes the field's other adapters, too (DoRA, IA3 ...), and LoRA at any layer, with patterns."""
+    but_for: tuple[str, ...] = ()
+    """Those of them that it gets wrong."""
     virtual: bool = False
     """Whether prompts and prefixes are among those."""
     ends: bool = False
@@ -49,6 +51,7 @@ TARGETS = {
             adapter="folder",
             merged="folder",
             own_kinds=True,
+            but_for=("DORA",),  # 5.23 loads it without its magnitudes
             ends=True,
             use='AutoModelForCausalLM.from_pretrained("{out}")  # peft must be installed',
             use_merged='AutoModelForCausalLM.from_pretrained("{out}")',
