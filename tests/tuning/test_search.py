@@ -29,7 +29,7 @@ SPACE = {"lora": {"r": [1, 2]}, "prompt": {"num_virtual_tokens": {"low": 2, "hig
 
 
 def config(base: str, rows: str, out: Path, **other: Any) -> SearchConfig:
-    values = {"model": base, "data": rows, "methods": "lora,prompt", "space": SPACE, "trials": 5, "out": out}
+    values = {"model": base, "data": rows, "methods": "lora,prompt", "space": SPACE, "trials": 3, "out": out}
     return SearchConfig.read({**values, **SMALL, **other})
 
 
@@ -40,7 +40,7 @@ def done(base: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Sear
 
 
 def test_a_search_trains_as_many_as_it_may_and_the_best_is_the_best(done: Search) -> None:
-    assert len(done.trained) == 5
+    assert len(done.trained) == 3
     complete = [t for t in done.trials() if t.state == TrialState.COMPLETE]
     assert done.front[0].values[0] == min(t.values[0] for t in complete)
     for trial in complete:
@@ -80,14 +80,14 @@ def test_what_is_told_fits_and_is_what_is_written(done: Search) -> None:
         console.print(part)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
-    assert "5 candidates trained for 4 steps" in text
+    assert "3 candidates trained for 4 steps" in text
     assert json.loads(json.dumps(plain(done)))["best"] == done.front[0].number
 
 
 def test_it_goes_on_with_more_trials_and_makes_none_again(base: str, rows: str, done: Search) -> None:
     before = {path: path.stat().st_mtime_ns for path in done.config.out.rglob("result.json")}
-    more = search(config(base, rows, done.config.out, trials=6), Console(quiet=True))
-    assert len(more.trained) == 6
+    more = search(config(base, rows, done.config.out, trials=4), Console(quiet=True))
+    assert len(more.trained) == 4
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
     with pytest.raises(ValueError, match="holds a search with other settings"):
         search(config(base, rows, done.config.out, mixes=1), Console(quiet=True))
@@ -166,6 +166,7 @@ def test_gates_roles_and_options_become_settings(done: Search) -> None:
     assert not fits(done.ground.run(settings))
 
 
+@pytest.mark.full
 def test_several_objectives_and_a_budget_of_parameters(base: str, rows: str, tmp_path: Path) -> None:
     told = {"objectives": "loss,parameters,memory,latency", "max_parameters": 300, "trials": 3, "mixes": 1}
     found = search(config(base, rows, tmp_path / "out", **told), Console(quiet=True))
@@ -184,6 +185,7 @@ def test_several_objectives_and_a_budget_of_parameters(base: str, rows: str, tmp
     assert len(list((tmp_path / "out").glob("best*.yaml"))) == len(found.front)
 
 
+@pytest.mark.full
 def test_a_training_that_is_worse_than_most_is_given_up(base: str, rows: str, tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     space = {"lora": {"r": [1], "target_modules": ["all-linear"], "rate": [1.0]}}
