@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import coadapt
 from coadapt import BottleneckConfig, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
 from coadapt.training.live import Allocated, Live
-from coadapt.training.rehearsal import Bytes, one_step, settle
+from coadapt.training.step import Bytes, one_step, settle
 
 from .report import BYTES, machine, markdown, shown
 from .setting import checkpointed

@@ -17,9 +17,10 @@ from coadapt.training.machine import chosen
 from coadapt.training.material import gather
 from coadapt.training.memory import Room
 from coadapt.training.proof import ROWS
-from coadapt.training.rehearsal import Bytes, Rehearsal, rehearsal, synchronize
+from coadapt.training.rehearsal import Rehearsal, rehearsal, synchronize
 from coadapt.training.rows import Kinds, kinds
 from coadapt.training.settings import PlannedRun, RunConfig, Task
+from coadapt.training.step import Bytes
 from coadapt.training.timetable import timetable
 
 KEPT = 0.05
