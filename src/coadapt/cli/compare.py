@@ -1,9 +1,9 @@
 """`coadapt compare`: methods and mixes on one model and one data set, under equal budgets."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -11,6 +11,10 @@ from coadapt.cli.train import built, read_values, settings
 from coadapt.tuning.candidates import NOT_HERE
 from coadapt.tuning.plan import CompareConfig, Trainings
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Found = TypeVar("Found")
 OWN: dict[str, str] = {
     "methods": "LIST",
     "budget": "STEPS|TIME",
@@ -25,31 +29,50 @@ OWN: dict[str, str] = {
 
 def _invoke(config: Path | None, overrides: tuple[str, ...], as_json: bool, **flags: Any) -> int:
     plan = built(lambda: _read(config, overrides, flags))
-    from rich.console import Console
-
-    from coadapt.cli.output import console, quiet
     from coadapt.tuning.compare import compare
     from coadapt.tuning.outcome import plain, tell
     from coadapt.tuning.report import REPORT
+
+    found = carried_out(lambda console: compare(plan, console), as_json)
+    if found is None:
+        return 1
+    shown(found, plain, tell, as_json)
+    if not as_json:
+        click.echo(f"\nThe report: {plan.out / REPORT}")
+    return 0
+
+
+def carried_out(work: Callable[["Console"], Found], as_json: bool) -> Found | None:
+    """What many trainings came to; None where they were stopped. With `as_json` progress goes to standard error.
+
+    Raises:
+        click.UsageError: what was asked does not fit.
+    """
+    from rich.console import Console
+
+    from coadapt.cli.output import console, quiet
     from coadapt.tuning.trial import Interrupted
 
     quiet()
-    screen = console()
-    said = Console(stderr=True, highlight=False) if as_json else screen
     try:
-        found = compare(plan, said)
+        return work(Console(stderr=True, highlight=False) if as_json else console())
     except (ValueError, FileNotFoundError) as error:
         raise click.UsageError(str(error)) from error
     except Interrupted:
         click.echo("\nStopped; what had ended is kept. Go on with the same command.", err=as_json)
-        return 1
+        return None
+
+
+def shown(found: Found, plain: Callable[[Found], Any], tell: Callable[[Found], Iterable[Any]], as_json: bool) -> None:
+    """Prints what was found: its plain values as JSON, or what `tell` makes of it."""
+    from coadapt.cli.output import console
+
     if as_json:
         click.echo(json.dumps(plain(found), ensure_ascii=False))
-        return 0
+        return
+    screen = console()
     for part in tell(found):
         screen.print(part)
-    click.echo(f"\nThe report: {plan.out / REPORT}")
-    return 0
 
 
 def _read(config: Path | None, overrides: tuple[str, ...], flags: dict[str, Any]) -> CompareConfig:

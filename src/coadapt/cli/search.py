@@ -1,13 +1,12 @@
 """`coadapt search`: the best combination of methods, sites, ranks, lengths, gates and rates on one data set."""
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
 
-from coadapt.cli.compare import hidden, options
+from coadapt.cli.compare import carried_out, hidden, options, shown
 from coadapt.cli.train import built, read_values
 from coadapt.tuning.space import SearchConfig
 
@@ -35,29 +34,14 @@ def _invoke(config: Path | None, overrides: tuple[str, ...], as_json: bool, **fl
     plan = built(lambda: _read(config, overrides, flags))
     if find_spec("optuna") is None:
         raise click.UsageError('search needs Optuna: pip install "coadapt[search]"')
-    from rich.console import Console
-
-    from coadapt.cli.output import console, quiet
     from coadapt.tuning.findings import plain, tell, write
     from coadapt.tuning.search import search
-    from coadapt.tuning.trial import Interrupted
 
-    quiet()
-    screen = console()
-    said = Console(stderr=True, highlight=False) if as_json else screen
-    try:
-        found = search(plan, said)
-    except (ValueError, FileNotFoundError) as error:
-        raise click.UsageError(str(error)) from error
-    except Interrupted:
-        click.echo("\nStopped; what had ended is kept. Go on with the same command.", err=as_json)
+    found = carried_out(lambda console: search(plan, console), as_json)
+    if found is None:
         return 1
     write(found, plan.out)
-    if as_json:
-        click.echo(json.dumps(plain(found), ensure_ascii=False))
-        return 0
-    for part in tell(found):
-        screen.print(part)
+    shown(found, plain, tell, as_json)
     return 0
 
 

@@ -1,6 +1,6 @@
 """Adapters into one adapter. (Into the base's weights: core/merging.py.)"""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from .deltas import averaged, fixed
 from .report import Report, Row
 from .ways import WAYS, Options, Order
 
-__all__ = ["WAYS", "Options", "Report", "Row", "combine"]
+__all__ = ["WAYS", "Options", "Report", "Row", "combine", "evaluating"]
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def combine(
         "inference_mode": True,
         "init_seed": 0,  # so that nothing is drawn from the global generator
     }
-    with _evaluating(used.values()):
+    with evaluating(*used.values()):
         adapter, report = way(
             Order(base=base, adapters=used, node=node, how=how, name=name, options=options, common=common)
         )
@@ -73,9 +73,9 @@ def combine(
 
 
 @contextmanager
-def _evaluating(adapters: Iterable[Adapter]) -> Iterator[None]:
-    """Without dropout in what makes virtual tokens."""
-    training = [module for adapter in adapters for module in adapter.modules() if module.training]
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards each module trains as before."""
+    training = [module for model in models for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:

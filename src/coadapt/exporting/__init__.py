@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..combining import Report
+from ..combining import Report, evaluating
 from ..core.composition import Node, names
 from ..formats import mlx, onnx
 from ..formats.gguf import model as gguf
 from ..model import PeftModel
 from . import adapter_forms, model_forms
-from .measuring import Drift, evaluating, samples
+from .measuring import Drift, samples
 from .merged import refuse_unmergeable
 from .placing import placed, refuse_taken
 from .targets import TARGETS, Target, target_named

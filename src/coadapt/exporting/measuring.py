@@ -1,14 +1,13 @@
 """How far what was written is from what was to be written, on inputs that the model makes itself."""
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 ROWS, TOKENS = 4, 24
 """Of the inputs that are tried."""
@@ -90,16 +89,3 @@ def _drawn(base: Any, ids: Tensor, seed: int) -> Tensor:
 def logits(model: Any, inputs: Mapping[str, Tensor], **options: Any) -> Tensor:
     """On the CPU, in float32."""
     return model(**inputs, **options).logits.float().cpu()
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards each module trains as before."""
-    training = [module for model in models for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
