@@ -123,3 +123,10 @@ def test_what_is_no_path_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("datasets.load_dataset", lambda *a: asked.append(a) or Dataset.from_list(ROWS))
     assert read("someone/something", "small").rows.to_list() == ROWS
     assert asked == [("someone/something", "small")]
+
+
+def test_files_with_other_fields_are_told_of_by_the_field(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"AddToPlaylist": [{"data": []}]}', "utf-8")
+    (tmp_path / "b.json").write_text('{"BookRestaurant": [{"data": []}]}', "utf-8")
+    with pytest.raises(ValueError, match="cannot be read as json: not all of them have 'AddToPlaylist'"):
+        read(str(tmp_path))

@@ -147,7 +147,9 @@ def _load(kind: str, files: list[Path]) -> tuple[Dataset, str | None]:
             rows = _quietly(datasets.load_dataset, kind, data_files=[str(f) for f in files], split="train", **options)
         except Exception as error:
             # datasets wraps the reader's own message, which has the line, in one that does not.
-            reasons.append(" ".join(str(error.__cause__ or error).split()))
+            cause = error.__cause__ or error
+            partly = f"not all of them have {cause}" if isinstance(cause, KeyError) else str(cause)
+            reasons.append(" ".join(partly.split()))
         else:
             return rows, note
     raise ValueError(f"{_names(files)} cannot be read as {kind}: {reasons[0]}")
