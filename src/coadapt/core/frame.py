@@ -3,7 +3,7 @@
 import functools
 import threading
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -28,13 +28,13 @@ class Frame:
         self,
         calls: Mapping[nn.Module, SiteCall],
         attention: Mapping[nn.Module, Any],
-        rows: Tensor | None,
+        rows: Sequence[int] | None,
         tasks: Tensor | None = None,
     ) -> None:
         self.calls, self.attention = calls, attention
-        self.rows = rows
+        self.rows = None if rows is None else torch.tensor(rows)
         """(B,) indices into the plan's compositions, or None where there is one for all."""
-        self._rows = None if rows is None or torch.compiler.is_compiling() else tuple(rows.tolist())
+        self._rows = None if rows is None or torch.compiler.is_compiling() else tuple(rows)
         self.tasks = tasks
         """(B,) the task of each row, for routers by task."""
         self.mixture = torch.empty(0)

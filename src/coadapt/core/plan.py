@@ -75,7 +75,7 @@ class Plan:
         if routing.has_routers(nodes):
             self._note_tokens(base)
 
-    def frame(self, rows: Tensor | None, tasks: Tensor | None = None) -> Frame:
+    def frame(self, rows: Sequence[int] | None, tasks: Tensor | None = None) -> Frame:
         """For one call."""
         return Frame(self.calls, self.attention, rows, tasks)
 
@@ -210,8 +210,8 @@ class Plans:
         """For a call with one composition for all rows."""
         return self._made([node], merged)
 
-    def rows(self, nodes: Sequence[Node], merged: Merged | None) -> tuple[Plan, Tensor]:
-        """For a call with one composition per row, and (B,) which of the plan's each row uses."""
+    def rows(self, nodes: Sequence[Node], merged: Merged | None) -> tuple[Plan, list[int]]:
+        """For a call with one composition per row, and which of the plan's each row uses."""
         distinct = {key(n): n for n in nodes}
         where = {k: i for i, k in enumerate(sorted(distinct, key=str))}
         plan = self._made([distinct[k] for k in where], merged)
@@ -220,7 +220,7 @@ class Plans:
             if last is not None:
                 last.release()
             self._rows = weakref.ref(plan)
-        return plan, torch.tensor([where[key(n)] for n in nodes])
+        return plan, [where[key(n)] for n in nodes]
 
     def _made(self, nodes: Sequence[Node], merged: Merged | None) -> Plan:
         if merged is not None and any(key(n) != key(merged.node) for n in nodes):

@@ -182,7 +182,6 @@ def rehearsal(
             if fake is not None:
                 view.to_empty(device=device)
                 view.get_base_model().tie_weights()  # pyright: ignore[reportCallIssue]
-                _plan_with_data(view)
             else:
                 run, view = _attached(run, config, rows, device, dtype)
             held = counter.now
@@ -249,17 +248,6 @@ class _Names:
 
     def __len__(self) -> int:
         return 1
-
-
-def _plan_with_data(view: PeftModel) -> None:
-    """Which row uses which adapter is read as numbers, also where all other tensors have none."""
-    running = view.running
-
-    def planned(*args: Any, **kwargs: Any) -> Any:
-        with _disable_current_modes():
-            return running(*args, **kwargs)
-
-    view.running = planned
 
 
 def _enable(view: PeftModel) -> str:
