@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import coadapt
 from coadapt import PeftModel, get_peft_model
+from coadapt.formats.keys import entries
 from models import FAMILIES, MODELS, ids, logits, plain, stir
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
@@ -169,6 +170,32 @@ def field_loaded(base: nn.Module, folder: Path) -> Any:
     told = [str(w.message) for w in seen]
     assert not [t for t in told if "missing adapter keys" in t or "Unexpected keyword" in t], told
     return model
+
+
+def gradients_as_stored(view: PeftModel) -> dict[str, Tensor]:
+    """Gradients of the adapter "default" by the keys of files, in the layout of files.
+
+    Layouts are linear in what they hold, so gradients are laid out as values are.
+    """
+    adapter = view.get_adapter("default")
+    values = {p: p.data for p in adapter.parameters()}
+    for parameter in values:
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    stored = {entry.key: entry.read().clone() for entry in entries(adapter, view.base)}
+    for parameter, value in values.items():
+        parameter.data = value
+    return stored
+
+
+def field_gradients(model: Any) -> dict[str, Tensor]:
+    """The same of a model of the field's library."""
+    values = {p: p.data for p in model.parameters() if p.requires_grad}
+    for parameter in values:
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    stored = {k: v.clone() for k, v in peft.get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    for parameter, value in values.items():
+        parameter.data = value
+    return stored
 
 
 def far(a: Tensor, b: Tensor) -> float:

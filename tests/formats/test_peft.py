@@ -11,9 +11,21 @@ from transformers import AutoModelForCausalLM
 
 import coadapt
 from coadapt import PeftModel, get_peft_model
+from coadapt.methods.bitfit import BitFit
 from models import MODELS, ids, logits, stir
 
-from .field import CASES, Case, far, field_loaded, field_logits, field_quietly, field_stirred, stirred
+from .field import (
+    CASES,
+    Case,
+    far,
+    field_gradients,
+    field_loaded,
+    field_logits,
+    field_quietly,
+    field_stirred,
+    gradients_as_stored,
+    stirred,
+)
 
 
 @pytest.fixture(params=CASES)
@@ -39,6 +51,25 @@ def test_coadapt_loads_what_the_field_wrote(case: Case, tmp_path: Path) -> None:
     field_quietly(lambda: model.save_pretrained(tmp_path))
     view = PeftModel.from_pretrained(case.base(), tmp_path)
     assert far(logits(view), expected) < 1e-5
+
+
+def test_gradients_are_the_fields(case: Case, tmp_path: Path) -> None:
+    config = case.ours()
+    if config.for_inference() is not config:
+        pytest.skip("the field's files do not hold the network that is trained")
+    model = field_stirred(case)
+    field_quietly(lambda: model.save_pretrained(tmp_path))
+    view = PeftModel.from_pretrained(case.base(), tmp_path, is_trainable=True).eval()
+    if any(isinstance(part.method, BitFit) for part in view.get_adapter("default").parts):
+        pytest.skip("what is stored of a bias is not what is trained: its gradients are compared in tests/methods")
+    for each, made in ((view, logits(view)), (model, field_logits(model))):
+        (made * torch.linspace(-1, 1, made.shape[-1])).pow(2).sum().backward()
+        assert any(p.grad is not None for p in each.parameters())
+    ours, theirs = gradients_as_stored(view), field_gradients(model)
+    assert ours
+    assert ours.keys() == theirs.keys()
+    for key, gradient in ours.items():
+        assert far(gradient, theirs[key].view(gradient.shape)) < 1e-5 * max(1.0, float(theirs[key].abs().max())), key
 
 
 def test_the_same_keys_and_shapes(case: Case, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "embedding-padding": (lambda: nn.Embedding(9, 5, padding_idx=0), (2, 3)),
     "norm": (lambda: nn.LayerNorm(6), (2, 3, 6)),
 }
+KIND = {"gpt2-conv1d": "linear"}
 ELSEWHERE = ("lora-experts", "lora-tokens")
 """Cases that need a whole model."""
 WEIGHTS = [
@@ -50,16 +51,11 @@ class Holder(nn.Module):
 
 def refusal(case: str, kind: str) -> str | None:
     """What a method says to a kind of layer that it has no place in."""
-    if kind == "norm" and case.startswith(("lora", "dora")):
-        return "LoRA needs a weight matrix"
-    if kind == "norm" and case == "ia3":
-        return "IA3 needs a weight matrix"
-    if case == "tokens" and kind.startswith(("conv", "norm")):
-        return "Target an embedding or a head"
+    method: Any = METHODS[EVERY[case].method]
+    if KIND.get(kind, kind.partition("-")[0].rstrip("123d")) not in method.kinds:
+        return "adapts layers of these kinds"
     if case == "bitfit" and kind.startswith("embedding"):
         return "bias"
-    if case == "ln-tuning" and kind != "norm":
-        return "LayerNorm tuning trains norms"
     return None
 
 

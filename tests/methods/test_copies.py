@@ -30,7 +30,9 @@ def test_norms_are_found_and_trained_as_they_are() -> None:
             own.get_submodule(part.place.path).weight.copy_(part.method.weight)  # type: ignore[arg-type]
     torch.testing.assert_close(logits(view), logits(own))
     assert float((logits(view) - before).detach().abs().max()) > 1e-3
-    with pytest.raises(ValueError, match=r"LayerNorm tuning trains norms; 'model.layers.0.self_attn.q_proj'"):
+    with pytest.raises(
+        ValueError, match=r"LNTuning adapts layers of these kinds: norm; 'model.layers.0.self_attn.q_proj'"
+    ):
         get_peft_model(llama(), LNTuningConfig(target_modules=["q_proj"]))
 
 

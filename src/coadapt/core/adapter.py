@@ -16,7 +16,7 @@ from ..config import PeftConfig, TargetedConfig
 from . import roles, target
 from .backbone import Backbone, backbones
 from .layer import Layer
-from .method import AttentionMethod, InputMethod, Method, ModuleMethod, WeightMethod, method_for
+from .method import AttentionMethod, Driven, InputMethod, Method, ModuleMethod, WeightMethod, method_for
 from .parameter import ParameterLayer
 from .precision import linear
 from .roles import Place
@@ -90,6 +90,9 @@ class Adapter(nn.Module):
         """Of the base, if this puts virtual tokens in front of one: all, since a decoder sees those of its encoder."""
         self.two_stacks = False
         """Whether the base is an encoder-decoder."""
+        self.steps: Tensor | None
+        self.register_buffer("steps", None)
+        """() how many optimiser steps have trained it, if one of its methods acts on them."""
         self.facts: dict[str, Any] = {}
         """What the base told about itself for fields that the configuration left out."""
 
@@ -160,6 +163,8 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False, bl
         _settled(part.method, part.place.module, half)
     if any(isinstance(p.method, InputMethod) or getattr(p.method, "position_offset", 0) for p in adapter.parts):
         adapter.stacks = backbones(base)
+    if any(isinstance(part.method, Driven) for part in adapter.parts):
+        adapter.steps = torch.zeros((), dtype=torch.long)
     _share(adapter, base)
     adapter.requires_grad_(not config.inference_mode)
     return adapter

@@ -38,7 +38,7 @@ def register(config: type[PeftConfig], variant: str | None = None) -> Callable[[
         name = variant or str(config.kind)
         if name in METHODS:
             raise ValueError(f"Method {name!r} is already registered by {METHODS[name].__module__}.")
-        cls.config_class = config
+        cls.config_class, cls.registered = config, name
         METHODS[name] = cls
         return cls
 
@@ -61,6 +61,8 @@ class Method(nn.Module, ABC):
     """Around one call. `base` is that call: frozen, or already adapted by what stands below it."""
 
     config_class: ClassVar[type[PeftConfig]]
+    registered: ClassVar[str] = ""
+    """Its key in METHODS."""
     one_for_all: ClassVar[bool] = False
     """Whether all places of an adapter use the parameters of the first: then each later one is told by `share`."""
     widens: bool = True
@@ -96,14 +98,39 @@ class Reparametrization(nn.Module):
     """What makes an adapter's parameters while it trains. Files for inference hold what it has made."""
 
 
+class Progress(nn.Module):
+    """What a method knows of its training, as buffers. Files for inference leave it out."""
+
+
+class Driven:
+    """Mixed into a method that acts between the steps of its training: see driving.py, which calls it."""
+
+    @classmethod
+    def before_step(cls, methods: Sequence[Any]) -> None:
+        """The methods of one adapter, whose gradients are whole and not used yet. Default: nothing."""
+
+    @classmethod
+    def after_step(cls, methods: Sequence[Any], done: int) -> None:
+        """The methods of one adapter, which have been trained by `done` steps; gradients are there yet. Default:
+        nothing."""
+
+
 class WeightMethod(Method):
     """A method on a layer that is a map W -> W'. `merge` defines it; `forward` may say the same thing faster.
 
     Merge law, tested for every registered method: forward(x, base) == base.apply(x, merge(W), merge_bias(b)).
     """
 
+    kinds: ClassVar[Sequence[str]] = ("linear", "embedding", "conv")
+    """The kinds of layer that it adapts; all others are refused."""
+
     def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__()
+        if layer.kind.name not in self.kinds:
+            raise ValueError(
+                f"{type(self).__name__} adapts layers of these kinds: {', '.join(self.kinds)}; {layer.path!r} is a "
+                f"{type(layer.module).__name__} ({layer.kind.name}). Leave it out of target_modules."
+            )
 
     @classmethod
     def places(cls, config: Any, base: nn.Module) -> list[Place]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
-from . import arguments, composition, distributed, routing
+from . import arguments, composition, distributed, driving, routing
 from .adapter import Adapter, attribute, build, replace_options, sites_of
 from .backbone import stacks
 from .base import Base, base_of, statistics
@@ -68,6 +68,7 @@ class View(nn.Module, ABC):
         self._plans.forget(adapter.name)  # what a call on another thread may have made of one that had this name
 
     def _attach(self, adapter: Adapter) -> None:
+        driving.follow(adapter)
         self._sites[adapter.name] = [*sites_of(adapter), *self._record.checkpointing]
         self._record.attach(self._sites[adapter.name])
 
@@ -272,6 +273,8 @@ class View(nn.Module, ABC):
             arguments.check_names(names, args, kwargs)
             nodes = [self._of_row(i, node) for i, node in enumerate(names)]
             plan, rows = self._plans.rows(nodes, self._merged)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            driving.check(self._names[name] for node in plan.nodes for name in composition.names(node))
         self._check_wrapper(plan.nodes)
         arguments.check_gates(plan, args, kwargs)
         if task_ids is not None and not plan.tasks and self._sets_by_task_aside(adapters, names):

@@ -13,11 +13,11 @@ from ..core.method import method_for
 from ..core.roles import HEADS, Place
 from ..core.target import suffix_match
 from ..methods.ia3 import FEED_FORWARD, IA3Config
-from ..methods.ln_tuning import LNTuningConfig
 from ..methods.lora import LoraConfig
 from ..methods.prefix import PrefixTuningConfig
 from ..methods.prompt import PromptTuningConfig
 from ..methods.trainable_tokens import TrainableTokensConfig
+from . import names
 
 PEFT_VERSION = "0.21.2"
 """Of the field's library whose layout is written."""
@@ -119,15 +119,13 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
     """Whether the field's library, given this folder, computes what coadapt does."""
     as_theirs = all(getattr(config, k) == v for k, v in _assumed(config.peft_type, base).items())
     match config:
-        case LoraConfig() | IA3Config() | LNTuningConfig() | TrainableTokensConfig():
-            return True
         case InputConfig():
             return as_theirs and (not adapter.two_stacks or list(config.prompt_sites or ["encoder"]) == ["encoder"])
         case PrefixTuningConfig():
             moves = config.position_offset in (None, config.num_virtual_tokens)
             return as_theirs and moves and config.prefix_type == "joint"
         case _:
-            return False
+            return method_for(config).registered in names.SITES
 
 
 def asked_targets(config: PeftConfig) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig, check_name, did_you_mean
+from ..core import driving
 from ..core.adapter import Adapter, build, replace_options
 from ..core.base import base_of
 from ..core.composition import Node, names, trained_gates
@@ -90,7 +91,9 @@ def _save_adapter(
     embeddings: bool | str,
 ) -> None:
     _refuse_merged(adapter, base)
-    training = adapter.shared.state_dict() if isinstance(adapter.shared, Reparametrization) else {}
+    training = driving.state(adapter)
+    if isinstance(adapter.shared, Reparametrization):
+        training |= adapter.shared.state_dict()
     said = described(adapter, base)
     asked, name = asked_targets(adapter.config), said.get("base_model_name_or_path")
     facts = record(where / inside / PROVENANCE, fingerprint, name, asked_target_modules=asked)
@@ -244,6 +247,10 @@ def _load_adapter(reader: _Reader, where: Path, name: str, config: PeftConfig | 
     _refuse_merged(adapter, reader.base)
     if isinstance(adapter.shared, Reparametrization):
         _fill_shared(adapter.shared, where / TRAINING)
+    if is_trainable and (known := driving.state(adapter)) and (where / TRAINING).is_file():
+        tensors_of_training = files.read_tensors(where / TRAINING)
+        checkpoint.refuse_misfits(where / TRAINING, {k: tuple(t.shape) for k, t in known.items()}, tensors_of_training)
+        driving.restore(adapter, tensors_of_training)
     _fill(adapter, reader, tensors, where / WEIGHTS)
     return adapter
 

@@ -11,28 +11,20 @@ from torch import Tensor, nn
 from ..config import VirtualTokensConfig
 from ..core.adapter import Adapter, ModuleCopy, Part
 from ..core.layer import kind_of
-from ..core.method import Method
+from ..core.method import Progress, Reparametrization, method_for
 from ..methods.bitfit import BitFit
 from ..methods.dora import DoRA
 from ..methods.ia3 import IA3
-from ..methods.ln_tuning import LNTuning
 from ..methods.lora import LoRA, LoraConfig
 from ..methods.prefix import Blocks, PrefixTuning, PrefixTuningConfig
 from ..methods.prompt import VirtualTokens
 from ..methods.trainable_tokens import KeptRows, TrainableTokens
+from . import names
 from .vocabulary import ROOT, embeddings
 
 VIRTUAL_ROOT = "base_model."
 """The same in files of prompts and prefixes, where the field's model is wrapped once less."""
 PROMPT = "prompt_embeddings"
-_FIELD: Mapping[type[Method], Mapping[str, str]] = {
-    LoRA: {"A": "lora_A.weight", "B": "lora_B.weight"},
-    DoRA: {"change.A": "lora_A.weight", "change.B": "lora_B.weight", "m": "lora_magnitude_vector"},
-    IA3: {"l": "ia3_l"},
-    TrainableTokens: {"rows": "trainable_tokens_delta"},
-    LNTuning: {"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"},
-}
-"""Method -> parameter of its class -> what the field calls that; methods without a line keep our names."""
 _WRAPPERS = {
     "_orig_mod": "OptimizedModule",
     "module": "DistributedDataParallel",
@@ -77,6 +69,10 @@ def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
         yield _whole(PROMPT, adapter.shared.P)
     elif in_one_tensor(adapter):
         yield _prefix(adapter)
+    elif adapter.shared is not None and not isinstance(adapter.shared, Reparametrization):
+        known = names.SHARED.get(method_for(adapter.config).registered, {})
+        for name, value in adapter.shared.state_dict(keep_vars=True).items():
+            yield _whole(known.get(name, f"{VIRTUAL_ROOT}{name}"), value)
     for part in adapter.parts:
         path = plain_path(base, part.place.path)
         match part.method:
@@ -116,7 +112,10 @@ def plain_path(base: nn.Module, path: str) -> str:
 
 
 def _plain(adapter: Adapter, part: Part, path: str) -> Iterator[Entry]:
+    inside = [f"{n}." for n, m in part.method.named_modules() if isinstance(m, Progress)]
     for name, value in part.method.state_dict(keep_vars=True).items():
+        if name.startswith(tuple(inside)):
+            continue
         yield _whole(_key(adapter, part, path, name), value, _shape(part, name, value))
 
 
@@ -147,7 +146,7 @@ def _key(adapter: Adapter, part: Part, path: str, name: str) -> str:
     if isinstance(part.method, ModuleCopy):
         virtual = isinstance(adapter.config, VirtualTokensConfig)
         return (VIRTUAL_ROOT if virtual else ROOT) + inside + name.removeprefix("copy.")
-    known = _FIELD.get(type(part.method), {}).get(name, name)
+    known = names.SITES.get(part.method.registered, {}).get(name, name)
     kind = kind_of(part.place.module)
     if kind is not None and kind.name == "embedding" and known.endswith(".weight"):
         known = known.replace("lora_", "lora_embedding_").removesuffix(".weight")

@@ -26,6 +26,7 @@ class BitFit(WeightMethod):
     """
 
     widens = False
+    kinds = ("linear", "embedding", "conv", "norm")
 
     def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)

@@ -16,6 +16,7 @@ class DoRA(WeightMethod):
     """
 
     widens = False
+    kinds = LoRA.kinds[:3]
 
     def __init__(self, config: LoraConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)

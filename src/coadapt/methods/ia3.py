@@ -41,8 +41,6 @@ class IA3(WeightMethod):
 
     def __init__(self, config: IA3Config, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
-        if not layer.kind.factors:
-            raise ValueError(f"IA3 needs a weight matrix; {layer.path!r} is a {type(layer.module).__name__}.")
         self.on_input = layer.role == FEED_FORWARD
         size = layer.shape[1] if self.on_input else layer.shape[0]
         self.l = nn.Parameter(torch.ones(size) if config.init_ia3_weights else torch.randn(size))  # (I,) or (O,)

@@ -24,13 +24,10 @@ class LNTuning(WeightMethod):
     Parameters per site: D, or 2 D with a bias.
     """
 
+    kinds = ("norm",)
+
     def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
-        if layer.kind.name != "norm":
-            raise ValueError(
-                f"LayerNorm tuning trains norms; {layer.path!r} is a {type(layer.module).__name__}. Leave it out of "
-                "target_modules."
-            )
         self.weight = nn.Parameter(layer.weight().clone())  # (D,)
         self.bias = None if layer.bias is None else nn.Parameter(layer.value("bias").clone())  # (D,)
 

@@ -78,13 +78,10 @@ class LoRA(LowRankMethod):
     On an embedding A starts at zero and B random. Parameters per site: r (O + I K).
     """
 
+    kinds = ("linear", "embedding", "conv", "experts", "parameter")
+
     def __init__(self, config: LoraConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
-        if not layer.kind.factors:
-            raise ValueError(
-                f"LoRA needs a weight matrix; {layer.path!r} is a {type(layer.module).__name__}. "
-                "Leave it out of target_modules."
-            )
         experts = layer.shape[:1] if layer.kind.name == "experts" else ()
         out_features, *in_dims = layer.shape[len(experts) :]
         r = _pattern(config.rank_pattern, layer.path, config.r)

@@ -40,16 +40,17 @@ class TrainableTokens(WeightMethod):
     """
 
     widens = False
+    kinds = ("embedding", "linear")
 
     def __init__(self, config: TrainableTokensConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
         self.embeds = layer.kind.name == "embedding"
         weight = layer.weight().mT if self.embeds else layer.weight()  # (V, D)
-        if layer.kind.name not in ("embedding", "linear") or max(config.token_indices) >= len(weight):
+        if max(config.token_indices) >= len(weight):
             raise ValueError(
                 f"TrainableTokensConfig: {layer.path!r} ({type(layer.module).__name__}) has {len(weight)} rows; "
-                f"token_indices go up to {max(config.token_indices)}. Target an embedding or a head, and resize the "
-                "base's vocabulary first: base.resize_token_embeddings(len(tokenizer))."
+                f"token_indices go up to {max(config.token_indices)}. Resize the base's "
+                "vocabulary first: base.resize_token_embeddings(len(tokenizer))."
             )
         self.ids = torch.tensor(list(config.token_indices))  # (N,)
         self.sorted = tuple(self.ids.sort())  # and where each stood
