@@ -141,7 +141,6 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         r"has \['decoder'\]. Its encoder has no tokens: Conv1d",
     ),
     "a router": ("mixtral", LoraConfig(target_modules=["gate"]), "'model.layers.0.mlp.gate' is a MixtralTopKRouter"),
-    "experts": ("mixtral", LoraConfig(target_modules=["experts"]), "MixtralExperts. It has no layer inside"),
     "a bottleneck behind a convolution": (
         "conv",
         BottleneckConfig(target_modules=["second"]),

@@ -224,8 +224,9 @@ class TargetedConfig(PeftConfig):
     """Options of the methods that sit at modules which the user can choose."""
 
     target_modules: Sequence[str] | str | None = None
-    """Last parts of module names (`["q_proj", "mlp.up_proj"]`), a regular expression that matches whole names, or
-    `"all-linear"`. Left out, the method's usual places are found from the model's structure."""
+    """Last parts of module names (`["q_proj", "mlp.up_proj"]`), a regular expression that matches whole names, or words
+    for parts of a model: `"all-linear"`, `"attention"`, `"mlp"`, `"experts"`, `"shared_experts"`, `"router"`, `"ssm"`,
+    `"embeddings"`, `"head"`. Left out, the method's usual places are found from the model's structure."""
     exclude_modules: Sequence[str] | str | None = None
     """Names or a regular expression, as in `target_modules`, of modules to leave out."""
     layers_to_transform: Sequence[int] | int | None = None

@@ -125,7 +125,7 @@ def test_candidates_beside_others_come_to_what_they_come_to_alone(done: Search, 
     ground, metric = done.ground, METRICS["loss"]
     runs = {}
     for number, drawn in enumerate(DRAWN):
-        settings = settings_of(draw(drawn, ground.config, ground.sites), ground.common, ground.rates)
+        settings = settings_of(draw(drawn, ground.config), ground.common, ground.rates)
         runs[f"c{number}"] = ground.run(settings)
     assert all(fits(run) for run in runs.values())
     beside = conduct_together(runs, tmp_path / "beside", metric)
@@ -153,15 +153,15 @@ def test_gates_roles_and_options_become_settings(done: Search) -> None:
     drawn = Fixed(
         mix="lora+prompt",
         lora__r=1,
-        lora__target_modules="feed-forward",
+        lora__target_modules="mlp",
         lora__rate=2.0,
         prompt__num_virtual_tokens=2,
         prompt__rate=1.0,
         gates=True,
     )
-    settings = settings_of(draw(drawn, done.ground.config, done.ground.sites), done.ground.common, done.ground.rates)
+    settings = settings_of(draw(drawn, done.ground.config), done.ground.common, done.ground.rates)
     assert settings["composition"] == "learned*lora + learned*prompt"
-    assert settings["adapters"]["lora"]["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
+    assert settings["adapters"]["lora"]["target_modules"] == "mlp"
     assert settings["adapters"]["lora"]["learning_rate"] == pytest.approx(6e-3)
     assert settings["adapters"]["prompt"]["learning_rate"] == pytest.approx(0.1)
     assert not fits(done.ground.run(settings))

@@ -1,13 +1,18 @@
 """How verbs speak: the console, and the silence of the libraries below."""
 
+import logging as python_logging
 import os
 import warnings
 from typing import Any
 
 import click
-import datasets
-from rich.console import Console
-from transformers import logging
+
+for _name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # what they lack here is told as they are imported
+    python_logging.getLogger(_name).setLevel(python_logging.ERROR)
+
+import datasets  # noqa: E402
+from rich.console import Console  # noqa: E402
+from transformers import logging  # noqa: E402
 
 
 def console() -> Console:

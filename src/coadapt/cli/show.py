@@ -7,11 +7,13 @@ import click
 from coadapt.cli.completion import paths
 
 
-def _invoke(folder: Path | None, model: str | None, picture: Path | None) -> int:
+def _invoke(folder: Path | None, model: str | None, targets: bool, picture: Path | None) -> int:
     if folder is None and model is None:
         raise click.UsageError("Give an adapter folder, or --model.")
     if picture is not None and folder is None:
         raise click.UsageError("--picture draws what the routers of an adapter folder used: give the folder.")
+    if targets and (model is None or folder is not None):
+        raise click.UsageError("--targets shows what target_modules can name in a model: give --model, and no folder.")
     from coadapt.cli.output import console, quiet
     from coadapt.formats.files import aside
     from coadapt.training import inspect, usage
@@ -21,7 +23,11 @@ def _invoke(folder: Path | None, model: str | None, picture: Path | None) -> int
     if folder is None:
         assert model is not None
         base = inspect.outline(model)
-        for table in (inspect.layers_table(base), *inspect.coverage_tables(base)):
+        if targets:
+            tables = inspect.targets_tables(base)
+        else:
+            tables = (inspect.layers_table(base), *inspect.coverage_tables(base))
+        for table in tables:
             out.print(table)
         return 0
     used = usage.read_usage(folder)
@@ -42,6 +48,7 @@ command = click.Command(
     \b
     coadapt show DIR            which adapters at which sites, their share of the base, sizes, what routers used
     coadapt show --model M      the layers of a model, their roles, and where each method has a place
+    coadapt show --model M --targets   what target_modules can name in it, by a word or by a name
     """,
     params=[
         click.Argument(["folder"], required=False, type=click.Path(path_type=Path), metavar="[DIR]"),
@@ -50,6 +57,7 @@ command = click.Command(
             shell_complete=paths,
             help="The base: a folder or a hub id; with DIR, in place of the one that it names.",
         ),
+        click.Option(["--targets"], is_flag=True, help="With --model: what its target_modules can name."),
         click.Option(
             ["--picture"],
             type=click.Path(path_type=Path, dir_okay=False),

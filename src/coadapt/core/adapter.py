@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..config import PeftConfig, TargetedConfig
-from . import roles, target
+from . import roles, target, tied
 from .backbone import Backbone, backbones
 from .layer import Layer
 from .method import AttentionMethod, Driven, InputMethod, Method, ModuleMethod, WeightMethod, method_for
@@ -173,7 +173,7 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False, bl
 def _share(adapter: Adapter, base: nn.Module) -> None:
     """Tells methods at tied weights of one another, and those that have one set of parameters for all places."""
     seen: dict[tuple[int, type[Method]], Method] = {}
-    weights = roles.weights(base, [part.place.module for part in adapter.parts])
+    weights = tied.weights(base, [part.place.module for part in adapter.parts])
     for part in adapter.parts:
         weight = adapter if part.method.one_for_all else weights[part.place.module]
         if weight is not None:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from . import site
-from .roles import HEADS, weights, word_embeddings
+from .roles import HEADS, word_embeddings
 from .store import stamp, value
+from .tied import weights
 
 _BASES: "weakref.WeakKeyDictionary[nn.Module, Base]" = weakref.WeakKeyDictionary()
 

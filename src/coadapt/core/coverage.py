@@ -5,14 +5,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import PeftConfig
-from . import backbone
+from . import backbone, parts
+from .bypass import bypassed
 from .layer import kind_of
 from .method import METHODS
 from .mixture import mixtures
-from .roles import PROJECTIONS, attentions, blocks, bypassed, heads, linears, query_and_value
+from .roles import attentions
 
 
 @dataclass(frozen=True)
@@ -38,65 +39,8 @@ class Fit:
 
 def roles(base: nn.Module) -> list[Role]:
     """Every layer of `base` under exactly one role, then the sites of prefixes and the input."""
-    found: dict[str, list[str]] = {}
-    named = _roles_of_linears(base)
-    for path, module in base.named_modules():
-        if (role := named.get(path) or _role_of(path, module)) is not None:
-            found.setdefault(role, []).append(path)
-    out = [Role(name, tuple(paths), _note(base, name, paths)) for name, paths in found.items()]
-    return [*sorted(out, key=lambda r: _ORDER.index(r.name)), *_prefix_sites(base), *_inputs(base)]
-
-
-_ORDER = (
-    "embedding", "attention query", "attention key", "attention value", "attention fused q, k, v", "attention output",
-    "attention, other", "feed-forward first", "feed-forward last", "feed-forward, other", "router", "experts",
-    "convolution", "norm", "linear, other", "head",
-)  # fmt: skip
-
-
-def _roles_of_linears(base: nn.Module) -> dict[str, str]:
-    """The path of every linear layer, and of what belongs to a mixture of experts -> role."""
-    named: dict[str, str] = {}
-    top = set(heads(base))
-    repeated = blocks(base)
-    ends = {p for block in repeated for p, _ in block.attention}
-    inside = {p.rpartition(".")[0] for p in ends}
-    inside |= {p.rpartition(".")[0] for p in query_and_value(base)}
-    mixed = mixtures(base)
-    first = {b.feed_forward[0][0] for b in repeated if b.feed_forward}
-    last = {b.feed_forward[1][0] for b in repeated if b.feed_forward}
-    projections = {end: role for role, ends in PROJECTIONS.items() for end in ends}
-    for path, _ in linears(base):
-        owner, _, end = path.rpartition(".")
-        block = any(path.startswith(f"{b.path}.") for b in repeated)
-        if path in top:
-            named[path] = "head"
-        elif path in ends:
-            named[path] = "attention output"
-        elif owner in inside:
-            made = projections.get(end)
-            named[path] = "attention, other" if made is None else f"attention {made}"
-            if made == "fused":
-                named[path] = "attention fused q, k, v"
-        elif any(path.startswith(f"{m.experts}.") for m in mixed):
-            named[path] = "experts"
-        elif path in first or path in last:
-            named[path] = "feed-forward first" if path in first else "feed-forward last"
-        else:
-            named[path] = "feed-forward, other" if block else "linear, other"
-    for mixture in mixed:
-        named[mixture.router] = "router"
-        if mixture.raw:
-            named[mixture.experts] = "experts"
-    return named
-
-
-def _role_of(path: str, module: nn.Module) -> str | None:
-    kind = kind_of(module)
-    if kind is not None:
-        return {"conv": "convolution", "embedding": "embedding", "norm": "norm"}.get(kind.name, "linear, other")
-    weight = getattr(module, "weight", None)
-    return "norm" if isinstance(weight, Tensor) and weight.dim() == 1 else None
+    out = [Role(name, tuple(paths), _note(base, name, paths)) for name, paths in parts.by_role(base).items()]
+    return [*out, *_prefix_sites(base), *_inputs(base)]
 
 
 def _note(base: nn.Module, name: str, paths: Iterable[str]) -> str:

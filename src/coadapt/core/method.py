@@ -134,7 +134,7 @@ class WeightMethod(Method):
 
     @classmethod
     def places(cls, config: Any, base: nn.Module) -> list[Place]:
-        return [Place(path, module) for path, module in target.layers(config, base)]
+        return target.places(config, base)
 
     @abstractmethod
     def merge(self, weight: Tensor) -> Tensor:

@@ -3,16 +3,16 @@
 import functools
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from .bypass import bypassed
 from .layer import kind_of
 from .mixture import is_linear, mixtures
-from .store import value
+from .tied import weights
 
 PROJECTIONS = {
     "query": ("q_proj", "q", "query", "q_lin"),
@@ -55,25 +55,6 @@ def layers(base: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every layer of any kind that can be adapted, in the model's order."""
     skipped = bypassed(base)
     return [(p, m) for p, m in base.named_modules() if kind_of(m) is not None and p not in skipped]
-
-
-def bypassed(base: nn.Module) -> dict[str, str]:
-    """The modules at which an adapter would never be called, by path, and why: others read their weights directly."""
-    found: dict[str, str] = {}
-    above: dict[str, str] = {}
-    """Why nothing inside of a module is called."""
-    for path, module in base.named_modules():
-        parent = path.rpartition(".")[0]
-        if parent in above:
-            found[path] = above[path] = above[parent]
-        if path and isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
-            above[path] = f"{path} ({type(module).__name__}) uses the weights of its layers without calling them"
-        if path.rpartition(".")[2] == "shared" and isinstance(module, nn.Embedding):
-            others = {p: m for p, m in base.named_modules() if isinstance(m, nn.Embedding) and m is not module}
-            weight = weights(base, [module, *others.values()])
-            if tied := [p for p, m in others.items() if weight[m] is weight[module]]:
-                found[path] = f"it only holds the weight of {' and '.join(tied)} and is never called; adapt those"
-    return found
 
 
 def heads(base: Any) -> list[str]:
@@ -172,43 +153,9 @@ def word_embeddings(base: Any) -> list[nn.Module]:
     return found
 
 
-def weights(base: nn.Module, modules: Iterable[nn.Module]) -> dict[nn.Module, Any]:
-    """The weight of each of `modules`, None where it has none; tied ones are one object, also on the meta device.
-
-    There the objects do not tell: accelerate puts new ones in place after each call, and a model that is built there is
-    tied when it is loaded. The model's own word does, unless values that wait elsewhere contradict it.
-    """
-    found = {m: getattr(m, "weight", None) for m in modules}
-    if any(isinstance(weight, nn.Parameter) and weight.is_meta for weight in found.values()):
-        for one, other in _said_to_be_tied(base):
-            if one in found and _equal(one, other):
-                found[one] = found.get(other, other.weight)
-    return found
-
-
-def _said_to_be_tied(base: nn.Module) -> Iterator[tuple[Any, Any]]:
-    """Layers, each with the one whose weight it is to have; those of inner models first, as these may be tied again."""
-    for part in reversed([m for m in base.modules() if hasattr(m, "get_expanded_tied_weights_keys")]):
-        told: dict[str, str] = part.get_expanded_tied_weights_keys()  # type: ignore[operator]
-        for name, source in told.items():
-            if name.endswith(".weight") and source.endswith(".weight"):
-                yield (
-                    part.get_submodule(name.removesuffix(".weight")),
-                    part.get_submodule(source.removesuffix(".weight")),
-                )
-
-
-def _equal(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two weights have the same values, or both of them none yet."""
-    a, b = value(one, "weight"), value(other, "weight")
-    if a.is_meta or b.is_meta:
-        return a.is_meta and b.is_meta
-    return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(a.cpu(), b.cpu())
-
-
 def norms(base: nn.Module) -> list[str]:
     """The normalisations that have a trained scale."""
-    return [p for p, m in base.named_modules() if (kind := kind_of(m)) is not None and kind.name == "norm"]
+    return [p for p, m in layers(base) if (kind := kind_of(m)) is not None and kind.name == "norm"]
 
 
 @dataclass(frozen=True, kw_only=True)

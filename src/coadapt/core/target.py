@@ -8,9 +8,11 @@ from typing import Any
 from torch import nn
 
 from ..config import TargetedConfig, did_you_mean, nearest
+from . import parts
+from .bypass import bypassed
 from .layer import kind_of
 from .mixture import Mixture, mixtures
-from .roles import Place, bypassed, heads, linears, query_and_value
+from .roles import Place, heads, linears, query_and_value
 
 
 def suffix_match(path: str, name: str) -> bool:
@@ -39,7 +41,7 @@ def layers(config: TargetedConfig, base: nn.Module, usual: Sequence[str] | None 
     """
     if usual is None:
         usual = query_and_value(base) if config.target_modules is None else ()
-    found = modules(config, base, usual)
+    found = modules(config, base, usual, layers_only=True)
     for path, module in found:
         if kind_of(module) is None:
             inside = [f"{path}.{n}" for n, m in module.named_modules() if kind_of(m) is not None][:4]
@@ -50,10 +52,77 @@ def layers(config: TargetedConfig, base: nn.Module, usual: Sequence[str] | None 
     return found
 
 
-def modules(config: TargetedConfig, base: nn.Module, usual: Sequence[str]) -> list[tuple[str, nn.Module]]:
+def places(config: TargetedConfig, base: nn.Module, usual: Sequence[str] | None = None) -> list[Place]:
+    """As `layers`, with the parameters that the named parts of a model hold beside layers: fused experts, routers."""
+    words = _words(config, base, layers_only=True)
+    meant = [_part(config, base, word) for word in words]
+    raw = [path for _, parameters in meant for path in parameters]
+    only_raw = raw and len(words) == len(_listed(config)) and not any(paths for paths, _ in meant)
+    found = [] if only_raw else layers(config, base, usual)
+    inside = _in_layers(config, [path for path in raw if not _excluded(config, path)]) if raw else []
+    owners = [(path, *path.rpartition(".")[::2]) for path in inside]
+    return [
+        *(Place(path, module) for path, module in found),
+        *(Place(path, base.get_submodule(owner), parameter=name) for path, owner, name in owners),
+    ]
+
+
+ALL_LINEAR = "all-linear"
+
+
+def named_parts(config: TargetedConfig) -> list[str]:
+    """Those of its targets that are words for parts of a model."""
+    return [word for word in _listed(config) if word == ALL_LINEAR or word in parts.WORDS]
+
+
+def _listed(config: TargetedConfig) -> Sequence[str]:
+    wanted = config.target_modules
+    return [] if wanted is None else [wanted] if isinstance(wanted, str) else wanted
+
+
+def _words(config: TargetedConfig, base: nn.Module, layers_only: bool) -> list[str]:
+    """Those of the targets that name a part of the model, and no module that can be adapted itself."""
+    found = named_parts(config)
+    every = [(p, m) for p, m in base.named_modules() if found and (not layers_only or kind_of(m) is not None)]
+    return [word for word in found if not any(suffix_match(path, word) for path, _ in every)]
+
+
+def _part(config: TargetedConfig, base: nn.Module, word: str) -> tuple[list[str], list[str]]:
+    """The paths of layers and of parameters that a word means."""
+    if word != ALL_LINEAR:
+        try:
+            return parts.named(base, word)
+        except ValueError as error:
+            raise ValueError(f"{_who(config)}: target_modules={word!r}: {error}") from None
+    top = heads(base)
+    paths = [n for n, _ in linears(base) if not any(n == head or n.startswith(f"{head}.") for head in top)]
+    if not paths:
+        raise ValueError(
+            f"{_who(config)}: target_modules='all-linear' finds none beside the head in {type(base).__name__}. "
+            "Name the modules; LoRA takes convolutions, too."
+        )
+    raw = [m for m in mixtures(base) if m.raw]
+    if raw and "experts" not in _listed(config) and not getattr(config, "target_parameters", None):
+        warnings.warn(_left_out(config, paths, raw), stacklevel=2)
+    return paths, []
+
+
+def modules(
+    config: TargetedConfig, base: nn.Module, usual: Sequence[str], layers_only: bool = False
+) -> list[tuple[str, nn.Module]]:
     """As `layers`, for modules of any class."""
     every = {n: m for n, m in base.named_modules() if n}
     wanted = config.target_modules
+    if words := _words(config, base, layers_only):
+        meant = {path for word in words for path in _part(config, base, word)[0]}
+        names = [name for name in _listed(config) if name not in words]
+        meant |= set(_by_names(config, names, every, base)) if names else set()
+        wanted = [path for path in every if path in meant]
+        if not wanted:
+            raise ValueError(
+                f"{_who(config)}: target_modules={config.target_modules!r} names parameters that are no layers in this "
+                f"{type(base).__name__}; this method adapts modules."
+            )
     match wanted:
         case None:
             paths = list(usual)
@@ -61,16 +130,6 @@ def modules(config: TargetedConfig, base: nn.Module, usual: Sequence[str]) -> li
                 raise ValueError(
                     f"{_who(config)} found no usual place in {type(base).__name__}; name target_modules. {_some(base)}"
                 )
-        case "all-linear":
-            top = heads(base)
-            paths = [n for n, _ in linears(base) if not any(n == head or n.startswith(f"{head}.") for head in top)]
-            if not paths:
-                raise ValueError(
-                    f"{_who(config)}: target_modules='all-linear' finds none beside the head in {type(base).__name__}. "
-                    "Name the modules; LoRA takes convolutions, too."
-                )
-            if (left := [m for m in mixtures(base) if m.raw]) and not getattr(config, "target_parameters", None):
-                warnings.warn(_left_out(config, paths, left), stacklevel=2)
         case str():
             paths = [n for n in every if re.fullmatch(wanted, n)]
             if not paths:
@@ -122,7 +181,7 @@ def _left_out(config: TargetedConfig, paths: Sequence[str], mixed: Sequence[Mixt
     return (
         f"{_who(config)}: target_modules='all-linear' found {len(paths)} layers ({ends}). The experts of {len(mixed)} "
         f"mixtures are not among them: {mixed[0].experts!r} holds {' and '.join(mixed[0].raw)} as parameters, not as "
-        "layers. Name those in target_parameters (LoraConfig), or target_modules to say that this is meant."
+        "layers. Add them, target_modules=['all-linear', 'experts'], or name target_modules to say that this is meant."
     )
 
 
@@ -139,17 +198,26 @@ def _without_excluded(config: TargetedConfig, paths: list[str]) -> list[str]:
     excluded = config.exclude_modules
     if excluded is None:
         return paths
+    gone = {p for p in paths if _excluded(config, p)}
     if isinstance(excluded, str):
-        gone = {p for p in paths if re.fullmatch(excluded, p)}
         idle = [] if gone else [excluded]
     else:
-        gone = {p for p in paths if any(suffix_match(p, name) for name in excluded)}
         idle = [name for name in excluded if not any(suffix_match(p, name) for p in paths)]
     if idle:
         raise ValueError(f"{_who(config)}: exclude_modules {idle} leaves nothing out: no target has such a name.")
     if len(gone) == len(paths):
         raise ValueError(f"{_who(config)}: exclude_modules={excluded!r} leaves no target over.")
     return [p for p in paths if p not in gone]
+
+
+def _excluded(config: TargetedConfig, path: str) -> bool:
+    match config.exclude_modules:
+        case None:
+            return False
+        case str() as pattern:
+            return re.fullmatch(pattern, path) is not None
+        case names:
+            return any(suffix_match(path, name) for name in names)
 
 
 def _in_layers(config: TargetedConfig, paths: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from ..combining.copies import combined
 from ..combining.deltas import Change, Product, Site, cut, distance, fixed, norm, sites, wide
 from ..combining.report import Report, Row
 from ..combining.weights import fill_factors
-from ..core import roles
+from ..core import roles, tied
 from ..core.adapter import Adapter, ModuleCopy, build, replace_options
 from ..core.composition import Node, names
 from ..core.layer import Layer
@@ -83,7 +83,7 @@ def _no_matrix(module: nn.Module, path: str, base: Any, ends: bool) -> str:
         return ""
     if not ends:
         return ", an embedding or a head, where this program takes no adapters"
-    weights = roles.weights(base, words)
+    weights = tied.weights(base, words)
     if len(words) == 2 and weights[words[0]] is weights[words[1]]:
         return (
             ", and the embedding and the head are one weight in this model, which the program adapts at both or neither"

@@ -1,5 +1,6 @@
 """adapter_config.json: an adapter's configuration as the field's programs read it, and theirs as we do."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..config import InputConfig, PeftConfig, TargetedConfig
+from ..core import target
 from ..core.adapter import Adapter, replace_options
 from ..core.backbone import backbones
 from ..core.method import method_for
@@ -88,16 +90,20 @@ def _targets(config: TargetedConfig, adapter: Adapter, base: nn.Module) -> dict[
     if isinstance(config, IA3Config):
         said |= {"feedforward_modules": inputs, "target_modules": sorted(p.path for p in places)}
     layers = [p.path for p in places if not p.parameter]
-    found = isinstance(config.target_modules, str) or (config.target_modules is None and layers)
+    words = target.named_parts(config)
+    found = isinstance(config.target_modules, str) or words or (config.target_modules is None and layers)
     if isinstance(config, IA3Config) or found:
         ends = _ends(layers)
-        changes: dict[str, Any] = {"target_modules": ends}
+        by_name: dict[str, Any] = {}
+        if words and (raw := [p.path for p in places if p.parameter]):
+            by_name["target_parameters"] = sorted({re.sub(r".*\.\d+\.", "", path) for path in raw})
+        changes: dict[str, Any] = {"target_modules": ends or None, **by_name}
         if isinstance(config, IA3Config):
             changes["feedforward_modules"] = _ends(inputs)
         if _same(config, changes, places, base):
             return said | changes
         none = ("exclude_modules", "layers_to_transform", "layers_pattern")
-        return said | {"target_modules": sorted(layers), **dict.fromkeys(none)}
+        return said | by_name | {"target_modules": sorted(layers), **dict.fromkeys(none)}
     return said
 
 

@@ -8,8 +8,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, ModuleCopy, make
-from ..core.roles import path_of, weights, word_embeddings
+from ..core.roles import path_of, word_embeddings
 from ..core.store import value
+from ..core.tied import weights
 from ..methods.trainable_tokens import KeptRows, TrainableTokens, TrainableTokensConfig
 from .files import WEIGHTS
 

@@ -105,7 +105,7 @@ class LoRA(LowRankMethod):
     def places(cls, config: LoraConfig, base: nn.Module) -> list[Place]:
         raw = target.parameters(config, base)
         places = [] if raw and config.target_modules is None else super().places(config, base)
-        places += raw
+        places += [place for place in raw if place not in places]
         for field_name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(config, field_name):
                 if not any(_matches(key, place.path) for place in places):

@@ -40,6 +40,9 @@ class PromptTuningConfig(InputConfig):
                 )
 
 
+_FACTS = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
+
+
 class VirtualTokens(InputMethod):
     """What all methods that put virtual tokens in front of the input have in common."""
 
@@ -52,10 +55,9 @@ class VirtualTokens(InputMethod):
         found, other = backbones(base), without_tokens(base)
         roles = [b.role for b in found]
         facts = base.config.get_text_config()
-        config.restates(
-            token_dim=found[0].width, num_transformer_submodules=len(found) + len(other),
-            num_layers=facts.num_hidden_layers, num_attention_heads=facts.num_attention_heads,
-        )  # fmt: skip
+        told = {name: getattr(facts, field, None) for name, field in _FACTS.items()}  # Mamba has no heads
+        told |= {"token_dim": found[0].width, "num_transformer_submodules": len(found) + len(other)}
+        config.restates(**{name: value for name, value in told.items() if value is not None})
         wanted = config.prompt_sites or roles[:1]
         if wrong := [role for role in wanted if role not in roles]:
             who = type(config).__name__
@@ -65,7 +67,7 @@ class VirtualTokens(InputMethod):
 
     @classmethod
     def facts(cls, config: Any, base: Any) -> dict[str, Any]:
-        heads = base.config.get_text_config().num_attention_heads
+        heads = getattr(base.config.get_text_config(), "num_attention_heads", None)
         return {**stack_facts(base), "token_dim": backbones(base)[0].width, "num_attention_heads": heads}
 
 

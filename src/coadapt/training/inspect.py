@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from coadapt.config import PeftConfig
-from coadapt.core import coverage
+from coadapt.core import bypass, coverage, parts
 from coadapt.core.adapter import attribute
 from coadapt.core.composition import Node
 from coadapt.formats import checkpoint
@@ -213,6 +213,35 @@ def coverage_tables(model: nn.Module) -> Iterable[Table | Text]:
         table.add_row(fit.method.lower(), str(len(fit.paths)) if fit.paths else "none", where)
     yield Text("")
     yield table
+
+
+def targets_tables(model: nn.Module) -> Iterable[Table | Text]:
+    """The words that name parts of a model with what each means in it, and what cannot be adapted."""
+    table = Table(
+        title=f"target_modules of {type(model).__name__}", title_justify="left", box=None, padding=(0, 2, 0, 0)
+    )
+    for name in ("word", "places", "parameters", "what it means here"):
+        table.add_column(name, justify="right" if name in ("places", "parameters") else "left", overflow="fold")
+    sizes = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
+    total = sum(p.numel() for p in model.parameters())
+    for word in parts.WORDS:
+        try:
+            layers, raw = parts.named(model, word)
+        except ValueError:
+            table.add_row(word, "none", "", "")
+            continue
+        held = sum(sizes.get(f"{path}.weight", 0) for path in layers) + sum(sizes[path] for path in raw)
+        names = dict.fromkeys(_numberless(path) for path in (*layers, *raw))
+        table.add_row(word, str(len(layers) + len(raw)), f"{held / total:.1%}", "\n".join(names))
+    yield table
+    if skipped := bypass.bypassed(model):
+        yield Text("")
+        never = Table(title="no targets", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+        never.add_column("module", overflow="fold")
+        never.add_column("why an adapter there would not run", overflow="fold")
+        for path, why in {_numberless(path): why for path, why in skipped.items()}.items():
+            never.add_row(path, why)
+        yield never
 
 
 def _numberless(path: str) -> str:

@@ -22,14 +22,13 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from coadapt.core.coverage import roles
 from coadapt.evaluation.metrics import Metric
 from coadapt.formats.files import aside
 from coadapt.training.mixing import Stream
 from coadapt.training.settings import RunConfig
 from coadapt.tuning.candidates import candidates_of
 from coadapt.tuning.grounds import DATA, TRIALS, Known, begin, claim, examples, known_of, sizes
-from coadapt.tuning.space import ROLES, Range, SearchConfig, draw, settings_of
+from coadapt.tuning.space import Range, SearchConfig, draw, settings_of
 from coadapt.tuning.splits import split
 from coadapt.tuning.studies import SEARCH, Pruning, described, open_study, score_of
 from coadapt.tuning.together import conduct_together, fits
@@ -56,7 +55,6 @@ class Ground:
     known: Mapping[str, Known]
     """Method -> what it is alone."""
     base: nn.Module
-    sites: Mapping[str, list[str]]
     files: Mapping[str, Path]
     steps: int
     rows: Mapping[str, int]
@@ -101,7 +99,6 @@ def search(config: SearchConfig, console: Console) -> "Search":
         common={**common, "task": run.task, **({} if length is None else {"max_length": length})},
         known=known,
         base=base,
-        sites=sites_of(base),
         files=files,
         steps=_steps(run, rows["train"]),
         rows=rows,
@@ -129,19 +126,6 @@ def _steps(run: RunConfig, rows: int) -> int:
         return run.max_steps
     batch, accumulation = run.per_device_train_batch_size, run.gradient_accumulation_steps
     return Stream(rows=rows, batch=batch, accumulation=accumulation, seed=run.seed).end(run.num_train_epochs)
-
-
-def sites_of(base: nn.Module) -> dict[str, list[str]]:
-    """Word for a part of the model -> its linear layers, by the ends of their names where those are enough."""
-    linear = {path: role.name for role in roles(base) for path in role.paths}
-    found: dict[str, list[str]] = {}
-    for word in ROLES:
-        paths = [path for path, role in linear.items() if role.startswith(word)]
-        ends = {path.rpartition(".")[2] for path in paths}
-        others = {path.rpartition(".")[2] for path in linear if path not in paths}
-        if paths:
-            found[word] = paths if ends & others else sorted(ends)
-    return found
 
 
 class Search:
@@ -205,7 +189,7 @@ class Search:
         for _ in range(MISSES):
             trial = self.study.ask()
             trial.set_user_attr("owner", self.owner)
-            drawn = draw(trial, self.config, self.ground.sites)
+            drawn = draw(trial, self.config)
             settings = settings_of(drawn, self.ground.common, self.ground.rates)
             try:
                 run = self.ground.run(settings)

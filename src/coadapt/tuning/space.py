@@ -10,9 +10,7 @@ from coadapt.training.options import default_options, method_named
 from coadapt.tuning.candidates import candidates_of
 from coadapt.tuning.plan import Budget, Trainings, words
 
-ROLES = ("attention", "feed-forward")
-"""Words for sites: the layers of that part of a model. Beside them everything that `target_modules` takes."""
-SITES = ["all-linear", *ROLES]
+SITES = ["all-linear", "attention", "mlp"]
 RATE = "rate"
 """What the method's default learning rate is multiplied by."""
 
@@ -203,20 +201,13 @@ def _values(where: str, given: Any) -> Sequence[Any] | Range:
     raise ValueError(f"{where} is a list of values, or a range {{low: 1, high: 8}}; got {given!r}.")
 
 
-def draw(trial: Draws, config: SearchConfig, sites: Mapping[str, list[str]]) -> dict[str, Any]:
-    """A candidate: `adapters` and `composition` of a run. Rates are `rate`, in times of the default.
-
-    Args:
-        sites: word for a part of the model -> the layers that it is.
-    """
+def draw(trial: Draws, config: SearchConfig) -> dict[str, Any]:
+    """A candidate: `adapters` and `composition` of a run. Rates are `rate`, in times of the default."""
     spaces, mixes = config.spaces(), config.mixed()
     mix = (trial.suggest_categorical("mix", mixes) if len(mixes) > 1 else mixes[0]).split("+")
     adapters: dict[str, dict[str, Any]] = {}
     for name in mix:
         chosen: dict[str, Any] = {o: _drawn(trial, f"{name}.{o}", v) for o, v in spaces[name].items()}
-        target = chosen.get("target_modules")
-        if isinstance(target, str) and target in sites:
-            chosen["target_modules"] = sites[target]
         fixed = {o: v for o, v in config.settings.items() if o in method_named(name).names() and o not in chosen}
         adapters[name.replace("-", "_")] = {"method": name, **fixed, **chosen}
     gated = config.gates and len(mix) > 1 and trial.suggest_categorical("gates", [False, True])

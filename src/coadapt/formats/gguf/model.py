@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core.layer import kind_of
-from ...core.roles import weights, word_embeddings
+from ...core.roles import word_embeddings
+from ...core.tied import weights
 from . import tokenizer as tokenizers
 from .names import Family, Names, family_of, ordered, package
 from .reading import compare
