@@ -10,10 +10,24 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 
 
-def test_the_table_of_methods_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_methods_are_those_that_there_are() -> None:
+    made = runpy.run_path(str(ROOT / "tools" / "methods_page.py"))
+    page = (ROOT / "docs" / "methods.md").read_text("utf-8")
+    assert README == made["written"](README), "run python tools/methods_page.py"
+    assert page == made["page"](page), "run python tools/methods_page.py"
+    table = made["between"](page, made["TABLE"], made["TABLE_END"])
+    for method in made["METHODS"].values():
+        assert f"\n| {method.__name__} |" in table, "run python tools/methods_page.py --run"
+        formula, paper, use, cost = made["parts"](method)
+        assert all((formula, paper, use, cost)), f"{method.__name__}'s docstring lacks one of its parts"
+
+
+@pytest.mark.full
+def test_each_method_can_do_what_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "tools")
-    made = runpy.run_path(str(ROOT / "tools" / "methods_table.py"))
-    assert README == made["written"](README), "run python tools/methods_table.py"
+    made = runpy.run_path(str(ROOT / "tools" / "methods_page.py"))
+    page = (ROOT / "docs" / "methods.md").read_text("utf-8")
+    assert made["between"](page, made["TABLE"], made["TABLE_END"]).strip() == made["abilities_table"]().strip()
 
 
 def test_its_first_block_of_python_runs(

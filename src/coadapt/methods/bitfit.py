@@ -22,7 +22,8 @@ class BitFit(WeightMethod):
     """b' = b + delta
 
     BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models, Ben Zaken et al. 2021,
-    arXiv:2106.10199. The change is stored, not the bias, so that several add up. Parameters per site: O.
+    arXiv:2106.10199. The change is stored, not the bias, so that several add up. Use it where next to nothing may be
+    stored, and the model has biases. Parameters per site: O.
     """
 
     widens = False

@@ -68,7 +68,8 @@ class Bottleneck(ModuleMethod):
     only: AdapterFusion, Pfeiffer et al. 2020, arXiv:2005.00247; parallel and scaled: Towards a Unified View of
     Parameter-Efficient Transfer Learning, He et al. 2021, arXiv:2110.04366; with an invertible adapter: MAD-X, Pfeiffer
     et al. 2020, arXiv:2005.00052. Serial ones sit right at the projection that ends the part, before the block's
-    residual. U starts at zero. Parameters per site: 2 D m + D + m.
+    residual. U starts at zero. Use it for many tasks on one encoder, and beside a language adapter; it costs time in
+    every call, since it cannot be merged. Parameters per site: 2 D m + D + m.
     """
 
     widens = False

@@ -12,7 +12,8 @@ class DoRA(WeightMethod):
     """W' = m (W + s B A) / norm(W + s B A), row by row
 
     DoRA: Weight-Decomposed Low-Rank Adaptation, Liu et al. 2024, arXiv:2402.09353. W is the weight with what stands
-    below in a Seq; no gradient goes through the norm (section 4.3). Parameters per site: r (O + I K) + O.
+    below in a Seq; no gradient goes through the norm (section 4.3). Use it where a LoRA of small rank falls short and
+    training may take longer. Parameters per site: r (O + I K) + O.
     """
 
     widens = False

@@ -20,7 +20,8 @@ class FullCopy(ModuleCopy):
     """copy(x), in place of base(x)
 
     Fine-tuning in the plain sense, of the modules that are named. Beside another method in one adapter the same is
-    `modules_to_save`. Parameters per site: all of the module.
+    `modules_to_save`. Use it for a new head, or to compare with plain fine-tuning of the same modules. Parameters per
+    site: all of the module.
     """
 
     @classmethod

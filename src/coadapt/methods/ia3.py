@@ -34,7 +34,7 @@ class IA3(WeightMethod):
     """W' = diag(l) W; where a feed-forward part ends W' = W diag(l)
 
     Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning, Liu et al. 2022,
-    arXiv:2205.05638. Parameters per site: O, or I.
+    arXiv:2205.05638. Use it with few examples, and for thousands of adapters at once. Parameters per site: O, or I.
     """
 
     widens = False

@@ -40,7 +40,8 @@ class Invertible(ModuleMethod):
     here with biases, U at zero in the beginning, so that a new adapter changes nothing. f stands right behind the
     embedding of the tokens, before positions and norms; virtual tokens and `inputs_embeds` do not pass it. One F and
     one G serve all places of an adapter (an encoder-decoder has two embeddings). A model without an output embedding, a
-    classifier, has no inverse. Parameters per site: 2 D m + 2 m + D for all of them together.
+    classifier, has no inverse. Use it as the part of a language adapter that moves embeddings. Parameters per site: 2 D
+    m + 2 m + D for all of them together.
     """
 
     one_for_all = True

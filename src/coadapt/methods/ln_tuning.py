@@ -20,8 +20,9 @@ class LNTuningConfig(TargetedConfig):
 class LNTuning(WeightMethod):
     """w' and b' in place of the norm's w and b
 
-    Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning, Zhao et al. 2023, arXiv:2312.11420.
-    Parameters per site: D, or 2 D with a bias.
+    Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning, Zhao et al. 2023, arXiv:2312.11420. Use
+    it to move a model to another modality or domain with next to no parameters. Parameters per site: D, or 2 D with a
+    bias.
     """
 
     kinds = ("norm",)

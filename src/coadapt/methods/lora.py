@@ -74,8 +74,8 @@ class LoraConfig(TargetedConfig):
 class LoRA(LowRankMethod):
     """W' = W + (alpha / r) B A
 
-    LoRA: Low-Rank Adaptation of Large Language Models, Hu et al. 2021, arXiv:2106.09685.
-    On an embedding A starts at zero and B random. Parameters per site: r (O + I K).
+    LoRA: Low-Rank Adaptation of Large Language Models, Hu et al. 2021, arXiv:2106.09685. On an embedding A starts at
+    zero and B random. Use it first: it merges, and every program loads it. Parameters per site: r (O + I K).
     """
 
     kinds = ("linear", "embedding", "conv", "experts", "parameter")

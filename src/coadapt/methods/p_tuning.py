@@ -74,7 +74,8 @@ class PromptEncoder(Reparametrization):
 class PTuning(VirtualTokens):
     """base([P; e]), P = MLP(E) or MLP(LSTM(E))
 
-    GPT Understands, Too, Liu et al. 2021, arXiv:2103.10385. Parameters per site: N D; in training the encoder's, too.
+    GPT Understands, Too, Liu et al. 2021, arXiv:2103.10385. Use it where a prompt alone is slow to learn. Parameters
+    per site: N D; in training the encoder's, too.
     """
 
     def __init__(

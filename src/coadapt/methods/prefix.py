@@ -107,8 +107,9 @@ class PrefixTuning(AttentionMethod):
     """base(q, [P_k; k], [P_v; v])
 
     Prefix-Tuning: Optimizing Continuous Prompts for Generation, Li & Liang 2021, arXiv:2101.00190. For encoder-decoders
-    in encoder, decoder and cross-attention, as there. The decoupled form is LLaMA-Adapter's, arXiv:2303.16199.
-    Parameters per site: 2 N H D.
+    in encoder, decoder and cross-attention, as there. The decoupled form is LLaMA-Adapter's, arXiv:2303.16199. Use it
+    where generation is steered and weights must stay as they are; it needs a higher rate than the rest. Parameters per
+    site: 2 N H D.
     """
 
     def __init__(

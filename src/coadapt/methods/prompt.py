@@ -75,8 +75,8 @@ class VirtualTokens(InputMethod):
 class PromptTuning(VirtualTokens):
     """base([P; e]), without the first N outputs
 
-    The Power of Scale for Parameter-Efficient Prompt Tuning, Lester et al. 2021, arXiv:2104.08691.
-    Parameters per site: N D.
+    The Power of Scale for Parameter-Efficient Prompt Tuning, Lester et al. 2021, arXiv:2104.08691. Use it on large
+    models, where one short vector per task is all that is kept. Parameters per site: N D.
     """
 
     def __init__(self, config: PromptTuningConfig, place: Backbone, base: Any, shared: nn.Module | None = None) -> None:

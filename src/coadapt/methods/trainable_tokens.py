@@ -36,7 +36,8 @@ class TrainableTokensConfig(TargetedConfig):
 class TrainableTokens(WeightMethod):
     """W' = W, with other rows for some tokens
 
-    The plain way to teach new tokens: only their embeddings train. Parameters per site: D for each token.
+    The plain way to teach new tokens: only their embeddings train. Use it for new tokens, alone or beside a LoRA.
+    Parameters per site: D for each token.
     """
 
     widens = False
