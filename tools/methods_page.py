@@ -88,9 +88,9 @@ def page(old: str, table: str | None = None) -> str:
 HEAD = """# The methods
 
 Made from the methods' sources by `tools/methods_page.py`. Letters: O out-features, I in-features, K kernel size, D
-hidden size, r rank, N virtual tokens, H heads; W is the weight with what stands below in a composition. Where a method
-does something else than in the field's library, on purpose, [differences.md](differences.md) says why. Rates to start from:
-[learning_rates.md](learning_rates.md).
+hidden size, r rank, N virtual tokens, H heads; W is the weight with what stands below in a composition. Where a
+method does something else than in the field's library, on purpose, [differences.md](differences.md) says why. Rates
+to start from: [learning_rates.md](learning_rates.md).
 
 ## What each can do
 
