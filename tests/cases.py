@@ -7,6 +7,8 @@ from coadapt import (
     IA3Config,
     InvertibleConfig,
     LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
     LoraConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
@@ -24,6 +26,8 @@ CASES: dict[str, PeftConfig] = {
     "ia3": IA3Config(),
     "invertible": InvertibleConfig(),
     "ln-tuning": LNTuningConfig(),
+    "loha": LoHaConfig(r=3, alpha=6, init_weights=False),
+    "lokr": LoKrConfig(r=2, alpha=4, init_weights=False),
     "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8),
     "prefix": PrefixTuningConfig(num_virtual_tokens=3),
     "tokens": TrainableTokensConfig(token_indices=[3, 7, 20]),
@@ -41,6 +45,10 @@ VARIANTS: dict[str, PeftConfig] = {
     "bottleneck-pfeiffer": BottleneckConfig(bottleneck_size=4, adapter_layer_norm="before"),
     "bottleneck-parallel": BottleneckConfig(bottleneck_size=4, placement="parallel", scaling="learned"),
     "language": BottleneckConfig(bottleneck_size=4, inv_adapter="nice"),
+    "loha-core": LoHaConfig(r=3, use_effective_conv2d=True, init_weights=False),
+    "lokr-core": LoKrConfig(
+        r=1, decompose_both=True, decompose_factor=3, use_effective_conv2d=True, init_weights=False
+    ),
     "dora-all-linear": LoraConfig(r=4, use_dora=True, target_modules="all-linear", init_lora_weights=False),
     "p-tuning-lstm": PromptEncoderConfig(
         num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=8

@@ -5,7 +5,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
@@ -245,6 +245,46 @@ class TargetedConfig(PeftConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankedConfig(TargetedConfig):
+    """Options of the methods that can have another rank, and another scale, at some of their targets."""
+
+    rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Other ranks for some layers: end of a module's name, or a regular expression for it -> rank."""
+    alpha_pattern: Mapping[str, int | float] = field(default_factory=dict[str, int | float])
+    """Other alphas for some layers, in the same way."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, rank in self.rank_pattern.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(
+                    f"{type(self).__name__}: rank_pattern[{name!r}]={rank!r} must be a whole number of at least 1."
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LycorisConfig(RankedConfig):
+    """Options of the methods that come from LyCORIS: changes that are products of products."""
+
+    r: int = 8
+    """Rank of each product of two matrices."""
+    alpha: int | float = 8
+    """Scale of the change: it is multiplied by alpha / r."""
+    rank_dropout: float = 0.0
+    """Share of the output features that go without the change while training."""
+    module_dropout: float = 0.0
+    """How often a whole layer goes without its change while training."""
+    use_effective_conv2d: bool = False
+    """Kernels of more than one entry as a core tensor between two matrices (FedPara's proposition 3); otherwise they
+    are taken as a matrix (O, I K)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("r")
+        self.probability("rank_dropout", "module_dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
 class VirtualTokensConfig(PeftConfig):
     """Options of the methods that train virtual tokens: prompts, and prefixes. The checks are left out as a rule."""
 
@@ -349,9 +389,11 @@ def declared_options(source: str) -> dict[str, list[Option]]:
 
 
 def _options(node: ast.ClassDef) -> Iterable[Option]:
-    for field, after in zip(node.body, [*node.body[1:], None], strict=True):
-        if not isinstance(field, ast.AnnAssign) or "ClassVar" in (kind := ast.unparse(field.annotation)):
+    for declared, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if not isinstance(declared, ast.AnnAssign) or "ClassVar" in (kind := ast.unparse(declared.annotation)):
             continue
         text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-        default = "" if field.value is None else ast.unparse(field.value)
-        yield Option(name=ast.unparse(field.target), annotation=kind, default=default, doc=" ".join(str(text).split()))
+        default = "" if declared.value is None else ast.unparse(declared.value)
+        yield Option(
+            name=ast.unparse(declared.target), annotation=kind, default=default, doc=" ".join(str(text).split())
+        )

@@ -1,8 +1,9 @@
 """The field's library beside coadapt: the same configurations in both, its models, saved and loaded."""
 
+import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import coadapt
 from coadapt import PeftModel, get_peft_model
 from coadapt.formats.keys import entries
-from models import FAMILIES, MODELS, ids, logits, plain, stir
+from models import FAMILIES, MODELS, conv, ids, logits, plain, stir
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 SEQ2SEQ = {"task_type": "SEQ_2_SEQ_LM"}
@@ -29,9 +30,11 @@ class Case:
     options: dict[str, Any]
     theirs: dict[str, Any] | None = None
     """Options that the field's library needs besides, where it does not find them itself."""
+    wrong_gradients: str = ""
+    """What is wrong with the field's own gradients, which are then not compared."""
 
     def base(self) -> Any:
-        return (MODELS | FAMILIES | {"plain": plain})[self.model]()
+        return (MODELS | FAMILIES | {"plain": plain, "conv": conv})[self.model]()
 
     def ours(self) -> Any:
         return getattr(coadapt, self.config)(**self.options)
@@ -40,8 +43,12 @@ class Case:
         return getattr(peft, self.config)(**{**self.options, **(self.theirs or {})})
 
 
+CORE = "with a core tensor, its backward multiplies the gradients of B1 and B2 by the other product's factors"
+"""Of LoHa."""
+
+
 def lora(model: str, **options: Any) -> Case:
-    task = {"t5": SEQ2SEQ, "bert": CLASSES, "plain": {}}.get(model, CAUSAL)
+    task = {"t5": SEQ2SEQ, "bert": CLASSES, "plain": {}, "conv": {}}.get(model, CAUSAL)
     return Case(model, "LoraConfig", {"r": 4, "lora_alpha": 8, **task, **options})
 
 
@@ -56,7 +63,7 @@ def prefix(model: str, **options: Any) -> Case:
 
 
 def other(model: str, config: str, **options: Any) -> Case:
-    task = {"t5": SEQ2SEQ, "bert": CLASSES, "plain": {}}.get(model, CAUSAL)
+    task = {"t5": SEQ2SEQ, "bert": CLASSES, "plain": {}, "conv": {}}.get(model, CAUSAL)
     return Case(model, config, {**task, **options})
 
 
@@ -108,6 +115,21 @@ CASES = {
     "llama-ln": other("llama", "LNTuningConfig"),
     "gpt2-ln": other("gpt2", "LNTuningConfig"),
     "t5-ln": other("t5", "LNTuningConfig"),
+    "llama-loha": other("llama", "LoHaConfig", r=3, rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 3}),
+    "t5-loha": other("t5", "LoHaConfig", target_modules=["q", "wo"]),
+    "plain-loha": other("plain", "LoHaConfig", r=3, target_modules=["first", "conv"]),
+    "plain-loha-core": replace(
+        other("plain", "LoHaConfig", r=3, target_modules=["conv"], use_effective_conv2d=True), wrong_gradients=CORE
+    ),
+    "llama-lokr": other("llama", "LoKrConfig", r=2, rank_pattern={"v_proj": 1}, alpha_pattern={"q_proj": 3}),
+    "llama-lokr-both": other("llama", "LoKrConfig", r=2, decompose_both=True, decompose_factor=8),
+    "t5-lokr": other("t5", "LoKrConfig", r=4, target_modules=["q", "wo"], init_weights="lycoris"),
+    "plain-lokr": other("plain", "LoKrConfig", r=2, target_modules=["first", "conv"]),
+    "conv-lokr-core": other("conv", "LoKrConfig", r=1, target_modules=["first", "second"], use_effective_conv2d=True),
+    "conv-loha-core": replace(
+        other("conv", "LoHaConfig", r=3, alpha=64, target_modules=["first", "second"], use_effective_conv2d=True),
+        wrong_gradients=CORE,
+    ),
     "llama-ptuning": other("llama", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),
     "gpt2-ptuning": other("gpt2", "PromptEncoderConfig", num_virtual_tokens=3),
     "t5-ptuning": other("t5", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),
@@ -135,6 +157,9 @@ CASES = {
 def field_logits(model: Any, tokens: Tensor | None = None) -> Tensor:
     """Of the field's model, which returns those of virtual tokens too."""
     tokens = ids() if tokens is None else tokens
+    inner = model.get_base_model()
+    if "pixel_values" in inspect.signature(inner.forward).parameters:
+        return logits(inner, tokens)  # which the field's library has adapted in place
     got = logits(model, tokens) if hasattr(model.get_base_model(), "config") else model(tokens)
     return got[:, got.shape[1] - tokens.shape[1] :] if got.dim() == 3 and got.shape[1] > tokens.shape[1] else got
 

@@ -255,14 +255,17 @@ class _Seeded:
 
 
 class _Blank(TorchFunctionMode):
-    """Context: what would be filled with random numbers is zero, which costs next to nothing."""
+    """Context: what would be filled with random numbers is zero, which costs next to nothing.
+
+    But for what a generator of its own fills: those numbers are no start, they are always the same.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         match func.__name__:
             case "randn":
                 return torch.zeros(*args, **kwargs)
-            case "uniform_" | "normal_" | "kaiming_uniform_":
+            case "uniform_" | "normal_" | "kaiming_uniform_" if kwargs.get("generator") is None:
                 filled: Tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
                 with torch.no_grad():
                     return filled.zero_()

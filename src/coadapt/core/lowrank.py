@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ class LowRankMethod(WeightMethod):
 
     dropout: float = 0.0
     """Of the input to A, while training."""
+    by_factors: bool = True
+    """Whether the factors are all of it. False: `forward` adds noise of its own, so the fused paths leave it alone."""
 
     @property
     def drops(self) -> float:
@@ -41,6 +43,11 @@ class LowRankMethod(WeightMethod):
         if getattr(base.module, "groups", 1) > 1:  # B mixes all channels, A sees those of its group only
             return super().forward(x, base)
         return added(base, x, base(x), [Term(self, Gates((Gate(),)))], None)
+
+
+def is_fused(method: object) -> TypeGuard[LowRankMethod]:
+    """Whether its factors are all that has to be known of a method."""
+    return isinstance(method, LowRankMethod) and method.by_factors
 
 
 class Term(NamedTuple):

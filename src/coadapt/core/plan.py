@@ -17,7 +17,7 @@ from .frame import Frame, SiteCall
 from .gates import Gate, Gates
 from .input import EmbeddingCall, InputCall
 from .layer import Layer
-from .lowrank import LowRankCall, LowRankMethod, Term, is_plain
+from .lowrank import LowRankCall, Term, is_fused, is_plain
 from .merging import Merged
 from .method import AttentionMethod
 from .parameter import ParameterCall
@@ -99,7 +99,7 @@ class Plan:
 
     def _layer_call(self, module: nn.Module, parts: Mapping[str, Sequence[Part]]) -> SiteCall | None:
         layer = Layer(module, next(iter(parts.values()))[0].place.path)
-        low = all(len(found) == 1 and isinstance(found[0].method, LowRankMethod) for found in parts.values())
+        low = all(len(found) == 1 and is_fused(found[0].method) for found in parts.values())
         if low and is_plain(module) and not self.fused:
             found = self._terms({n: methods[0].method for n, methods in parts.items()})
             return LowRankCall(layer, [Term(m, g) for m, g in found]) if found else None

@@ -16,7 +16,7 @@ from .composition import Node, terms
 from .frame import Frame
 from .gates import per_row
 from .layer import Layer
-from .lowrank import LowRankMethod
+from .lowrank import LowRankMethod, is_fused
 from .site import first_input
 from .store import stamp
 
@@ -129,6 +129,6 @@ class Slots:
 def fits(part: Part) -> bool:
     """Whether a part of an adapter can go into a slot: two factors at a linear layer."""
     place = part.place
-    if place.parameter or place.reads or not isinstance(part.method, LowRankMethod):
+    if place.parameter or place.reads or not is_fused(part.method):
         return False
     return Layer(place.module, place.path).kind.name == "linear" and part.method.factors()[0].dim() == 2

@@ -15,6 +15,8 @@ from ..core.method import Progress, Reparametrization, method_for
 from ..methods.bitfit import BitFit
 from ..methods.dora import DoRA
 from ..methods.ia3 import IA3
+from ..methods.loha import LoHa
+from ..methods.lokr import LoKr
 from ..methods.lora import LoRA, LoraConfig
 from ..methods.prefix import Blocks, PrefixTuning, PrefixTuningConfig
 from ..methods.prompt import VirtualTokens
@@ -83,8 +85,8 @@ def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
             case PrefixTuning() as method if method.projection is not None:
                 yield _computed(method, f"{ROOT}{path}.P")
                 yield from _plain(adapter, part, path)
-            case BitFit() if isinstance(adapter.config, LoraConfig):
-                layers = {p.place.path for p in adapter.parts if isinstance(p.method, LoRA | DoRA)}
+            case BitFit() if method_for(adapter.config) is not BitFit:
+                layers = {p.place.path for p in adapter.parts if isinstance(p.method, method_for(adapter.config))}
                 inside = "base_layer." if part.place.path in layers else ""
                 yield _bias(part, f"{ROOT}{path}.{inside}bias")
             case KeptRows():
@@ -128,6 +130,8 @@ def _shape(part: Part, name: str, value: Tensor) -> tuple[int, ...]:
             return (*value.shape, *[1] * convolved)
         case (DoRA(), "m") if convolved:
             return (1, len(value), *[1] * convolved)
+        case ((LoHa() | LoKr()), ("T" | "T1" | "T2")) if convolved == 1:
+            return (*value.shape, 1)
         case IA3() as method, "l" if convolved or method.on_input:
             return (1, len(value), *[1] * convolved)
         case IA3(), "l":
@@ -210,7 +214,7 @@ def _bias(part: Part, key: str) -> Entry:
 
 def holds_biases(adapter: Adapter) -> bool:
     """Whether its file holds the base's biases with their changes, so that the base's own must be in place."""
-    return isinstance(adapter.config, LoraConfig) and any(isinstance(p.method, BitFit) for p in adapter.parts)
+    return method_for(adapter.config) is not BitFit and any(isinstance(p.method, BitFit) for p in adapter.parts)
 
 
 @torch.no_grad()

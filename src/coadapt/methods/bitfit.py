@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from ..config import TargetedConfig
 from ..core import roles, target
-from ..core.layer import Layer
-from ..core.method import Place, WeightMethod, register
+from ..core.layer import Layer, kind_of
+from ..core.method import Companion, Place, WeightMethod, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,19 @@ class BitFit(WeightMethod):
     @classmethod
     def places(cls, config: BitFitConfig, base: nn.Module) -> list[Place]:
         return [Place(p, m) for p, m in target.layers(config, base, roles.with_bias(base))]
+
+    @classmethod
+    def beside(cls, config: Any, base: nn.Module, places: list[Place]) -> list[Companion]:
+        """What the field `bias` of another method's configuration asks for: "none", "all", or "<method>_only"."""
+        if config.bias == "none":
+            return []
+        with_bias = set(roles.with_bias(base))
+        found = [Place(p, base.get_submodule(p)) for p in roles.with_bias(base)] if config.bias == "all" else places
+        found = [p for p in found if p.path in with_bias and kind_of(p.module) is not None]
+        if not found:
+            who = type(config).__name__
+            raise ValueError(f"{who}: bias={config.bias!r}, but none of the layers concerned has a bias.")
+        return [Companion(cls, BitFitConfig(), found)]
 
     def merge(self, weight: Tensor) -> Tensor:
         return weight

@@ -1,23 +1,22 @@
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
-from ..core import roles, target
-from ..core.layer import Layer, kind_of
+from ..config import RankedConfig
+from ..core import target
+from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
 from ..core.method import Companion, Place, register
-from .bitfit import BitFit, BitFitConfig
+from .bitfit import BitFit
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig(TargetedConfig):
+class LoraConfig(RankedConfig):
     """W' = W + (alpha / r) B A at the layers that are targeted."""
 
     kind = "LORA"
@@ -37,10 +36,6 @@ class LoraConfig(TargetedConfig):
     """Scale by alpha / sqrt(r) (arXiv:2312.03732)."""
     init_lora_weights: bool | str = True
     """True: A random, B zero, so that nothing changes at the start; "gaussian": A normal; False: both random."""
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    """Other ranks for some layers: end of a module's name, or a regular expression for it -> rank."""
-    alpha_pattern: Mapping[str, int | float] = field(default_factory=dict)
-    """Other alphas for some layers, in the same way."""
     target_parameters: Sequence[str] | None = None
     """Ends of the names of parameters that are no layer's weight: fused experts (`mlp.experts.down_proj`), each expert
     with factors of its own."""
@@ -65,9 +60,6 @@ class LoraConfig(TargetedConfig):
             )
         self.choice("bias", ("none", "lora_only", "all"))
         self.choice("init_lora_weights", (True, False, "gaussian"))
-        for name, rank in self.rank_pattern.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"LoraConfig: rank_pattern[{name!r}]={rank!r} must be a whole number of at least 1.")
 
 
 @register(LoraConfig)
@@ -84,8 +76,8 @@ class LoRA(LowRankMethod):
         super().__init__(config, layer, shared)
         experts = layer.shape[:1] if layer.kind.name == "experts" else ()
         out_features, *in_dims = layer.shape[len(experts) :]
-        r = _pattern(config.rank_pattern, layer.path, config.r)
-        alpha = _pattern(config.alpha_pattern, layer.path, config.lora_alpha)
+        r = target.matching(config.rank_pattern, layer.path, config.r)
+        alpha = target.matching(config.alpha_pattern, layer.path, config.lora_alpha)
         self.scale = alpha / (math.sqrt(r) if config.use_rslora else r)
         self.dropout = config.lora_dropout
         self.widens = not is_plain(layer.module)
@@ -106,13 +98,7 @@ class LoRA(LowRankMethod):
         raw = target.parameters(config, base)
         places = [] if raw and config.target_modules is None else super().places(config, base)
         places += [place for place in raw if place not in places]
-        for field_name in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(config, field_name):
-                if not any(_matches(key, place.path) for place in places):
-                    raise ValueError(
-                        f"LoraConfig: {field_name} key {key!r} matches none of the {len(places)} targets, "
-                        f"{places[0].path!r} among them."
-                    )
+        target.check_patterns(config, places, "rank_pattern", "alpha_pattern")
         target.check_transposed(config, [place.module for place in places])
         return places
 
@@ -125,22 +111,7 @@ class LoRA(LowRankMethod):
             for name, ids in named.items()
         ]
         beside = [Companion(TrainableTokens, own, TrainableTokens.places(own, base)) for own in found_tokens]
-        if config.bias == "none":
-            return beside
-        with_bias = set(roles.with_bias(base))
-        found = [Place(p, base.get_submodule(p)) for p in roles.with_bias(base)] if config.bias == "all" else places
-        found = [p for p in found if p.path in with_bias and kind_of(p.module) is not None]
-        if not found:
-            raise ValueError(f"LoraConfig: bias={config.bias!r}, but none of the layers concerned has a bias.")
-        return [Companion(BitFit, BitFitConfig(), found), *beside]
+        return [*BitFit.beside(config, base, places), *beside]
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         return self.A, self.B, self.scale
-
-
-def _matches(key: str, path: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({key})", path) is not None
-
-
-def _pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((value for key, value in pattern.items() if _matches(key, path)), default)
