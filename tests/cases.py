@@ -1,8 +1,11 @@
 """One small configuration per method: what the laws run over. A new method adds one line."""
 
 from coadapt import (
+    BeftConfig,
     BitFitConfig,
     BottleneckConfig,
+    C3AConfig,
+    FourierFTConfig,
     FullCopyConfig,
     IA3Config,
     InvertibleConfig,
@@ -11,6 +14,7 @@ from coadapt import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    ShiraConfig,
     TrainableTokensConfig,
 )
 from coadapt.config import PeftConfig
@@ -28,6 +32,10 @@ CASES: dict[str, PeftConfig] = {
     "prefix": PrefixTuningConfig(num_virtual_tokens=3),
     "tokens": TrainableTokensConfig(token_indices=[3, 7, 20]),
     "prompt": PromptTuningConfig(num_virtual_tokens=3),
+    "shira": ShiraConfig(r=1, init_weights=False),
+    "c3a": C3AConfig(block_size=2),
+    "beft": BeftConfig(init_weights=False),
+    "fourierft": FourierFTConfig(n_frequency=12, scaling=10.0),
 }
 """One per registered method; a test fails where one is missing."""
 

@@ -102,6 +102,10 @@ class Progress(nn.Module):
     """What a method knows of its training, as buffers. Files for inference leave it out."""
 
 
+class FromBase(nn.Module):
+    """What is made from the base's weights, as buffers, and so can be made again. Files leave it out."""
+
+
 class Driven:
     """Mixed into a method that acts between the steps of its training: see driving.py, which calls it."""
 
@@ -146,6 +150,23 @@ class WeightMethod(Method):
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         return base.apply(x, self.merge(base.weight()), self.merge_bias(base.bias))
+
+
+class AdditiveMethod(WeightMethod):
+    """W' = W + change, whatever W is: the layer runs as it is, and the change beside it, in the model's dtype."""
+
+    widens = False
+
+    @abstractmethod
+    def change(self) -> Tensor:
+        """(O, I, *K)"""
+
+    def merge(self, weight: Tensor) -> Tensor:
+        return weight + self.change()
+
+    def forward(self, x: Tensor, base: Layer) -> Tensor:
+        y = base(x)
+        return y + base.apply(x, self.change()).to(y.dtype)
 
 
 class ModuleMethod(Method):

@@ -2,8 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -11,6 +11,8 @@ from ..config import TargetedConfig, did_you_mean, nearest
 from .layer import kind_of
 from .mixture import Mixture, mixtures
 from .roles import Place, bypassed, heads, linears, query_and_value
+
+V = TypeVar("V")
 
 
 def suffix_match(path: str, name: str) -> bool:
@@ -215,3 +217,23 @@ def check_transposed(config: Any, modules: Sequence[nn.Module]) -> None:
             f"{_who(config)}: fan_in_fan_out=True, but no target stores its weight transposed. Leave it out: it is "
             "found."
         )
+
+
+def by_pattern(pattern: Mapping[str, V], path: str, default: V) -> V:
+    """What the first key says that is the end of `path`, or a regular expression for that end; else `default`."""
+    return next((value for key, value in pattern.items() if _fits(key, path)), default)
+
+
+def check_patterns(config: Any, fields: Sequence[str], places: Sequence[Place]) -> None:
+    """Refuses a key, in the fields that say something else for some targets, that none of the targets fits."""
+    for name in fields:
+        for key in getattr(config, name):
+            if not any(_fits(key, place.path) for place in places):
+                raise ValueError(
+                    f"{_who(config)}: {name} key {key!r} matches none of the {len(places)} targets, "
+                    f"{places[0].path!r} among them."
+                )
+
+
+def _fits(key: str, path: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({key})", path) is not None

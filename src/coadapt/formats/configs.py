@@ -145,9 +145,10 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
     """
     said = {k: v for k, v in values.items() if k != READABLE}
     said["modules_to_save"] = _there(said.get("modules_to_save"), base)
+    if "fan_in_fan_out" in said:
+        said["fan_in_fan_out"] = False  # found in the model
     match said.get("peft_type"):
         case "LORA" | "IA3":
-            said["fan_in_fan_out"] = False  # found in the model
             said["target_modules"] = said.get("target_modules") or None  # the field writes [] beside target_parameters
         case "PREFIX_TUNING":
             if not said.get("prefix_projection"):

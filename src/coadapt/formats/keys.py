@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..config import VirtualTokensConfig
 from ..core.adapter import Adapter, ModuleCopy, Part
 from ..core.layer import kind_of
-from ..core.method import Progress, Reparametrization, method_for
+from ..core.method import FromBase, Progress, Reparametrization, method_for
+from ..methods.beft import BEFT
 from ..methods.bitfit import BitFit
 from ..methods.dora import DoRA
 from ..methods.ia3 import IA3
@@ -112,7 +113,7 @@ def plain_path(base: nn.Module, path: str) -> str:
 
 
 def _plain(adapter: Adapter, part: Part, path: str) -> Iterator[Entry]:
-    inside = [f"{n}." for n, m in part.method.named_modules() if isinstance(m, Progress)]
+    inside = [f"{n}." for n, m in part.method.named_modules() if isinstance(m, Progress | FromBase)]
     for name, value in part.method.state_dict(keep_vars=True).items():
         if name.startswith(tuple(inside)):
             continue
@@ -130,6 +131,8 @@ def _shape(part: Part, name: str, value: Tensor) -> tuple[int, ...]:
             return (1, len(value), *[1] * convolved)
         case IA3() as method, "l" if convolved or method.on_input:
             return (1, len(value), *[1] * convolved)
+        case BEFT(), "delta":
+            return (1, len(value))
         case IA3(), "l":
             return (len(value), 1)
         case _:

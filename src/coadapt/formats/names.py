@@ -8,6 +8,10 @@ SITES: Mapping[str, Mapping[str, str]] = {
     "IA3": {"l": "ia3_l"},
     "TRAINABLE_TOKENS": {"rows": "trainable_tokens_delta"},
     "LN_TUNING": {"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"},
+    "FOURIERFT": {"c": "fourierft_spectrum"},
+    "BEFT": {"delta": "beft_bias"},
+    "C3A": {"w": "c3a_kernel"},
+    "SHIRA": {"s": "shira_weight", "at": "shira_indices"},
 }
 """Method -> parameter (or buffer) at a site -> what follows the path of the site."""
 

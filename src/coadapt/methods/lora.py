@@ -1,5 +1,4 @@
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -65,9 +64,7 @@ class LoraConfig(TargetedConfig):
             )
         self.choice("bias", ("none", "lora_only", "all"))
         self.choice("init_lora_weights", (True, False, "gaussian"))
-        for name, rank in self.rank_pattern.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"LoraConfig: rank_pattern[{name!r}]={rank!r} must be a whole number of at least 1.")
+        self.numbers("rank_pattern")
 
 
 @register(LoraConfig)
@@ -84,8 +81,8 @@ class LoRA(LowRankMethod):
         super().__init__(config, layer, shared)
         experts = layer.shape[:1] if layer.kind.name == "experts" else ()
         out_features, *in_dims = layer.shape[len(experts) :]
-        r = _pattern(config.rank_pattern, layer.path, config.r)
-        alpha = _pattern(config.alpha_pattern, layer.path, config.lora_alpha)
+        r = target.by_pattern(config.rank_pattern, layer.path, config.r)
+        alpha = target.by_pattern(config.alpha_pattern, layer.path, config.lora_alpha)
         self.scale = alpha / (math.sqrt(r) if config.use_rslora else r)
         self.dropout = config.lora_dropout
         self.widens = not is_plain(layer.module)
@@ -106,13 +103,7 @@ class LoRA(LowRankMethod):
         raw = target.parameters(config, base)
         places = [] if raw and config.target_modules is None else super().places(config, base)
         places += raw
-        for field_name in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(config, field_name):
-                if not any(_matches(key, place.path) for place in places):
-                    raise ValueError(
-                        f"LoraConfig: {field_name} key {key!r} matches none of the {len(places)} targets, "
-                        f"{places[0].path!r} among them."
-                    )
+        target.check_patterns(config, ("rank_pattern", "alpha_pattern"), places)
         target.check_transposed(config, [place.module for place in places])
         return places
 
@@ -136,11 +127,3 @@ class LoRA(LowRankMethod):
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         return self.A, self.B, self.scale
-
-
-def _matches(key: str, path: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({key})", path) is not None
-
-
-def _pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((value for key, value in pattern.items() if _matches(key, path)), default)
