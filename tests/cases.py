@@ -1,6 +1,7 @@
 """One small configuration per method: what the laws run over. A new method adds one line."""
 
 from coadapt import (
+    AdaLoraConfig,
     BeftConfig,
     BitFitConfig,
     BottleneckConfig,
@@ -32,6 +33,7 @@ CASES: dict[str, PeftConfig] = {
     "prefix": PrefixTuningConfig(num_virtual_tokens=3),
     "tokens": TrainableTokensConfig(token_indices=[3, 7, 20]),
     "prompt": PromptTuningConfig(num_virtual_tokens=3),
+    "adalora": AdaLoraConfig(total_step=9, init_r=4, target_r=2),
     "shira": ShiraConfig(r=1, init_weights=False),
     "c3a": C3AConfig(block_size=2),
     "beft": BeftConfig(init_weights=False),

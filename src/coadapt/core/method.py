@@ -110,13 +110,13 @@ class Driven:
     """Mixed into a method that acts between the steps of its training: see driving.py, which calls it."""
 
     @classmethod
-    def before_step(cls, methods: Sequence[Any]) -> None:
-        """The methods of one adapter, whose gradients are whole and not used yet. Default: nothing."""
+    def before_step(cls, methods: Sequence[Any], step: int) -> None:
+        """The methods of one adapter before its `step`-th step, the first is 1: gradients are whole, and not used yet.
+        Default: nothing."""
 
     @classmethod
-    def after_step(cls, methods: Sequence[Any], done: int) -> None:
-        """The methods of one adapter, which have been trained by `done` steps; gradients are there yet. Default:
-        nothing."""
+    def after_step(cls, methods: Sequence[Any], step: int) -> None:
+        """The same after it. Default: nothing."""
 
 
 class WeightMethod(Method):

@@ -12,6 +12,7 @@ from ..config import VirtualTokensConfig
 from ..core.adapter import Adapter, ModuleCopy, Part
 from ..core.layer import kind_of
 from ..core.method import FromBase, Progress, Reparametrization, method_for
+from ..methods.adalora import AdaLoRA
 from ..methods.beft import BEFT
 from ..methods.bitfit import BitFit
 from ..methods.dora import DoRA
@@ -131,6 +132,8 @@ def _shape(part: Part, name: str, value: Tensor) -> tuple[int, ...]:
             return (1, len(value), *[1] * convolved)
         case IA3() as method, "l" if convolved or method.on_input:
             return (1, len(value), *[1] * convolved)
+        case AdaLoRA(), "A":
+            return tuple(value.flatten(1).shape)
         case BEFT(), "delta":
             return (1, len(value))
         case IA3(), "l":

@@ -12,6 +12,7 @@ SITES: Mapping[str, Mapping[str, str]] = {
     "BEFT": {"delta": "beft_bias"},
     "C3A": {"w": "c3a_kernel"},
     "SHIRA": {"s": "shira_weight", "at": "shira_indices"},
+    "ADALORA": {"A": "lora_A", "B": "lora_B", "E": "lora_E"},
 }
 """Method -> parameter (or buffer) at a site -> what follows the path of the site."""
 
