@@ -1,8 +1,12 @@
 """One small configuration per method: what the laws run over. A new method adds one line."""
 
 from coadapt import (
+    AdaLoraConfig,
+    BeftConfig,
     BitFitConfig,
     BottleneckConfig,
+    C3AConfig,
+    FourierFTConfig,
     FullCopyConfig,
     IA3Config,
     InvertibleConfig,
@@ -13,6 +17,7 @@ from coadapt import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    ShiraConfig,
     TrainableTokensConfig,
 )
 from coadapt.config import PeftConfig
@@ -32,6 +37,11 @@ CASES: dict[str, PeftConfig] = {
     "prefix": PrefixTuningConfig(num_virtual_tokens=3),
     "tokens": TrainableTokensConfig(token_indices=[3, 7, 20]),
     "prompt": PromptTuningConfig(num_virtual_tokens=3),
+    "adalora": AdaLoraConfig(total_step=9, init_r=4, target_r=2),
+    "shira": ShiraConfig(r=1, init_weights=False),
+    "c3a": C3AConfig(block_size=2),
+    "beft": BeftConfig(init_weights=False),
+    "fourierft": FourierFTConfig(n_frequency=12, scaling=10.0),
 }
 """One per registered method; a test fails where one is missing."""
 

@@ -129,6 +129,14 @@ class PeftConfig:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{type(self).__name__}: {name}={value!r} must be a whole number of at least 1.")
 
+    def numbers(self, *names: str) -> None:
+        """Refuses mappings whose values are not whole numbers of at least 1."""
+        for name in names:
+            for key, value in getattr(self, name).items():
+                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                    who = f"{type(self).__name__}: {name}[{key!r}]"
+                    raise ValueError(f"{who}={value!r} must be a whole number of at least 1.")
+
     def probability(self, *names: str) -> None:
         """Refuses fields outside of [0, 1)."""
         for name in names:
@@ -255,11 +263,7 @@ class RankedConfig(TargetedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, rank in self.rank_pattern.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(
-                    f"{type(self).__name__}: rank_pattern[{name!r}]={rank!r} must be a whole number of at least 1."
-                )
+        self.numbers("rank_pattern")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,8 @@ from coadapt import PeftModel, get_peft_model
 from coadapt.formats.keys import entries
 from models import FAMILIES, MODELS, conv, ids, logits, plain, stir
 
+torch.sparse.check_sparse_tensor_invariants.disable()  # or their SHiRA warns that nobody has said
+
 CAUSAL = {"task_type": "CAUSAL_LM"}
 SEQ2SEQ = {"task_type": "SEQ_2_SEQ_LM"}
 CLASSES = {"task_type": "SEQ_CLS"}
@@ -130,6 +132,22 @@ CASES = {
         other("conv", "LoHaConfig", r=3, alpha=64, target_modules=["first", "second"], use_effective_conv2d=True),
         wrong_gradients=CORE,
     ),
+    "llama-fourierft": other("llama", "FourierFTConfig", n_frequency=40, n_frequency_pattern={"v_proj": 7}),
+    "gpt2-fourierft": other("gpt2", "FourierFTConfig", n_frequency=40, target_modules=["c_attn", "c_fc"], scaling=20.0),
+    "t5-fourierft": other("t5", "FourierFTConfig", n_frequency=40, random_loc_seed=5),
+    "plain-fourierft": other("plain", "FourierFTConfig", n_frequency=40, target_modules=["first"]),
+    # its gradient with respect to the input is wrong in theirs, so that adapters further down get others: one layer
+    "llama-c3a": other("llama", "C3AConfig", block_size=8, block_size_pattern={"v_proj": 4}, layers_to_transform=[1]),
+    "t5-c3a": other("t5", "C3AConfig", block_size=8, target_modules=r"decoder\.block\.1\..*\.wi"),
+    "llama-shira": other("llama", "ShiraConfig", r=2, random_seed=3),
+    "t5-shira": other("t5", "ShiraConfig", r=2),
+    "llama-beft": other("llama", "BeftConfig"),
+    "t5-beft": other("t5", "BeftConfig"),
+    "bert-beft": other("bert", "BeftConfig"),
+    "llama-adalora": other("llama", "AdaLoraConfig", total_step=9, init_r=4, target_r=2, lora_alpha=3),
+    "gpt2-adalora": other("gpt2", "AdaLoraConfig", total_step=9, init_r=4, target_r=2),
+    "t5-adalora": other("t5", "AdaLoraConfig", total_step=9, init_r=4, target_modules=["q", "wi"], target_r=2),
+    "plain-adalora": other("plain", "AdaLoraConfig", total_step=9, init_r=4, target_r=2, target_modules=["first"]),
     "llama-ptuning": other("llama", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),
     "gpt2-ptuning": other("gpt2", "PromptEncoderConfig", num_virtual_tokens=3),
     "t5-ptuning": other("t5", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),

@@ -18,6 +18,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (2, 3, 6)),
     "linear-no-bias": (lambda: nn.Linear(6, 5, bias=False), (2, 3, 6)),
     "linear-vector": (lambda: nn.Linear(6, 5), (6,)),
+    "linear-even": (lambda: nn.Linear(6, 4), (2, 3, 6)),
     "linear-deep": (lambda: nn.Linear(6, 5), (2, 2, 3, 6)),
     "gpt2-conv1d": (lambda: Conv1D(5, 6), (2, 3, 6)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 7)),
@@ -30,8 +31,20 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv3d-groups": (lambda: nn.Conv3d(4, 6, 3, groups=2, padding="same"), (2, 4, 3, 3, 4)),
     "embedding": (lambda: nn.Embedding(9, 5), (2, 3)),
     "embedding-padding": (lambda: nn.Embedding(9, 5, padding_idx=0), (2, 3)),
+    "embedding-even": (lambda: nn.Embedding(8, 4), (2, 3)),
     "norm": (lambda: nn.LayerNorm(6), (2, 3, 6)),
 }
+C3A_FITS = (
+    "linear-even",
+    "embedding-even",
+    "conv1d",
+    "conv1d-circular",
+    "conv1d-groups",
+    "conv2d",
+    "conv3d",
+    "conv2d-groups",
+    "conv3d-groups",
+)
 KIND = {"gpt2-conv1d": "linear"}
 ELSEWHERE = ("lora-experts", "lora-tokens")
 """Cases that need a whole model."""
@@ -54,8 +67,10 @@ def refusal(case: str, kind: str) -> str | None:
     method: Any = METHODS[EVERY[case].method]
     if KIND.get(kind, kind.partition("-")[0].rstrip("123d")) not in method.kinds:
         return "adapts layers of these kinds"
-    if case == "bitfit" and kind.startswith("embedding"):
+    if case in ("bitfit", "beft") and kind.startswith("embedding"):
         return "bias"
+    if case == "c3a" and kind not in C3A_FITS:
+        return "block_size=2 does not divide"
     return None
 
 
@@ -64,7 +79,7 @@ def prepared(kind: str, case: str) -> tuple[PeftModel, Tensor]:
     make, shape = LAYERS[kind]
     torch.manual_seed(0)
     layer = make()
-    x = torch.randint(0, 9, shape) if isinstance(layer, nn.Embedding) else torch.randn(shape)
+    x = torch.randint(0, 8, shape) if isinstance(layer, nn.Embedding) else torch.randn(shape)
     options = {k: v for k, v in EVERY[case].to_dict().items() if k not in ("target_modules", "peft_type")}
     if getattr(layer, "bias", None) is None and options.get("bias", "none") != "none":
         pytest.skip("there is no bias")

@@ -115,6 +115,7 @@ QUICK: dict[str, Case] = {
     "parallel-all-plain": Case(steps=[[[ACTIVE]]] * 2, wrapped=PLAIN),
     "rows": Case(steps=CHANGING),
     "serial": Case(steps=SERIAL),
+    "driven": Case(steps=[[[ACTIVE]], *[[[ACTIVE], [ACTIVE]]] * 3], cases=("adalora",), wrapped=PLAIN, active="a"),
     "accumulated": Case(steps=ACCUMULATED),
     "gates": Case(steps=[[[ACTIVE]], [[ACTIVE, MIXED]], [[MIXED]]], active="gated"),
     "routers": Case(steps=[[[ACTIVE]], [[ACTIVE, MIXED]], [[MIXED]]], active="routed", cases=ROUTED, reentrant=False),

@@ -12,9 +12,13 @@ from .adapter import Adapter
 from .method import Driven, Progress
 
 _followed: "weakref.WeakSet[Adapter]" = weakref.WeakSet()
-_seen: "weakref.WeakKeyDictionary[Adapter, tuple[int, int, int]]" = weakref.WeakKeyDictionary()
-"""At the last training call: writes into its parameters, steps that were told, and calls in a row with only the first
-of them moving."""
+_stepping: "weakref.WeakKeyDictionary[Any, list[Adapter]]" = weakref.WeakKeyDictionary()
+"""Optimiser -> what it trains in the step that it is in."""
+_untold: "weakref.WeakKeyDictionary[Adapter, list[Tensor]]" = weakref.WeakKeyDictionary()
+"""Adapter that has been in a training call, and of no step of which this process was told yet -> the lengths of its
+parameters then."""
+_told: "weakref.WeakSet[Adapter]" = weakref.WeakSet()
+"""Of whose steps this process has been told."""
 _hooks: list[Any] = []
 
 
@@ -35,18 +39,22 @@ def check(adapters: Iterable[Adapter]) -> None:
         RuntimeError: something that is no `torch.optim.Optimizer` trains one of them, so that its method is not driven.
     """
     for adapter in adapters:
-        if adapter.steps is None or (parameter := _first(adapter)) is None:
+        if adapter.steps is None or adapter in _told or not (parameters := _trained(adapter)):
             continue
-        writes, told = parameter._version, int(adapter.steps)
-        before = _seen.get(adapter, (writes, told, 0))
-        unseen = before[2] + 1 if writes != before[0] and told == before[1] else 0
-        _seen[adapter] = writes, told, unseen
-        if unseen > 1:
+        now = [p.detach().norm().cpu() for p in parameters]
+        before = _untold.setdefault(adapter, now)
+        if len(now) == len(before) and any(not torch.equal(a, b) for a, b in zip(now, before, strict=True)):
             names = ", ".join(cls.__name__ for cls, _ in _groups(adapter))
             raise RuntimeError(
                 f"Adapter {adapter.name!r} trains, but its method ({names}) is not told of the steps: whatever writes "
                 "its parameters is no torch.optim.Optimizer. Train it with one, or use a method that needs no driving."
             )
+        _untold[adapter] = now
+
+
+def forget(adapter: Adapter) -> None:
+    """To be called when its parameters were written otherwise than by a step."""
+    _untold.pop(adapter, None)
 
 
 def state(adapter: Adapter) -> dict[str, Tensor]:
@@ -67,39 +75,57 @@ def restore(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
         value.copy_(tensors[name])
 
 
-def _first(adapter: Adapter) -> nn.Parameter | None:
-    return next((p for p in adapter.parameters() if p.requires_grad), None)
+def _trained(adapter: Adapter) -> list[nn.Parameter]:
+    return [p for p in adapter.parameters() if p.requires_grad]
 
 
 def _groups(adapter: Adapter) -> list[tuple[type[Driven], Sequence[Any]]]:
-    """The driven methods of an adapter, by class."""
+    """The driven methods of an adapter, by class; those of them that train."""
     found: dict[type[Driven], list[Any]] = {}
     for part in adapter.parts:
-        if isinstance(part.method, Driven):
+        if isinstance(part.method, Driven) and any(p.requires_grad for p in part.method.parameters()):
             found.setdefault(type(part.method), []).append(part.method)
     return list(found.items())
 
 
 def _trained_by(optimizer: Any) -> list[Adapter]:
+    """What an optimiser has gradients of. They are the same in all processes, and so is what is made of them."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [a for a in list(_followed) if (first := _first(a)) is not None and id(first) in held and _has_grad(a)]
+    return [
+        adapter for adapter in list(_followed) if any(p.grad is not None and id(p) in held for p in _trained(adapter))
+    ]
 
 
-def _has_grad(adapter: Adapter) -> bool:
-    return any(p.grad is not None for p in adapter.parameters())
+def _refuse(adapter: Adapter, optimizer: Any) -> None:
+    if any(hasattr(p, "full_tensor") for p in adapter.parameters()):
+        raise RuntimeError(
+            f"Adapter {adapter.name!r} has a method that acts between steps, which needs whole parameters; these are "
+            "sharded. Leave the adapter unsharded (DistributedDataParallel), or use a method that needs no driving."
+        )
+    if getattr(optimizer, "grad_scale", None) is not None:
+        raise RuntimeError(
+            f"Adapter {adapter.name!r} has a method that reads gradients, and a fused optimiser leaves them scaled "
+            "under a GradScaler. Make the optimiser with fused=False."
+        )
 
 
 @torch.no_grad()
 def _before(optimizer: Any, args: Any, kwargs: Any) -> None:
-    for adapter in _trained_by(optimizer):
+    if not (found := _trained_by(optimizer)):
+        return
+    _stepping[optimizer] = found
+    for adapter in found:
+        _refuse(adapter, optimizer)
+        assert adapter.steps is not None
         for cls, methods in _groups(adapter):
-            cls.before_step(methods)
+            cls.before_step(methods, int(adapter.steps) + 1)
 
 
 @torch.no_grad()
 def _after(optimizer: Any, args: Any, kwargs: Any) -> None:
-    for adapter in _trained_by(optimizer):
+    for adapter in _stepping.pop(optimizer, ()):
         assert adapter.steps is not None
         adapter.steps += 1
+        _told.add(adapter)
         for cls, methods in _groups(adapter):
             cls.after_step(methods, int(adapter.steps))

@@ -102,17 +102,21 @@ class Progress(nn.Module):
     """What a method knows of its training, as buffers. Files for inference leave it out."""
 
 
+class FromBase(nn.Module):
+    """What is made from the base's weights, as buffers, and so can be made again. Files leave it out."""
+
+
 class Driven:
     """Mixed into a method that acts between the steps of its training: see driving.py, which calls it."""
 
     @classmethod
-    def before_step(cls, methods: Sequence[Any]) -> None:
-        """The methods of one adapter, whose gradients are whole and not used yet. Default: nothing."""
+    def before_step(cls, methods: Sequence[Any], step: int) -> None:
+        """The methods of one adapter before its `step`-th step, the first is 1: gradients are whole, and not used yet.
+        Default: nothing."""
 
     @classmethod
-    def after_step(cls, methods: Sequence[Any], done: int) -> None:
-        """The methods of one adapter, which have been trained by `done` steps; gradients are there yet. Default:
-        nothing."""
+    def after_step(cls, methods: Sequence[Any], step: int) -> None:
+        """The same after it. Default: nothing."""
 
 
 class WeightMethod(Method):
@@ -146,6 +150,23 @@ class WeightMethod(Method):
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         return base.apply(x, self.merge(base.weight()), self.merge_bias(base.bias))
+
+
+class AdditiveMethod(WeightMethod):
+    """W' = W + change, whatever W is: the layer runs as it is, and the change beside it, in the model's dtype."""
+
+    widens = False
+
+    @abstractmethod
+    def change(self) -> Tensor:
+        """(O, I, *K)"""
+
+    def merge(self, weight: Tensor) -> Tensor:
+        return weight + self.change()
+
+    def forward(self, x: Tensor, base: Layer) -> Tensor:
+        y = base(x)
+        return y + base.apply(x, self.change()).to(y.dtype)
 
 
 class ModuleMethod(Method):

@@ -121,6 +121,11 @@ def keys_and_values(base: nn.Module) -> list[str]:
     return _projections(base, "key", "value")
 
 
+def values(base: nn.Module) -> list[str]:
+    """As `query_and_value`, for values."""
+    return _projections(base, "value", "value")
+
+
 def _projections(base: nn.Module, one: str, other: str) -> list[str]:
     named = [(p, p.rpartition(".")[2]) for p, _ in linears(base)]
     split = [p for p, end in named if end in (*PROJECTIONS[one], *PROJECTIONS[other])]

@@ -367,6 +367,8 @@ class View(nn.Module, ABC):
         extra = state.pop("_extra_state", None)
         if extra is not None:
             self.set_extra_state(extra)
+        for adapter in self._names.values():
+            driving.forget(adapter)
         holder = nn.Module()
         holder.adapters, holder.gates = self.adapters, self.gates
         return holder.load_state_dict(state, strict=strict, assign=assign)

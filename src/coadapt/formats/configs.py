@@ -156,6 +156,8 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
     match said.get("peft_type"):
         case "LORA" | "IA3":
             said["target_modules"] = said.get("target_modules") or None  # the field writes [] beside target_parameters
+        case "ADALORA":
+            said.pop("r", None)  # a LoRA's, of which it makes no use
         case "PREFIX_TUNING":
             if not said.get("prefix_projection"):
                 said.pop("encoder_hidden_size", None)  # without one it says nothing

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ..config import VirtualTokensConfig
 from ..core.adapter import Adapter, ModuleCopy, Part
 from ..core.layer import kind_of
-from ..core.method import Progress, Reparametrization, method_for
+from ..core.method import FromBase, Progress, Reparametrization, method_for
+from ..methods.adalora import AdaLoRA
+from ..methods.beft import BEFT
 from ..methods.bitfit import BitFit
 from ..methods.dora import DoRA
 from ..methods.ia3 import IA3
@@ -85,7 +87,7 @@ def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
             case PrefixTuning() as method if method.projection is not None:
                 yield _computed(method, f"{ROOT}{path}.P")
                 yield from _plain(adapter, part, path)
-            case BitFit() if method_for(adapter.config) is not BitFit:
+            case BitFit() if not issubclass(method_for(adapter.config), BitFit):
                 layers = {p.place.path for p in adapter.parts if isinstance(p.method, method_for(adapter.config))}
                 inside = "base_layer." if part.place.path in layers else ""
                 yield _bias(part, f"{ROOT}{path}.{inside}bias")
@@ -114,7 +116,7 @@ def plain_path(base: nn.Module, path: str) -> str:
 
 
 def _plain(adapter: Adapter, part: Part, path: str) -> Iterator[Entry]:
-    inside = [f"{n}." for n, m in part.method.named_modules() if isinstance(m, Progress)]
+    inside = [f"{n}." for n, m in part.method.named_modules() if isinstance(m, Progress | FromBase)]
     for name, value in part.method.state_dict(keep_vars=True).items():
         if name.startswith(tuple(inside)):
             continue
@@ -134,6 +136,10 @@ def _shape(part: Part, name: str, value: Tensor) -> tuple[int, ...]:
             return (*value.shape, 1)
         case IA3() as method, "l" if convolved or method.on_input:
             return (1, len(value), *[1] * convolved)
+        case AdaLoRA(), "A":
+            return tuple(value.flatten(1).shape)
+        case BEFT(), "delta":
+            return (1, len(value))
         case IA3(), "l":
             return (len(value), 1)
         case _:
@@ -214,7 +220,8 @@ def _bias(part: Part, key: str) -> Entry:
 
 def holds_biases(adapter: Adapter) -> bool:
     """Whether its file holds the base's biases with their changes, so that the base's own must be in place."""
-    return method_for(adapter.config) is not BitFit and any(isinstance(p.method, BitFit) for p in adapter.parts)
+    beside = not issubclass(method_for(adapter.config), BitFit)
+    return beside and any(isinstance(p.method, BitFit) for p in adapter.parts)
 
 
 @torch.no_grad()

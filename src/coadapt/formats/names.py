@@ -25,6 +25,11 @@ SITES: Mapping[str, Mapping[str, str]] = {
         "T": "lokr_t2",
     },
     "LN_TUNING": {"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"},
+    "FOURIERFT": {"c": "fourierft_spectrum"},
+    "BEFT": {"delta": "beft_bias"},
+    "C3A": {"w": "c3a_kernel"},
+    "SHIRA": {"s": "shira_weight", "at": "shira_indices"},
+    "ADALORA": {"A": "lora_A", "B": "lora_B", "E": "lora_E"},
 }
 """Method -> parameter (or buffer) at a site -> what follows the path of the site."""
 

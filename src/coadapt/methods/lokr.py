@@ -48,6 +48,13 @@ class LoKr(WeightMethod):
     """
 
     widens = False
+    C: Tensor  # (l, m)
+    Cb: Tensor | None  # (l, R); then Ca (R, m)
+    Ca: Tensor
+    D: Tensor  # (k, n, *K)
+    Db: Tensor | None  # (k, R); then Da (R, n K), or with a core T (R, R, *K) (R, k) and (R, n)
+    Da: Tensor
+    T: Tensor | None
 
     def __init__(self, config: LoKrConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
@@ -73,8 +80,8 @@ class LoKr(WeightMethod):
             self.register_parameter(name, made)
         if config.init_weights:
             lycoris = config.init_weights == "lycoris"
-            first = (self.D if full else self.Da) if lycoris else (self.Cb if both else self.C)
-            nn.init.zeros_(first)
+            first = ("D" if full else "Da") if lycoris else ("Cb" if both else "C")
+            nn.init.zeros_(self.get_parameter(first))
 
     @classmethod
     def places(cls, config: LoKrConfig, base: nn.Module) -> list[Place]:

@@ -41,6 +41,8 @@ TASK_TYPES: Mapping[Task, TaskType] = {
 TASKS: Mapping[str, Task] = {str(value): key for key, value in TASK_TYPES.items()}
 USUAL_LENGTH = 1024
 """Longest example where nothing else is said."""
+ENDLESS = 10**9
+"""Steps of a run that is measured and not carried out."""
 POSITIONS = ("max_position_embeddings", "n_positions", "seq_length")
 """Names that model configurations have for the number of positions."""
 
@@ -165,11 +167,15 @@ def adapter_config(
 ) -> PeftConfig:
     """The configuration object of an adapter's settings; `seed` is that of its start, where they have none.
 
+    A schedule whose length is still open (see `RunConfig.with_steps`) has none that matters.
+
     Raises:
         ValueError: an option has a value that its method does not take.
     """
     method = method_named(adapter.method)
     options = {"init_seed": seed, **adapter.options} if seed is not None else adapter.options
+    if "total_step" in method.names():
+        options = {"total_step": ENDLESS, **options}
     try:
         return CONFIGS[method.kind](**method.fixed, **options, task_type=TASK_TYPES.get(task), revision=revision)
     except TypeError as error:

@@ -229,8 +229,8 @@ def same_run(folder: Path, run: RunConfig) -> Mapping[str, Any]:
     known = {**left_open, **before}
     # What is left open now is found as it was found then.
     for name, adapter in now["adapters"].items():
-        if "learning_rate" not in adapter and (then := known["adapters"].get(name)):
-            adapter["learning_rate"] = then["learning_rate"]
+        then = known["adapters"].get(name, {})
+        adapter |= {key: then[key] for key in ("learning_rate", "total_step") if key not in adapter and key in then}
     other = [n for n in now if n not in MAY_CHANGE and now[n] is not None and known[n] != now[n]]
     if other:
         shown = "\n".join(f"  {n}: {known[n]!r} then, {now[n]!r} now" for n in other)

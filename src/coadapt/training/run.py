@@ -1,5 +1,6 @@
 """A training run from its settings to the finished folder."""
 
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,7 +62,7 @@ def train(run: RunConfig, console: Console, callbacks: Sequence[TrainerCallback]
     start = folder.claim(out, run)
     material = gather(run, table)
     material.tell(console)
-    run, view = _attached(run, material, out, start)
+    run, view = _attached(run, table, material, out, start)
     trainer = _trainer(run, view, table, material, out, resuming=start.checkpoint is not None)
     console.print(settings_table(run, view, trainer.forecast(), trainer.told()), "")
     if run.resume:
@@ -79,10 +80,13 @@ def train(run: RunConfig, console: Console, callbacks: Sequence[TrainerCallback]
     return done
 
 
-def _attached(run: RunConfig, material: Material, out: Path, start: folder.Start) -> tuple[RunConfig, PeftModel]:
+def _attached(
+    run: RunConfig, table: Timetable, material: Material, out: Path, start: folder.Start
+) -> tuple[RunConfig, PeftModel]:
     """The run with what was open, and the base with its adapters."""
     task = material.task
     seed_everything(run.seed)
+    run = run.with_steps(spans(run, table, material))
     configs = {
         # With one data set by itself, starts are drawn one after another, as they always were.
         name: adapter_config(name, a, task, run.revision, own_seed(run.seed, name) if run.datasets else None)
@@ -156,6 +160,25 @@ def length(run: RunConfig, table: Timetable, rows: Sequence[int], weights: Seque
         list(table.datasets.values()),
     )
     return max(stream.end(run.num_train_epochs) for stream in found)
+
+
+def spans(run: RunConfig, table: Timetable, material: Material) -> dict[str, int]:
+    """Adapter -> the steps that it trains for.
+
+    Raises:
+        ValueError: a method wants to know, and the batch size, and so the length of the run, is to be found on the way.
+    """
+    rows = [len(part.made.train) for part in material.parts.values()]
+    steps = length(run, table, rows, material.weights(run.mixing_temperature))
+    if steps <= 0:  # as Trainer counts
+        batches = math.ceil(rows[0] / run.per_device_train_batch_size / processes.count())
+        steps = math.ceil(run.num_train_epochs * math.ceil(batches / run.gradient_accumulation_steps))
+        if run.auto_find_batch_size and run.with_steps(dict.fromkeys(run.adapters, 1)) != run:
+            raise ValueError(
+                "auto_find_batch_size changes how many steps the run has, and a method's schedule needs to know: give "
+                "max_steps, or the adapter's total_step."
+            )
+    return {name: (steps if span.stop is None else span.stop) - span.start for name, span in table.adapters.items()}
 
 
 def _fit(run: RunConfig, trainer: JointTrainer, start: folder.Start, console: Console) -> bool:

@@ -285,6 +285,16 @@ class RunConfig(BaseModel):
         }
         return self.model_copy(update={"adapters": found})
 
+    def with_steps(self, steps: Mapping[str, int]) -> Self:
+        """The run in which each adapter trains for so many steps: no schedule of a method has an open end."""
+        found = {
+            name: a.model_copy(update={"total_step": steps[name]})
+            if "total_step" in method_named(a.method).names() and a.options.get("total_step") is None
+            else a
+            for name, a in self.adapters.items()
+        }
+        return self.model_copy(update={"adapters": found})
+
     def peak_rates(self) -> dict[str, float]:
         """Adapter -> learning rate.
 
