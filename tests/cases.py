@@ -4,13 +4,16 @@ from coadapt import (
     BitFitConfig,
     BottleneckConfig,
     FullCopyConfig,
+    HRAConfig,
     IA3Config,
     InvertibleConfig,
     LNTuningConfig,
     LoraConfig,
+    OFTConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    RoadConfig,
     TrainableTokensConfig,
 )
 from coadapt.config import PeftConfig
@@ -22,10 +25,14 @@ CASES: dict[str, PeftConfig] = {
     "dora": LoraConfig(r=4, use_dora=True, init_lora_weights=False),
     "full-copy": FullCopyConfig(target_modules=r".*(v_proj|c_proj|dense|SelfAttention\.v|value|second|fc1)"),
     "ia3": IA3Config(),
+    "hra": HRAConfig(r=3, init_weights=False),
     "invertible": InvertibleConfig(),
     "ln-tuning": LNTuningConfig(),
+    "oft": OFTConfig(r=1, oft_block_size=0, use_cayley_neumann=False, init_weights=False),
+    "coft": OFTConfig(r=1, oft_block_size=0, coft=True, eps=1.0, init_weights=False),
     "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8),
     "prefix": PrefixTuningConfig(num_virtual_tokens=3),
+    "road": RoadConfig(variant="road_4", group_size=2, init_weights=False),
     "tokens": TrainableTokensConfig(token_indices=[3, 7, 20]),
     "prompt": PromptTuningConfig(num_virtual_tokens=3),
 }
@@ -42,6 +49,9 @@ VARIANTS: dict[str, PeftConfig] = {
     "bottleneck-parallel": BottleneckConfig(bottleneck_size=4, placement="parallel", scaling="learned"),
     "language": BottleneckConfig(bottleneck_size=4, inv_adapter="nice"),
     "dora-all-linear": LoraConfig(r=4, use_dora=True, target_modules="all-linear", init_lora_weights=False),
+    "hra-orthogonal": HRAConfig(r=2, apply_GS=True),
+    "oft-blocks": OFTConfig(oft_block_size=2, block_share=True, init_weights=False),
+    "road-1": RoadConfig(group_size=2, init_weights=False),
     "p-tuning-lstm": PromptEncoderConfig(
         num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=8
     ),

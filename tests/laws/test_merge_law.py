@@ -18,6 +18,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (2, 3, 6)),
     "linear-no-bias": (lambda: nn.Linear(6, 5, bias=False), (2, 3, 6)),
     "linear-vector": (lambda: nn.Linear(6, 5), (6,)),
+    "linear-even": (lambda: nn.Linear(6, 4), (2, 3, 6)),
     "linear-deep": (lambda: nn.Linear(6, 5), (2, 2, 3, 6)),
     "gpt2-conv1d": (lambda: Conv1D(5, 6), (2, 3, 6)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 7)),
@@ -56,6 +57,11 @@ def refusal(case: str, kind: str) -> str | None:
         return "adapts layers of these kinds"
     if case == "bitfit" and kind.startswith("embedding"):
         return "bias"
+    if case == "oft-blocks" and kind in ("conv1d-depthwise", "embedding", "embedding-padding"):
+        return "divide"  # 3 or 5 features
+    odd = "linear" in kind or kind.startswith(("embedding", "gpt2"))  # 5 outputs
+    if case.startswith("road") and odd and kind != "linear-even":
+        return "group_size=2 does not divide"
     return None
 
 

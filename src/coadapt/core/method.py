@@ -126,15 +126,19 @@ class WeightMethod(Method):
 
     def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__()
-        if layer.kind.name not in self.kinds:
+        self.kind = layer.kind.name
+        if self.kind not in self.kinds:
             raise ValueError(
                 f"{type(self).__name__} adapts layers of these kinds: {', '.join(self.kinds)}; {layer.path!r} is a "
-                f"{type(layer.module).__name__} ({layer.kind.name}). Leave it out of target_modules."
+                f"{type(layer.module).__name__} ({self.kind}). Leave it out of target_modules."
             )
 
     @classmethod
     def places(cls, config: Any, base: nn.Module) -> list[Place]:
-        return [Place(path, module) for path, module in target.layers(config, base)]
+        found = target.layers(config, base)
+        if hasattr(config, "fan_in_fan_out"):
+            target.check_transposed(config, [module for _, module in found])
+        return [Place(path, module) for path, module in found]
 
     @abstractmethod
     def merge(self, weight: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """adapter_config.json: an adapter's configuration as the field's programs read it, and theirs as we do."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
@@ -125,7 +126,11 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
             moves = config.position_offset in (None, config.num_virtual_tokens)
             return as_theirs and moves and config.prefix_type == "joint"
         case _:
-            return method_for(config).registered in names.SITES
+            method = method_for(config)
+            takes = names.TAKES.get(method.registered)
+            layers = [p.place.module for p in adapter.parts if isinstance(p.method, method)]
+            known = takes is None or all(any(c.__name__ in takes for c in type(m).__mro__) for m in layers)
+            return method.registered in names.SITES and known
 
 
 def asked_targets(config: PeftConfig) -> str | None:
@@ -145,10 +150,15 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
     """
     said = {k: v for k, v in values.items() if k != READABLE}
     said["modules_to_save"] = _there(said.get("modules_to_save"), base)
+    said.pop("fan_in_fan_out", None)  # found in the model
     match said.get("peft_type"):
         case "LORA" | "IA3":
-            said["fan_in_fan_out"] = False  # found in the model
             said["target_modules"] = said.get("target_modules") or None  # the field writes [] beside target_parameters
+        case "OFT":
+            _of_its_age(said)
+            for name, needs in (("eps", "coft"), ("num_cayley_neumann_terms", "use_cayley_neumann")):
+                if not said.get(needs):
+                    said.pop(name, None)  # says nothing
         case "PREFIX_TUNING":
             if not said.get("prefix_projection"):
                 said.pop("encoder_hidden_size", None)  # without one it says nothing
@@ -156,6 +166,26 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
             said.pop("encoder_num_layers", None)  # of the LSTM
             said.pop("encoder_dropout", None)
     return PeftConfig.from_dict({**_assumed(said.get("peft_type"), base), **said})
+
+
+def _of_its_age(said: dict[str, Any]) -> None:
+    """OFT has meant three things in the field's files.
+
+    Raises:
+        ValueError: the file is of the first kind, whose parameters are others.
+    """
+    if "oft_block_size" not in said:
+        raise ValueError(
+            "This OFT file was written before peft 0.14, whose rotations have other parameters. Train it anew, or merge "
+            "it with peft 0.13."
+        )
+    said.setdefault("use_cayley_neumann", False)  # came later than files without it
+    if said["use_cayley_neumann"] and "peft_version" not in said:  # written since 0.18
+        warnings.warn(
+            "This OFT file was written before peft 0.18, whose series for Cayley's transform was another one: its "
+            "rotations are not quite those that were trained.",
+            stacklevel=3,
+        )
 
 
 def _there(names: Sequence[str] | None, base: nn.Module) -> list[str] | None:

@@ -146,11 +146,11 @@ def _key(adapter: Adapter, part: Part, path: str, name: str) -> str:
     if isinstance(part.method, ModuleCopy):
         virtual = isinstance(adapter.config, VirtualTokensConfig)
         return (VIRTUAL_ROOT if virtual else ROOT) + inside + name.removeprefix("copy.")
-    known = names.SITES.get(part.method.registered, {}).get(name, name)
-    kind = kind_of(part.place.module)
-    if kind is not None and kind.name == "embedding" and known.endswith(".weight"):
-        known = known.replace("lora_", "lora_embedding_").removesuffix(".weight")
-    return ROOT + inside + known
+    tables = [names.SITES]
+    if (kind := kind_of(part.place.module)) is not None and kind.name == "embedding":
+        tables.insert(0, names.EMBEDDED)
+    known = [found for t in tables if (found := t.get(part.method.registered, {}).get(name)) is not None]
+    return ROOT + inside + (known[0] if known else name)
 
 
 def _of_parameter(adapter: Adapter, part: Part, method: LoRA, path: str) -> Iterator[Entry]:

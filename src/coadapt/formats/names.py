@@ -1,15 +1,35 @@
 """What the field's files call the parameters of each method; a method without a line keeps our own names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 SITES: Mapping[str, Mapping[str, str]] = {
     "LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
     "DORA": {"change.A": "lora_A.weight", "change.B": "lora_B.weight", "m": "lora_magnitude_vector"},
     "IA3": {"l": "ia3_l"},
     "TRAINABLE_TOKENS": {"rows": "trainable_tokens_delta"},
+    "HRA": {"U": "hra_u"},
+    "ROAD": {"theta": "road_theta", "alpha": "road_alpha"},
+    "OFT": {"Q": "oft_R.weight"},
+    "COFT": {"Q": "oft_R.weight"},
     "LN_TUNING": {"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"},
 }
 """Method -> parameter (or buffer) at a site -> what follows the path of the site."""
+
+EMBEDDED: Mapping[str, Mapping[str, str]] = {
+    "LORA": {"A": "lora_embedding_A", "B": "lora_embedding_B"},
+    "DORA": {"change.A": "lora_embedding_A", "change.B": "lora_embedding_B"},
+    "OFT": {"Q": "oft_embedding_R.weight"},
+    "COFT": {"Q": "oft_embedding_R.weight"},
+}
+"""The same at embeddings, where it differs there."""
+
+TAKES: Mapping[str, Sequence[str]] = {
+    "HRA": ("Linear",),
+    "ROAD": ("Linear",),
+    "OFT": ("Linear", "Embedding"),
+    "COFT": ("Linear", "Embedding"),
+}
+"""Method -> classes of layers at which the field's library has it and computes the same; without a line, all."""
 
 SHARED: Mapping[str, Mapping[str, str]] = {}
 """Method -> parameter (or buffer) of what all sites share -> the whole key in a file."""
