@@ -148,8 +148,12 @@ class WeightMethod(Method):
         """(O,) or None -> (O,) or None. Pure."""
         return bias
 
+    def new_bias(self, below: Layer) -> Tensor | None:
+        """b' of a layer, which is `merge_bias` of its bias unless the method lets it depend on the weight, too."""
+        return self.merge_bias(below.bias)
+
     def forward(self, x: Tensor, base: Layer) -> Tensor:
-        return base.apply(x, self.merge(base.weight()), self.merge_bias(base.bias))
+        return base.apply(x, self.merge(base.weight()), self.new_bias(base))
 
 
 class ModuleMethod(Method):

@@ -72,8 +72,8 @@ def cayley(q: Tensor) -> Tensor:
 def cayley_neumann(q: Tensor, terms: int) -> Tensor:
     """R - I for the rotation R = (I + Q) (I - Q)^-1, by a series: 2 Q + 2 Q^2 + ... + Q^(terms - 1).
 
-    No matrix is inverted, and R is a rotation as far as the powers that are left out are small. As the field counts, the
-    series of 3 terms is that of 4, and that of 2 is 2 Q.
+    No matrix is inverted, and R is a rotation as far as the powers that are left out are small. As the field counts,
+    the series of 3 terms is that of 4, and that of 2 is 2 Q.
     """
     if terms == 2:
         return 2 * q

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -206,6 +206,26 @@ def among(config: TargetedConfig, field: str, paths: Sequence[str], usual: Seque
         ends = sorted({p.rpartition(".")[2] for p in paths})
         raise ValueError(f"{_who(config)}: {field} {idle} matches none of the targets, which are called {ends}.")
     return found
+
+
+def matching(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+    """What the first key of `pattern` that fits says of `path`: the end of its name, or a regular expression for it."""
+    return next((value for key, value in pattern.items() if _fits(key, path)), default)
+
+
+def check_patterns(config: TargetedConfig, places: Sequence[Place], *names: str) -> None:
+    """Refuses a key of the patterns (fields of these `names`) that fits none of the places."""
+    for name in names:
+        for key in getattr(config, name):
+            if not any(_fits(key, place.path) for place in places):
+                raise ValueError(
+                    f"{_who(config)}: {name} key {key!r} matches none of the {len(places)} targets, "
+                    f"{places[0].path!r} among them."
+                )
+
+
+def _fits(key: str, path: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({key})", path) is not None
 
 
 def check_transposed(config: Any, modules: Sequence[nn.Module]) -> None:

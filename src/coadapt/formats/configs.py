@@ -13,8 +13,10 @@ from ..core.backbone import backbones
 from ..core.method import method_for
 from ..core.roles import HEADS, Place
 from ..core.target import suffix_match
+from ..methods.hira import HiraConfig
 from ..methods.ia3 import FEED_FORWARD, IA3Config
 from ..methods.lora import LoraConfig
+from ..methods.miss import MissConfig
 from ..methods.prefix import PrefixTuningConfig
 from ..methods.prompt import PromptTuningConfig
 from ..methods.trainable_tokens import TrainableTokensConfig
@@ -46,6 +48,8 @@ def described(adapter: Adapter, base: nn.Module) -> dict[str, Any]:
     if isinstance(config, LoraConfig):
         said |= {"init_lora_weights": True, "lora_alpha": _whole(config.lora_alpha)}
         said["alpha_pattern"] = {k: _whole(v) for k, v in config.alpha_pattern.items()}
+    if isinstance(config, MissConfig):
+        said["init_weights"] = config.init_weights or True  # is its form, too
     if isinstance(config, TargetedConfig) and readable(config, adapter, base):
         said |= _targets(config, adapter, base)
     if not readable(config, adapter, base):
@@ -125,6 +129,8 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
         case PrefixTuningConfig():
             moves = config.position_offset in (None, config.num_virtual_tokens)
             return as_theirs and moves and config.prefix_type == "joint"
+        case HiraConfig() if config.rank_pattern:  # which they do not read
+            return False
         case _:
             method = method_for(config)
             takes = names.TAKES.get(method.registered)
@@ -154,6 +160,14 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
     match said.get("peft_type"):
         case "LORA" | "IA3":
             said["target_modules"] = said.get("target_modules") or None  # the field writes [] beside target_parameters
+        case "HIRA" if READABLE not in values:
+            said.pop("rank_pattern", None)  # the field does not read it either
+        case "MISS" | "BONE":
+            if said["peft_type"] == "BONE":
+                warnings.warn("Bone is called MiSS now; this file is read as one of MiSS.", stacklevel=2)
+            said["peft_type"] = "MISS"
+            if said.get("init_weights") != "mini":
+                said.pop("mini_r", None)  # says nothing
         case "OFT":
             _of_its_age(said)
             for name, needs in (("eps", "coft"), ("num_cayley_neumann_terms", "use_cayley_neumann")):
@@ -176,8 +190,8 @@ def _of_its_age(said: dict[str, Any]) -> None:
     """
     if "oft_block_size" not in said:
         raise ValueError(
-            "This OFT file was written before peft 0.14, whose rotations have other parameters. Train it anew, or merge "
-            "it with peft 0.13."
+            "This OFT file was written before peft 0.14, whose rotations have other parameters. Train it anew, or "
+            "merge it with peft 0.13."
         )
     said.setdefault("use_cayley_neumann", False)  # came later than files without it
     if said["use_cayley_neumann"] and "peft_version" not in said:  # written since 0.18

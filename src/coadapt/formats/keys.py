@@ -14,6 +14,8 @@ from ..core.layer import kind_of
 from ..core.method import Progress, Reparametrization, method_for
 from ..methods.bitfit import BitFit
 from ..methods.dora import DoRA
+from ..methods.glora import GLoRA
+from ..methods.hira import HiRA
 from ..methods.ia3 import IA3
 from ..methods.lora import LoRA, LoraConfig
 from ..methods.prefix import Blocks, PrefixTuning, PrefixTuningConfig
@@ -87,6 +89,9 @@ def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
                 layers = {p.place.path for p in adapter.parts if isinstance(p.method, LoRA | DoRA)}
                 inside = "base_layer." if part.place.path in layers else ""
                 yield _bias(part, f"{ROOT}{path}.{inside}bias")
+            case GLoRA() as method:
+                yield from _plain(adapter, part, path)
+                yield from (_zeros(f"{ROOT}{path}.glora_{n}.zeros", shape) for n, shape in method.absent.items())
             case KeptRows():
                 yield from _kept(adapter, part, base)
             case TrainableTokens() if isinstance(adapter.config, LoraConfig):
@@ -124,7 +129,7 @@ def _shape(part: Part, name: str, value: Tensor) -> tuple[int, ...]:
     kind = kind_of(part.place.module)
     convolved = part.place.module.get_parameter("weight").dim() - 2 if kind is not None and kind.name == "conv" else 0
     match part.method, name:
-        case ((LoRA() | DoRA()), ("B" | "change.B")):
+        case ((LoRA() | DoRA() | HiRA()), ("B" | "change.B")):
             return (*value.shape, *[1] * convolved)
         case (DoRA(), "m") if convolved:
             return (1, len(value), *[1] * convolved)
@@ -149,8 +154,13 @@ def _key(adapter: Adapter, part: Part, path: str, name: str) -> str:
     tables = [names.SITES]
     if (kind := kind_of(part.place.module)) is not None and kind.name == "embedding":
         tables.insert(0, names.EMBEDDED)
-    known = [found for t in tables if (found := t.get(part.method.registered, {}).get(name)) is not None]
-    return ROOT + inside + (known[0] if known else name)
+    head, dot, rest = name.partition(".")
+    for known in (table.get(part.method.registered, {}) for table in tables):
+        if name in known:
+            return ROOT + inside + known[name]
+        if head in known:
+            return ROOT + inside + known[head] + dot + rest
+    return ROOT + inside + name
 
 
 def _of_parameter(adapter: Adapter, part: Part, method: LoRA, path: str) -> Iterator[Entry]:
@@ -194,6 +204,11 @@ def _tokens_beside(adapter: Adapter, part: Part, path: str) -> Iterator[Entry]:
         yield _whole(f"{ROOT}{path}.token_adapter.trainable_tokens_delta", rows)
 
 
+def _zeros(key: str, shape: tuple[int, ...]) -> Entry:
+    """The field writes zeros for what is not there."""
+    return Entry(key, shape, lambda: torch.zeros(shape), lambda _: None)
+
+
 def _bias(part: Part, key: str) -> Entry:
     """The field stores the trained bias, we its change."""
     change = part.method.get_parameter("delta")
@@ -206,6 +221,12 @@ def _bias(part: Part, key: str) -> Entry:
         _copy(tensor.to(change) - own.detach().to(change), change)
 
     return Entry(key, tuple(change.shape), read, write)
+
+
+def present(key: str) -> str:
+    """A key of an older file, as it is now."""
+    path, dot, end = key.rpartition(".")
+    return f"{path}{dot}{names.OLDER.get(end, end)}"
 
 
 def holds_biases(adapter: Adapter) -> bool:

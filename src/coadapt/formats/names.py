@@ -7,23 +7,42 @@ SITES: Mapping[str, Mapping[str, str]] = {
     "DORA": {"change.A": "lora_A.weight", "change.B": "lora_B.weight", "m": "lora_magnitude_vector"},
     "IA3": {"l": "ia3_l"},
     "TRAINABLE_TOKENS": {"rows": "trainable_tokens_delta"},
+    "HIRA": {"A": "hira_A", "B": "hira_B"},
+    "DELORA": {"A": "delora_A", "B": "delora_B", "strength": "delora_lambda", "n": "delora_w_norm"},
+    "GLORA": {part: f"glora_{part}" for part in "ABCDE"},
+    "DEFT": {"P": "deft_P", "R": "deft_R"},
+    "PEANUT": {
+        "A": "peanut_A.weight",
+        "B": "peanut_B.weight",
+        "encoders": "peanut_encoders",
+        "decoders": "peanut_decoders",
+    },
+    "MISS": {"D": "miss_block"},
+    "BAT": {"D": "miss_block"},
     "HRA": {"U": "hra_u"},
     "ROAD": {"theta": "road_theta", "alpha": "road_alpha"},
     "OFT": {"Q": "oft_R.weight"},
     "COFT": {"Q": "oft_R.weight"},
     "LN_TUNING": {"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"},
 }
-"""Method -> parameter (or buffer) at a site -> what follows the path of the site."""
+"""Method -> parameter (or buffer) at a site, or the module that holds it -> what follows the path of the site."""
 
 EMBEDDED: Mapping[str, Mapping[str, str]] = {
     "LORA": {"A": "lora_embedding_A", "B": "lora_embedding_B"},
     "DORA": {"change.A": "lora_embedding_A", "change.B": "lora_embedding_B"},
+    "HIRA": {"A": "hira_embedding_A", "B": "hira_embedding_B"},
     "OFT": {"Q": "oft_embedding_R.weight"},
     "COFT": {"Q": "oft_embedding_R.weight"},
 }
 """The same at embeddings, where it differs there."""
 
 TAKES: Mapping[str, Sequence[str]] = {
+    "DELORA": ("Linear",),
+    "DEFT": ("Linear", "Conv1D"),
+    "PEANUT": ("Linear",),
+    "GLORA": ("Linear",),
+    "MISS": ("Linear",),
+    "BAT": ("Linear",),
     "HRA": ("Linear",),
     "ROAD": ("Linear",),
     "OFT": ("Linear", "Embedding"),
@@ -33,3 +52,6 @@ TAKES: Mapping[str, Sequence[str]] = {
 
 SHARED: Mapping[str, Mapping[str, str]] = {}
 """Method -> parameter (or buffer) of what all sites share -> the whole key in a file."""
+
+OLDER: Mapping[str, str] = {"bone_block": "miss_block"}
+"""Last parts of keys in older files -> what they are called now."""

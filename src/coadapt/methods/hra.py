@@ -24,8 +24,8 @@ class HRAConfig(TargetedConfig):
     apply_GS: bool = False
     """Make the mirrors orthogonal to each other (Gram-Schmidt)."""
     init_weights: bool = True
-    """True: reflections come in pairs that undo each other, so that nothing changes at the start (but for the last of an
-    odd number, and with `apply_GS`); False: all random."""
+    """True: reflections come in pairs that undo each other, so that nothing changes at the start (but for the last of
+    an odd number, and with `apply_GS`); False: all random."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

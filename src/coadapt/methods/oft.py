@@ -50,8 +50,8 @@ class OFTConfig(TargetedConfig):
         self.positive(*(name for name in ("r", "oft_block_size") if getattr(self, name) != 0))
         if bool(self.r) == bool(self.oft_block_size):
             raise ValueError(
-                f"OFTConfig: r={self.r} blocks of oft_block_size={self.oft_block_size}: give one of them, and 0 for the "
-                "other; their product is the number of input features."
+                f"OFTConfig: r={self.r} blocks of oft_block_size={self.oft_block_size}: give one of them, and 0 for "
+                "the other; their product is the number of input features."
             )
         if self.num_cayley_neumann_terms < 2 or not self.eps > 0:
             raise ValueError("OFTConfig: num_cayley_neumann_terms must be at least 2, and eps above 0.")

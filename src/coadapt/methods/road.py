@@ -36,9 +36,9 @@ class RoAd(WeightMethod):
     """W' = R W, b' = R b, for each pair of outputs R = alpha (cos theta, -sin theta; sin theta, cos theta)
 
     3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability, Liao et al. 2024,
-    arXiv:2409.00119. Rows and columns of R have angles and scales of their own in the larger variants. Use it where many
-    adapters serve side by side: it costs a product by features, as IA3 does. Parameters per site: O; 2 O and 4 O in
-    "road_2" and "road_4".
+    arXiv:2409.00119. Rows and columns of R have angles and scales of their own in the larger variants. Use it where
+    many adapters serve side by side: it costs a product by features, as IA3 does. Parameters per site: O; 2 O and 4 O
+    in "road_2" and "road_4".
     """
 
     widens = False
@@ -48,8 +48,8 @@ class RoAd(WeightMethod):
         outputs, self.variant, self.half = layer.shape[0], config.variant, config.group_size // 2
         if outputs % config.group_size:
             raise ValueError(
-                f"RoAd: group_size={config.group_size} does not divide the {outputs} outputs of {layer.path!r}. Pick an "
-                "even divisor of them."
+                f"RoAd: group_size={config.group_size} does not divide the {outputs} outputs of {layer.path!r}. Pick "
+                "an even divisor of them."
             )
         size = {"road_1": outputs // 2, "road_2": outputs, "road_4": 2 * outputs}[config.variant]
         self.theta = nn.Parameter(
