@@ -2,6 +2,7 @@
 
 from coadapt import (
     BitFitConfig,
+    BOFTConfig,
     BottleneckConfig,
     DeftConfig,
     DeloraConfig,
@@ -19,6 +20,7 @@ from coadapt import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    PsoftConfig,
     RoadConfig,
     TrainableTokensConfig,
 )
@@ -28,6 +30,7 @@ CASES: dict[str, PeftConfig] = {
     "lora": LoraConfig(r=4, lora_alpha=8, init_lora_weights=False),
     "bottleneck": BottleneckConfig(bottleneck_size=4, placement="houlsby"),
     "bitfit": BitFitConfig(),
+    "boft": BOFTConfig(boft_block_size=0, boft_block_num=1, init_weights=False),
     "deft": DeftConfig(r=2, init_weights=False, alpha=3),
     "delora": DeloraConfig(r=3, init_weights=False),
     "dora": LoraConfig(r=4, use_dora=True, init_lora_weights=False),
@@ -45,6 +48,7 @@ CASES: dict[str, PeftConfig] = {
     "peanut": PeanutConfig(r=3, depth=1, act_fn="tanh", init_weights=False),
     "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8),
     "prefix": PrefixTuningConfig(num_virtual_tokens=3),
+    "psoft": PsoftConfig(r=3, init_weights=False),
     "road": RoadConfig(variant="road_4", group_size=2, init_weights=False),
     "tokens": TrainableTokensConfig(token_indices=[3, 7, 20]),
     "prompt": PromptTuningConfig(num_virtual_tokens=3),
@@ -63,6 +67,8 @@ VARIANTS: dict[str, PeftConfig] = {
     "language": BottleneckConfig(bottleneck_size=4, inv_adapter="nice"),
     "dora-all-linear": LoraConfig(r=4, use_dora=True, target_modules="all-linear", init_lora_weights=False),
     "hra-orthogonal": HRAConfig(r=2, apply_GS=True),
+    "boft-butterfly": BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=2, init_weights=False),
+    "psoft-free": PsoftConfig(r=2, psoft_orth=False, psoft_mag_a=False, psoft_svd="lowrank", init_weights=False),
     "para": DeftConfig(r=2, para=True, decomposition_method="qr"),
     "glora-vectors": GloraConfig(config_A_B="vector", config_C="vector", config_D_E="none", init_weights=False),
     "miss-mini": MissConfig(r=2, mini_r=2, init_weights="mini"),

@@ -145,6 +145,15 @@ CASES = {
     "t5-deft": other("t5", "DeftConfig", r=4),
     "llama-peanut": other("llama", "PeanutConfig", r=4, depth=2),
     "t5-peanut": other("t5", "PeanutConfig", r=4, act_fn="tanh", scaling=2.0),
+    "llama-boft": other("llama", "BOFTConfig", boft_block_size=8),
+    "t5-boft": other("t5", "BOFTConfig", boft_block_size=0, boft_block_num=4),
+    "bert-boft": other("bert", "BOFTConfig", boft_block_size=4, target_modules=["query", "value"]),
+    "llama-psoft": other("llama", "PsoftConfig", r=4),
+    "llama-psoft-series": other("llama", "PsoftConfig", r=6, use_cayley_neumann=True, cayley_neumann_eps=0.5),
+    "t5-psoft": other(
+        "t5", "PsoftConfig", r=4, psoft_orth=False, psoft_mag_b=False, psoft_svd="lowrank", random_seed=7
+    ),
+    "bert-psoft": other("bert", "PsoftConfig", r=4, ab_svd_init="pissa_init", target_modules=["query", "value"]),
     "llama-ptuning": other("llama", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),
     "gpt2-ptuning": other("gpt2", "PromptEncoderConfig", num_virtual_tokens=3),
     "t5-ptuning": other("t5", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),

@@ -43,7 +43,7 @@ def fits(case: str, model: str) -> bool:
         return False  # there are none
     if case == "lora-tokens" and model == "plain":
         return False  # nothing says which module embeds
-    if case in ("bat", "oft-blocks") and model == "conv":
+    if case in ("bat", "boft-butterfly", "oft-blocks") and model == "conv":
         return False  # 27 features, which are no blocks of two
     if case == "lora-experts":
         return model == "mixtral"

@@ -1,5 +1,6 @@
 """forward(x, base) == base.apply(x, merge(W), merge_bias(b)), for every weight method on every kind of layer."""
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (2, 3, 6)),
     "linear-no-bias": (lambda: nn.Linear(6, 5, bias=False), (2, 3, 6)),
     "linear-vector": (lambda: nn.Linear(6, 5), (6,)),
-    "linear-even": (lambda: nn.Linear(6, 4), (2, 3, 6)),
+    "linear-even": (lambda: nn.Linear(8, 6), (2, 3, 8)),
     "linear-deep": (lambda: nn.Linear(6, 5), (2, 2, 3, 6)),
     "gpt2-conv1d": (lambda: Conv1D(5, 6), (2, 3, 6)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 7)),
@@ -35,6 +36,15 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "norm": (lambda: nn.LayerNorm(6), (2, 3, 6)),
 }
 KIND = {"gpt2-conv1d": "linear"}
+DIVIDE = {
+    "bat": ((2, 2), "must divide"),
+    "boft-butterfly": ((1, 4), "must be a multiple"),
+    "miss-mini": ((2, 1), "a divisor of the second"),
+    "oft-blocks": ((1, 2), "does not divide"),
+    "road": ((2, 1), "does not divide"),
+    "road-1": ((2, 1), "does not divide"),
+}
+"""What must divide the outputs and the inputs of a layer, and what is said where it does not."""
 ELSEWHERE = ("lora-experts", "lora-tokens")
 """Cases that need a whole model."""
 WEIGHTS = [
@@ -58,15 +68,13 @@ def refusal(case: str, kind: str) -> str | None:
         return "adapts layers of these kinds"
     if case == "bitfit" and kind.startswith("embedding"):
         return "bias"
-    if case == "oft-blocks" and kind in ("conv1d-depthwise", "embedding", "embedding-padding"):
-        return "divide"  # 3 or 5 features
-    odd = kind != "linear-even" and kind.startswith(("linear", "embedding", "gpt2"))  # 5 outputs
-    if case == "bat" and (kind == "conv1d-depthwise" or (odd)):
-        return "must divide"
-    if case == "miss-mini" and odd:
-        return "a divisor of the second"
-    if case.startswith("road") and odd:
-        return "group_size=2 does not divide"
+    sizes, said = DIVIDE.get(case, (None, ""))
+    if sizes is not None:
+        weight = LAYERS[kind][0]().weight
+        outputs, *inner = weight.mT.shape if kind.startswith(("embedding", "gpt2")) else weight.shape
+        features = outputs if kind.startswith("embedding") and case.startswith(("oft", "boft")) else math.prod(inner)
+        if outputs % sizes[0] or features % sizes[1]:
+            return said
     return None
 
 

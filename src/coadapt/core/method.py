@@ -102,6 +102,10 @@ class Progress(nn.Module):
     """What a method knows of its training, as buffers. Files for inference leave it out."""
 
 
+class FromBase(nn.Module):
+    """What is made from the base's weights, as buffers, and so can be made again. Files leave it out."""
+
+
 class Driven:
     """Mixed into a method that acts between the steps of its training: see driving.py, which calls it."""
 

@@ -1,7 +1,7 @@
 """adapter_config.json: an adapter's configuration as the field's programs read it, and theirs as we do."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -166,20 +166,46 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
             if said["peft_type"] == "BONE":
                 warnings.warn("Bone is called MiSS now; this file is read as one of MiSS.", stacklevel=2)
             said["peft_type"] = "MISS"
-            if said.get("init_weights") != "mini":
-                said.pop("mini_r", None)  # says nothing
         case "OFT":
             _of_its_age(said)
-            for name, needs in (("eps", "coft"), ("num_cayley_neumann_terms", "use_cayley_neumann")):
-                if not said.get(needs):
-                    said.pop(name, None)  # says nothing
         case "PREFIX_TUNING":
             if not said.get("prefix_projection"):
                 said.pop("encoder_hidden_size", None)  # without one it says nothing
         case "P_TUNING" if str(said.get("encoder_reparameterization_type", "MLP")).endswith("MLP"):
             said.pop("encoder_num_layers", None)  # of the LSTM
             said.pop("encoder_dropout", None)
+    for name, says_nothing in _IDLE.get(str(said.get("peft_type")), {}).items():
+        if says_nothing(said):
+            said.pop(name, None)
     return PeftConfig.from_dict({**_assumed(said.get("peft_type"), base), **said})
+
+
+_Said = Mapping[str, Any]
+_IDLE: Mapping[str, Mapping[str, Callable[[_Said], bool]]] = {
+    "DEFT": {
+        **dict.fromkeys(("alpha", "deft_dropout"), lambda said: bool(said.get("para"))),
+        "init_scale": lambda said: True,  # of the start
+    },
+    "MISS": {
+        "mini_r": lambda said: said.get("init_weights") != "mini",
+        "miss_dropout": lambda said: said.get("init_weights") == "bat",
+    },
+    "OFT": {
+        "eps": lambda said: not said.get("coft"),
+        "num_cayley_neumann_terms": lambda said: not said.get("use_cayley_neumann"),
+        "module_dropout": lambda said: bool(said.get("block_share")),
+    },
+    "PSOFT": {
+        "psoft_alpha": lambda said: True,  # cancels itself out
+        **dict.fromkeys(("psoft_svd_lowrank_niter", "random_seed"), lambda said: said.get("psoft_svd") != "lowrank"),
+        "use_cayley_neumann": lambda said: not said.get("psoft_orth", True),
+        **dict.fromkeys(
+            ("num_cayley_neumann_terms", "cayley_neumann_eps"),
+            lambda said: not (said.get("psoft_orth", True) and said.get("use_cayley_neumann")),
+        ),
+    },
+}
+"""Method -> fields that others write although they say nothing there; given here they would be refused."""
 
 
 def _of_its_age(said: dict[str, Any]) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..config import VirtualTokensConfig
 from ..core.adapter import Adapter, ModuleCopy, Part
 from ..core.layer import kind_of
-from ..core.method import Progress, Reparametrization, method_for
+from ..core.method import FromBase, Progress, Reparametrization, method_for
 from ..methods.bitfit import BitFit
+from ..methods.boft import BOFT
 from ..methods.dora import DoRA
 from ..methods.glora import GLoRA
 from ..methods.hira import HiRA
@@ -117,7 +118,7 @@ def plain_path(base: nn.Module, path: str) -> str:
 
 
 def _plain(adapter: Adapter, part: Part, path: str) -> Iterator[Entry]:
-    inside = [f"{n}." for n, m in part.method.named_modules() if isinstance(m, Progress)]
+    inside = [f"{n}." for n, m in part.method.named_modules() if isinstance(m, Progress | FromBase)]
     for name, value in part.method.state_dict(keep_vars=True).items():
         if name.startswith(tuple(inside)):
             continue
@@ -133,6 +134,8 @@ def _shape(part: Part, name: str, value: Tensor) -> tuple[int, ...]:
             return (*value.shape, *[1] * convolved)
         case (DoRA(), "m") if convolved:
             return (1, len(value), *[1] * convolved)
+        case BOFT(), "s":
+            return (len(value), 1)
         case IA3() as method, "l" if convolved or method.on_input:
             return (1, len(value), *[1] * convolved)
         case IA3(), "l":

@@ -10,6 +10,8 @@ SITES: Mapping[str, Mapping[str, str]] = {
     "HIRA": {"A": "hira_A", "B": "hira_B"},
     "DELORA": {"A": "delora_A", "B": "delora_B", "strength": "delora_lambda", "n": "delora_w_norm"},
     "GLORA": {part: f"glora_{part}" for part in "ABCDE"},
+    "BOFT": {"A": "boft_R", "s": "boft_s"},
+    "PSOFT": {"Q": "psoft_R.weight", "b": "psoft_R.vector_b", "a": "psoft_R.vector_a"},
     "DEFT": {"P": "deft_P", "R": "deft_R"},
     "PEANUT": {
         "A": "peanut_A.weight",
@@ -38,6 +40,8 @@ EMBEDDED: Mapping[str, Mapping[str, str]] = {
 
 TAKES: Mapping[str, Sequence[str]] = {
     "DELORA": ("Linear",),
+    "BOFT": ("Linear",),
+    "PSOFT": ("Linear",),
     "DEFT": ("Linear", "Conv1D"),
     "PEANUT": ("Linear",),
     "GLORA": ("Linear",),
