@@ -24,9 +24,11 @@ from models import logits, stir
 from .field import field_logits, field_quietly
 
 ON_LLAMA = {
-    name: config for name, config in (CASES | VARIANTS).items() if name not in ("bitfit", "lora-experts", "lora-bias")
+    name: config
+    for name, config in (CASES | VARIANTS).items()
+    if name not in ("bitfit", "lora-experts", "lora-bias", "boft-butterfly")
 }
-"""Those that have a place in a Llama."""
+"""Those that have a place in a Llama; for butterflies peft needs a program of its own on a GPU."""
 
 
 def judged(folder: Path, **base: Any) -> dict[str, Verdict]:

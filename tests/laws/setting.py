@@ -45,6 +45,8 @@ def fits(case: str, model: str) -> bool:
         return False  # nothing says which module embeds
     if case == "c3a" and model == "conv":
         return False  # 27 inputs and 8 outputs
+    if case in ("bat", "boft-butterfly", "oft-blocks") and model == "conv":
+        return False  # 27 features, which are no blocks of two
     if case == "lora-experts":
         return model == "mixtral"
     if case.endswith("all-linear") and model == "mixtral":

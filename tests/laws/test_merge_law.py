@@ -1,6 +1,8 @@
 """forward(x, base) == base.apply(x, merge(W), merge_bias(b)), for every weight method on every kind of layer."""
 
+import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (2, 3, 6)),
     "linear-no-bias": (lambda: nn.Linear(6, 5, bias=False), (2, 3, 6)),
     "linear-vector": (lambda: nn.Linear(6, 5), (6,)),
-    "linear-even": (lambda: nn.Linear(6, 4), (2, 3, 6)),
+    "linear-even": (lambda: nn.Linear(8, 6), (2, 3, 8)),
     "linear-deep": (lambda: nn.Linear(6, 5), (2, 2, 3, 6)),
     "gpt2-conv1d": (lambda: Conv1D(5, 6), (2, 3, 6)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 7)),
@@ -46,6 +48,15 @@ C3A_FITS = (
     "conv3d-groups",
 )
 KIND = {"gpt2-conv1d": "linear"}
+DIVIDE = {
+    "bat": ((2, 2), "must divide"),
+    "boft-butterfly": ((1, 4), "must be a multiple"),
+    "miss-mini": ((2, 1), "a divisor of the second"),
+    "oft-blocks": ((1, 2), "does not divide"),
+    "road": ((2, 1), "does not divide"),
+    "road-1": ((2, 1), "does not divide"),
+}
+"""What must divide the outputs and the inputs of a layer, and what is said where it does not."""
 ELSEWHERE = ("lora-experts", "lora-tokens")
 """Cases that need a whole model."""
 WEIGHTS = [
@@ -71,6 +82,13 @@ def refusal(case: str, kind: str) -> str | None:
         return "bias"
     if case == "c3a" and kind not in C3A_FITS:
         return "block_size=2 does not divide"
+    sizes, said = DIVIDE.get(case, (None, ""))
+    if sizes is not None:
+        weight = LAYERS[kind][0]().weight
+        outputs, *inner = weight.mT.shape if kind.startswith(("embedding", "gpt2")) else weight.shape
+        features = outputs if kind.startswith("embedding") and case.startswith(("oft", "boft")) else math.prod(inner)
+        if outputs % sizes[0] or features % sizes[1]:
+            return said
     return None
 
 
@@ -101,7 +119,8 @@ def by_definition(view: PeftModel, layer: Any, x: Tensor) -> Tensor:
     weight, bias = (stored.mT if flip else stored), layer.bias if hasattr(layer, "bias") else None
     for part in view.get_adapter("default").parts:
         method: Any = part.method
-        weight, bias = method.merge(weight), method.merge_bias(bias)
+        below: Any = SimpleNamespace(weight=lambda weight=weight: weight, bias=bias)
+        weight, bias = method.merge(weight), method.new_bias(below)
     values = {"weight": (weight.mT if flip else weight), **({} if bias is None else {"bias": bias})}
     if bias is not None and layer.bias is None:
         y = functional_call(layer, {"weight": values["weight"]}, (x,))

@@ -30,6 +30,7 @@ def test_every_parameter_gets_a_gradient(case: str, model: str) -> None:
         assert gradient is not None, name
         assert torch.isfinite(gradient).all(), name
         dead = case in ("bitfit", "lora-bias") and ("key" in name or "k_proj" in name)
+        dead = dead or name.endswith("glora.D.X")  # scales a bias, which is 0 in most of these models
         if not dead:  # a bias of the keys moves all scores of a query alike
             assert float(gradient.abs().max()) > 0, name
 

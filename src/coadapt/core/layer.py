@@ -261,8 +261,7 @@ class Adapted(Around):
 
     @property
     def bias(self) -> Tensor | None:
-        below = self.inner.bias
-        return self.method.merge_bias(below) if hasattr(self.method, "merge_bias") else below
+        return self.method.new_bias(self.inner) if hasattr(self.method, "new_bias") else self.inner.bias
 
     def __call__(self, x: Tensor) -> Tensor:
         if not x.is_floating_point():

@@ -130,15 +130,19 @@ class WeightMethod(Method):
 
     def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__()
-        if layer.kind.name not in self.kinds:
+        self.kind = layer.kind.name
+        if self.kind not in self.kinds:
             raise ValueError(
                 f"{type(self).__name__} adapts layers of these kinds: {', '.join(self.kinds)}; {layer.path!r} is a "
-                f"{type(layer.module).__name__} ({layer.kind.name}). Leave it out of target_modules."
+                f"{type(layer.module).__name__} ({self.kind}). Leave it out of target_modules."
             )
 
     @classmethod
     def places(cls, config: Any, base: nn.Module) -> list[Place]:
-        return target.places(config, base)
+        found = target.places(config, base)
+        if hasattr(config, "fan_in_fan_out"):
+            target.check_transposed(config, [place.module for place in found])
+        return found
 
     @abstractmethod
     def merge(self, weight: Tensor) -> Tensor:
@@ -148,8 +152,12 @@ class WeightMethod(Method):
         """(O,) or None -> (O,) or None. Pure."""
         return bias
 
+    def new_bias(self, below: Layer) -> Tensor | None:
+        """b' of a layer, which is `merge_bias` of its bias unless the method lets it depend on the weight, too."""
+        return self.merge_bias(below.bias)
+
     def forward(self, x: Tensor, base: Layer) -> Tensor:
-        return base.apply(x, self.merge(base.weight()), self.merge_bias(base.bias))
+        return base.apply(x, self.merge(base.weight()), self.new_bias(base))
 
 
 class AdditiveMethod(WeightMethod):

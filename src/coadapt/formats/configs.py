@@ -1,7 +1,8 @@
 """adapter_config.json: an adapter's configuration as the field's programs read it, and theirs as we do."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -14,8 +15,10 @@ from ..core.backbone import backbones
 from ..core.method import method_for
 from ..core.roles import HEADS, Place
 from ..core.target import suffix_match
+from ..methods.hira import HiraConfig
 from ..methods.ia3 import FEED_FORWARD, IA3Config
 from ..methods.lora import LoraConfig
+from ..methods.miss import MissConfig
 from ..methods.prefix import PrefixTuningConfig
 from ..methods.prompt import PromptTuningConfig
 from ..methods.trainable_tokens import TrainableTokensConfig
@@ -47,6 +50,8 @@ def described(adapter: Adapter, base: nn.Module) -> dict[str, Any]:
     if isinstance(config, LoraConfig):
         said |= {"init_lora_weights": True, "lora_alpha": _whole(config.lora_alpha)}
         said["alpha_pattern"] = {k: _whole(v) for k, v in config.alpha_pattern.items()}
+    if isinstance(config, MissConfig):
+        said["init_weights"] = config.init_weights or True  # is its form, too
     if isinstance(config, TargetedConfig) and readable(config, adapter, base):
         said |= _targets(config, adapter, base)
     if not readable(config, adapter, base):
@@ -130,8 +135,14 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
         case PrefixTuningConfig():
             moves = config.position_offset in (None, config.num_virtual_tokens)
             return as_theirs and moves and config.prefix_type == "joint"
+        case HiraConfig() if config.rank_pattern:  # which they do not read
+            return False
         case _:
-            return method_for(config).registered in names.SITES
+            method = method_for(config)
+            takes = names.TAKES.get(method.registered)
+            layers = [p.place.module for p in adapter.parts if isinstance(p.method, method)]
+            known = takes is None or all(any(c.__name__ in takes for c in type(m).__mro__) for m in layers)
+            return method.registered in names.SITES and known
 
 
 def asked_targets(config: PeftConfig) -> str | None:
@@ -151,20 +162,78 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
     """
     said = {k: v for k, v in values.items() if k != READABLE}
     said["modules_to_save"] = _there(said.get("modules_to_save"), base)
-    if "fan_in_fan_out" in said:
-        said["fan_in_fan_out"] = False  # found in the model
+    said.pop("fan_in_fan_out", None)  # found in the model
     match said.get("peft_type"):
         case "LORA" | "IA3":
             said["target_modules"] = said.get("target_modules") or None  # the field writes [] beside target_parameters
         case "ADALORA":
             said.pop("r", None)  # a LoRA's, of which it makes no use
+        case "HIRA" if READABLE not in values:
+            said.pop("rank_pattern", None)  # the field does not read it either
+        case "MISS" | "BONE":
+            if said["peft_type"] == "BONE":
+                warnings.warn("Bone is called MiSS now; this file is read as one of MiSS.", stacklevel=2)
+            said["peft_type"] = "MISS"
+        case "OFT":
+            _of_its_age(said)
         case "PREFIX_TUNING":
             if not said.get("prefix_projection"):
                 said.pop("encoder_hidden_size", None)  # without one it says nothing
         case "P_TUNING" if str(said.get("encoder_reparameterization_type", "MLP")).endswith("MLP"):
             said.pop("encoder_num_layers", None)  # of the LSTM
             said.pop("encoder_dropout", None)
+    for name, says_nothing in _IDLE.get(str(said.get("peft_type")), {}).items():
+        if says_nothing(said):
+            said.pop(name, None)
     return PeftConfig.from_dict({**_assumed(said.get("peft_type"), base), **said})
+
+
+_Said = Mapping[str, Any]
+_IDLE: Mapping[str, Mapping[str, Callable[[_Said], bool]]] = {
+    "DEFT": {
+        **dict.fromkeys(("alpha", "deft_dropout"), lambda said: bool(said.get("para"))),
+        "init_scale": lambda said: True,  # of the start
+    },
+    "MISS": {
+        "mini_r": lambda said: said.get("init_weights") != "mini",
+        "miss_dropout": lambda said: said.get("init_weights") == "bat",
+    },
+    "OFT": {
+        "eps": lambda said: not said.get("coft"),
+        "num_cayley_neumann_terms": lambda said: not said.get("use_cayley_neumann"),
+        "module_dropout": lambda said: bool(said.get("block_share")),
+    },
+    "PSOFT": {
+        "psoft_alpha": lambda said: True,  # cancels itself out
+        **dict.fromkeys(("psoft_svd_lowrank_niter", "random_seed"), lambda said: said.get("psoft_svd") != "lowrank"),
+        "use_cayley_neumann": lambda said: not said.get("psoft_orth", True),
+        **dict.fromkeys(
+            ("num_cayley_neumann_terms", "cayley_neumann_eps"),
+            lambda said: not (said.get("psoft_orth", True) and said.get("use_cayley_neumann")),
+        ),
+    },
+}
+"""Method -> fields that others write although they say nothing there; given here they would be refused."""
+
+
+def _of_its_age(said: dict[str, Any]) -> None:
+    """OFT has meant three things in the field's files.
+
+    Raises:
+        ValueError: the file is of the first kind, whose parameters are others.
+    """
+    if "oft_block_size" not in said:
+        raise ValueError(
+            "This OFT file was written before peft 0.14, whose rotations have other parameters. Train it anew, or "
+            "merge it with peft 0.13."
+        )
+    said.setdefault("use_cayley_neumann", False)  # came later than files without it
+    if said["use_cayley_neumann"] and "peft_version" not in said:  # written since 0.18
+        warnings.warn(
+            "This OFT file was written before peft 0.18, whose series for Cayley's transform was another one: its "
+            "rotations are not quite those that were trained.",
+            stacklevel=3,
+        )
 
 
 def _there(names: Sequence[str] | None, base: nn.Module) -> list[str] | None:

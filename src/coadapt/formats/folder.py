@@ -20,7 +20,7 @@ from . import checkpoint, files, vocabulary
 from .compositions import node_from_json, node_to_json
 from .configs import asked_targets, described, understood, without_start
 from .files import CHECKPOINT, COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, aside
-from .keys import ROOT, entries, holds_biases
+from .keys import ROOT, entries, holds_biases, present
 from .provenance import compare_bases, fingerprint_in, record
 
 __all__ = ["CONFIG", "Loaded", "aside", "load", "save"]
@@ -231,7 +231,7 @@ def _load_adapter(reader: _Reader, where: Path, name: str, config: PeftConfig | 
     if not (where / CONFIG).is_file():
         raise FileNotFoundError(f"{where} holds no adapter: {CONFIG} is missing.")
     stored = understood(files.read_json(where / CONFIG), reader.base) if config is None else config
-    tensors = files.read_tensors(where / WEIGHTS)
+    tensors = {present(key): tensor for key, tensor in files.read_tensors(where / WEIGHTS).items()}
     compare_bases(where, fingerprint_in(where), reader.fingerprint)
     whole = stored.for_inference() is stored or (where / TRAINING).is_file()
     if not whole:

@@ -15,7 +15,10 @@ from ..core.method import FromBase, Progress, Reparametrization, method_for
 from ..methods.adalora import AdaLoRA
 from ..methods.beft import BEFT
 from ..methods.bitfit import BitFit
+from ..methods.boft import BOFT
 from ..methods.dora import DoRA
+from ..methods.glora import GLoRA
+from ..methods.hira import HiRA
 from ..methods.ia3 import IA3
 from ..methods.loha import LoHa
 from ..methods.lokr import LoKr
@@ -91,6 +94,9 @@ def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
                 layers = {p.place.path for p in adapter.parts if isinstance(p.method, method_for(adapter.config))}
                 inside = "base_layer." if part.place.path in layers else ""
                 yield _bias(part, f"{ROOT}{path}.{inside}bias")
+            case GLoRA() as method:
+                yield from _plain(adapter, part, path)
+                yield from (_zeros(f"{ROOT}{path}.glora_{n}.zeros", shape) for n, shape in method.absent.items())
             case KeptRows():
                 yield from _kept(adapter, part, base)
             case TrainableTokens() if isinstance(adapter.config, LoraConfig):
@@ -128,12 +134,14 @@ def _shape(part: Part, name: str, value: Tensor) -> tuple[int, ...]:
     kind = kind_of(part.place.module)
     convolved = part.place.module.get_parameter("weight").dim() - 2 if kind is not None and kind.name == "conv" else 0
     match part.method, name:
-        case ((LoRA() | DoRA()), ("B" | "change.B")):
+        case ((LoRA() | DoRA() | HiRA()), ("B" | "change.B")):
             return (*value.shape, *[1] * convolved)
         case (DoRA(), "m") if convolved:
             return (1, len(value), *[1] * convolved)
         case ((LoHa() | LoKr()), ("T" | "T1" | "T2")) if convolved == 1:
             return (*value.shape, 1)
+        case BOFT(), "s":
+            return (len(value), 1)
         case IA3() as method, "l" if convolved or method.on_input:
             return (1, len(value), *[1] * convolved)
         case AdaLoRA(), "A":
@@ -156,11 +164,16 @@ def _key(adapter: Adapter, part: Part, path: str, name: str) -> str:
     if isinstance(part.method, ModuleCopy):
         virtual = isinstance(adapter.config, VirtualTokensConfig)
         return (VIRTUAL_ROOT if virtual else ROOT) + inside + name.removeprefix("copy.")
-    known = names.SITES.get(part.method.registered, {}).get(name, name)
-    kind = kind_of(part.place.module)
-    if kind is not None and kind.name == "embedding" and known.endswith(".weight"):
-        known = known.replace("lora_", "lora_embedding_").removesuffix(".weight")
-    return ROOT + inside + known
+    tables = [names.SITES]
+    if (kind := kind_of(part.place.module)) is not None and kind.name == "embedding":
+        tables.insert(0, names.EMBEDDED)
+    head, dot, rest = name.partition(".")
+    for known in (table.get(part.method.registered, {}) for table in tables):
+        if name in known:
+            return ROOT + inside + known[name]
+        if head in known:
+            return ROOT + inside + known[head] + dot + rest
+    return ROOT + inside + name
 
 
 def _of_parameter(adapter: Adapter, part: Part, method: LoRA, path: str) -> Iterator[Entry]:
@@ -204,6 +217,11 @@ def _tokens_beside(adapter: Adapter, part: Part, path: str) -> Iterator[Entry]:
         yield _whole(f"{ROOT}{path}.token_adapter.trainable_tokens_delta", rows)
 
 
+def _zeros(key: str, shape: tuple[int, ...]) -> Entry:
+    """The field writes zeros for what is not there."""
+    return Entry(key, shape, lambda: torch.zeros(shape), lambda _: None)
+
+
 def _bias(part: Part, key: str) -> Entry:
     """The field stores the trained bias, we its change."""
     change = part.method.get_parameter("delta")
@@ -216,6 +234,12 @@ def _bias(part: Part, key: str) -> Entry:
         _copy(tensor.to(change) - own.detach().to(change), change)
 
     return Entry(key, tuple(change.shape), read, write)
+
+
+def present(key: str) -> str:
+    """A key of an older file, as it is now."""
+    path, dot, end = key.rpartition(".")
+    return f"{path}{dot}{names.OLDER.get(end, end)}"
 
 
 def holds_biases(adapter: Adapter) -> bool:

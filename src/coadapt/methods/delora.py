@@ -1,0 +1,77 @@
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TargetedConfig
+from ..core import target
+from ..core.layer import Layer
+from ..core.lowrank import LowRankMethod, is_plain
+from ..core.method import Place, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeloraConfig(TargetedConfig):
+    """W' = W + (lambda / r) B A with ranks of unit length, at the layers that are targeted."""
+
+    kind = "DELORA"
+    foreign: ClassVar[Mapping[str, Any]] = {"bias": "none"}
+
+    r: int = 8
+    """Rank of the change."""
+    delora_lambda: int | float = 15
+    """Where lambda starts: how large the change may be, whatever its direction. It trains."""
+    module_dropout: float = 0.0
+    """Share of the inputs to the change that are dropped while training."""
+    init_weights: bool = True
+    """True: B starts at zero, so that nothing changes; False: random."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Other ranks for some layers: end of a module's name, or a regular expression for it -> rank."""
+    lambda_pattern: Mapping[str, int | float] = field(default_factory=dict)
+    """Other starts of lambda for some layers, in the same way."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.positive("r")
+        self.probability("module_dropout")
+
+
+@register(DeloraConfig)
+class DeLoRA(LowRankMethod):
+    """W' = W + (lambda / r) B diag(1 / (norm(b_i) norm(a_i))) A diag(n), n_j = norm(W_j)
+
+    Decoupling Angles and Strength in Low-rank Adaptation, Bini et al. 2025, arXiv:2503.18225. b_i are the columns of B,
+    a_i the rows of A, W_j the columns of the base's weight. Lengths below 1e-4 count as 1e-4, as in peft, so that B can
+    start at zero. Use it where a LoRA drifts off in long trainings or at high rates. Parameters per site: r (O + I K) +
+    1.
+    """
+
+    n: Tensor
+
+    def __init__(self, config: DeloraConfig, layer: Layer, shared: nn.Module | None = None) -> None:
+        super().__init__(config, layer, shared)
+        out_features, *in_dims = layer.shape
+        self.r = target.matching(config.rank_pattern, layer.path, config.r)
+        start = target.matching(config.lambda_pattern, layer.path, config.delora_lambda)
+        self.dropout, self.widens = config.module_dropout, not is_plain(layer.module)
+        self.A = nn.Parameter(torch.empty(self.r, *in_dims))  # (R, I, *K)
+        self.B = nn.Parameter(torch.zeros(out_features, self.r))  # (O, R)
+        self.strength = nn.Parameter(torch.full((1,), float(start)))  # (1,) lambda
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        if not config.init_weights:
+            nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
+        self.register_buffer("n", torch.linalg.vector_norm(layer.weight(), dim=0, dtype=torch.float32))  # (I, *K)
+
+    @classmethod
+    def places(cls, config: DeloraConfig, base: nn.Module) -> list[Place]:
+        places = super().places(config, base)
+        target.check_patterns(config, places, "rank_pattern", "lambda_pattern")
+        return places
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        lengths = torch.linalg.vector_norm(self.A.flatten(1), dim=1).clamp(min=1e-4)
+        lengths = lengths * torch.linalg.vector_norm(self.B, dim=0).clamp(min=1e-4)  # (R,)
+        return self.A * self.n, self.B * (self.strength / lengths), 1 / self.r
