@@ -1,6 +1,7 @@
 """One small configuration per method: what the laws run over. A new method adds one line."""
 
 from coadapt import (
+    AdaptionPromptConfig,
     BitFitConfig,
     BottleneckConfig,
     FullCopyConfig,
@@ -17,6 +18,7 @@ from coadapt.config import PeftConfig
 
 CASES: dict[str, PeftConfig] = {
     "lora": LoraConfig(r=4, lora_alpha=8, init_lora_weights=False),
+    "adaption": AdaptionPromptConfig(adapter_len=3, adapter_layers=2),
     "bottleneck": BottleneckConfig(bottleneck_size=4, placement="houlsby"),
     "bitfit": BitFitConfig(),
     "dora": LoraConfig(r=4, use_dora=True, init_lora_weights=False),

@@ -126,6 +126,8 @@ CASES = {
     "llama-prefix": prefix("llama"),
     "gpt2-prefix": prefix("gpt2"),
     "bert-prefix": prefix("bert"),
+    "llama-adaption": other("llama", "AdaptionPromptConfig", adapter_len=3, adapter_layers=2),
+    "gpt2-adaption": other("gpt2", "AdaptionPromptConfig", adapter_len=3, adapter_layers=1),
     "llama-projected": prefix("llama", prefix_projection=True, encoder_hidden_size=20),
     "gpt2-projected": prefix("gpt2", prefix_projection=True),
 }

@@ -16,7 +16,7 @@ from models import FAMILIES, MODELS, conv, ids, logits, plain, stir
 
 EVERY: dict[str, PeftConfig] = {**CASES, **VARIANTS}
 MAKE = {**MODELS, **FAMILIES, "plain": plain, "conv": conv}
-OF_TRANSFORMERS = ("prompt", "p-tuning", "prefix", "invertible", "language")
+OF_TRANSFORMERS = ("adaption", "prompt", "p-tuning", "prefix", "invertible", "language")
 """Methods of these cases need a transformers model."""
 
 WITHOUT_BIAS: dict[str, list[str]] = {
@@ -50,7 +50,7 @@ def fits(case: str, model: str) -> bool:
     if model in ("plain", "conv"):
         return not case.startswith(OF_TRANSFORMERS) and not (model == "conv" and case == "ln-tuning")
     embedded = case.startswith(("prompt", "p-tuning", "invertible", "language"))
-    return not (model == "bloom" and case.startswith("prefix")) and not (model == "vit" and embedded)
+    return not (model == "bloom" and case.startswith(("prefix", "adaption"))) and not (model == "vit" and embedded)
 
 
 def config_of(case: str, model: str) -> PeftConfig:

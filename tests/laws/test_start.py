@@ -9,6 +9,7 @@ from coadapt import LoraConfig, PeftModel
 from laws.setting import MAKE, config_of, far, fits, logits, pairs
 
 NEUTRAL = [
+    "adaption",
     "lora",
     "lora-all-linear",
     "lora-bias",

@@ -164,6 +164,8 @@ class AttentionMethod(Method):
 
     joint: bool = True
     """True: in the same softmax as the call's own. False: a second attention, added with the weight `strength()`."""
+    behind: bool = False
+    """Decoupled: whether what it gives is added behind the projection that ends the attention, which is as wide."""
     position_offset: int = 0
     """By how much the real tokens' positions are shifted while this is active."""
 

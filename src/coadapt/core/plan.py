@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import routing
 from .adapter import Adapter, Part
 from .around import Methods, NodeCall, NotingCall, SpanCall
-from .attention import AttentionCall, AttentionTerm
+from .attention import AttentionCall, AttentionTerm, BehindCall
 from .backbone import Backbone, stacks
 from .composition import Node, check_known, key, names, routers, row_gates, terms
 from .frame import Frame, SiteCall
@@ -134,6 +134,8 @@ class Plan:
         self.attention[module] = joined
         if joined.reads:
             self.calls[module] = NotingCall(joined.site, self.calls.get(module))
+        if joined.later:
+            self.calls[module] = BehindCall(joined.later, self.calls.get(module))
 
     def _inputs(self, at_input: _Sites, adapters: Mapping[str, Adapter]) -> None:
         """Prompts, and the shift of positions that prefixes ask for, at the backbones."""

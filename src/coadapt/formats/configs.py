@@ -12,6 +12,7 @@ from ..core.backbone import backbones
 from ..core.method import method_for
 from ..core.roles import HEADS, Place
 from ..core.target import suffix_match
+from ..methods.adaption_prompt import AdaptionPromptConfig
 from ..methods.ia3 import FEED_FORWARD, IA3Config
 from ..methods.lora import LoraConfig
 from ..methods.prefix import PrefixTuningConfig
@@ -50,7 +51,8 @@ def described(adapter: Adapter, base: nn.Module) -> dict[str, Any]:
     if not readable(config, adapter, base):
         said[READABLE] = False
     said |= {k: v for k, v in adapter.facts.items() if said.get(k) is None}
-    unknown = ("modules_to_save",) if isinstance(config, TrainableTokensConfig) else ()  # to the field's library
+    without_copies = isinstance(config, AdaptionPromptConfig | TrainableTokensConfig)  # in the field's library
+    unknown = ("modules_to_save",) if without_copies else ()
     return {k: v for k, v in said.items() if v is not None or (k in _WITH_NULL and k not in unknown)}
 
 
@@ -124,6 +126,9 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
         case PrefixTuningConfig():
             moves = config.position_offset in (None, config.num_virtual_tokens)
             return as_theirs and moves and config.prefix_type == "joint"
+        case AdaptionPromptConfig():
+            facts: Any = base.config
+            return facts.model_type in ("llama", "mistral", "gpt2") and not config.modules_to_save
         case _:
             return method_for(config).registered in names.SITES
 

@@ -12,6 +12,7 @@ from ..config import VirtualTokensConfig
 from ..core.adapter import Adapter, ModuleCopy, Part
 from ..core.layer import kind_of
 from ..core.method import Progress, Reparametrization, method_for
+from ..methods.adaption_prompt import AdaptionPrompt
 from ..methods.bitfit import BitFit
 from ..methods.dora import DoRA
 from ..methods.ia3 import IA3
@@ -124,6 +125,8 @@ def _shape(part: Part, name: str, value: Tensor) -> tuple[int, ...]:
     kind = kind_of(part.place.module)
     convolved = part.place.module.get_parameter("weight").dim() - 2 if kind is not None and kind.name == "conv" else 0
     match part.method, name:
+        case AdaptionPrompt(), _:
+            return (1, *value.shape)
         case ((LoRA() | DoRA()), ("B" | "change.B")):
             return (*value.shape, *[1] * convolved)
         case (DoRA(), "m") if convolved:

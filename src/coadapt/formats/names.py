@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 SITES: Mapping[str, Mapping[str, str]] = {
+    "ADAPTION_PROMPT": {"P": "adaption_prompt", "gate": "adaption_gate"},
     "LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
     "DORA": {"change.A": "lora_A.weight", "change.B": "lora_B.weight", "m": "lora_magnitude_vector"},
     "IA3": {"l": "ia3_l"},
