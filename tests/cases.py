@@ -9,6 +9,7 @@ from coadapt import (
     InvertibleConfig,
     LNTuningConfig,
     LoraConfig,
+    MultitaskPromptTuningConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -30,6 +31,7 @@ CASES: dict[str, PeftConfig] = {
     "prefix": PrefixTuningConfig(num_virtual_tokens=3),
     "tokens": TrainableTokensConfig(token_indices=[3, 7, 20]),
     "prompt": PromptTuningConfig(num_virtual_tokens=3),
+    "prompt-multitask": MultitaskPromptTuningConfig(num_virtual_tokens=3, num_ranks=2),
 }
 """One per registered method; a test fails where one is missing."""
 

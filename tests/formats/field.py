@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import coadapt
+import models
 from coadapt import PeftModel, get_peft_model
 from coadapt.formats.keys import entries
-from models import FAMILIES, MODELS, ids, logits, plain, stir
+from models import FAMILIES, MODELS, ids, plain, stir
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 SEQ2SEQ = {"task_type": "SEQ_2_SEQ_LM"}
@@ -53,6 +54,10 @@ def prompt(model: str, **options: Any) -> Case:
 def prefix(model: str, **options: Any) -> Case:
     task = {"t5": SEQ2SEQ, "bert": CLASSES}.get(model, CAUSAL)
     return Case(model, "PrefixTuningConfig", {"num_virtual_tokens": 3, **task, **options})
+
+
+def multitask(model: str) -> Case:
+    return other(model, "MultitaskPromptTuningConfig", num_virtual_tokens=3, num_tasks=3, num_ranks=2)
 
 
 def other(model: str, config: str, **options: Any) -> Case:
@@ -123,6 +128,8 @@ CASES = {
     "gpt2-prompt": prompt("gpt2"),
     "bloom-prompt": prompt("bloom"),
     "t5-prompt": prompt("t5"),
+    "llama-multitask": multitask("llama"),
+    "gpt2-multitask": multitask("gpt2"),
     "llama-prefix": prefix("llama"),
     "gpt2-prefix": prefix("gpt2"),
     "bert-prefix": prefix("bert"),
@@ -132,6 +139,15 @@ CASES = {
     "gpt2-projected": prefix("gpt2", prefix_projection=True),
 }
 """That both libraries take with the same options; T5's prefix stands below."""
+
+
+def logits(model: Any, tokens: Tensor | None = None) -> Tensor:
+    """Of either library's model, or of a base; each row is of another task, where tasks are told apart."""
+    tokens = ids() if tokens is None else tokens
+    config = getattr(model, "peft_config", {}).get("default")
+    tasks = getattr(config, "num_tasks", None) or getattr(config, "n_tasks", None)
+    options = {"task_ids": torch.arange(len(tokens)).flip(0) % tasks} if tasks else {}
+    return models.logits(model, tokens, **options)
 
 
 def field_logits(model: Any, tokens: Tensor | None = None) -> Tensor:
@@ -194,7 +210,9 @@ def field_gradients(model: Any) -> dict[str, Tensor]:
     values = {p: p.data for p in model.parameters() if p.requires_grad}
     for parameter in values:
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    stored = {k: v.clone() for k, v in peft.get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    stored = {
+        k: v.detach().clone() for k, v in peft.get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
     for parameter, value in values.items():
         parameter.data = value
     return stored

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import coadapt
 from coadapt import PeftModel, get_peft_model
 from coadapt.methods.bitfit import BitFit
-from models import MODELS, ids, logits, stir
+from models import MODELS, ids, stir
 
 from .field import (
     CASES,
@@ -24,6 +24,7 @@ from .field import (
     field_quietly,
     field_stirred,
     gradients_as_stored,
+    logits,
     stirred,
 )
 

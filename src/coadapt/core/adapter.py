@@ -109,6 +109,11 @@ class Adapter(nn.Module):
             found.setdefault(part.kind, {}).setdefault(part.place.module, []).append(part)
         return found
 
+    @functools.cached_property
+    def tasks(self) -> int:
+        """How many tasks it tells apart, by the call's `task_ids`; 0: none."""
+        return max((part.method.tasks for part in self.parts), default=0)
+
     @property
     def weight(self) -> Tensor:
         """All its parameters as one vector, with their gradients' graph."""

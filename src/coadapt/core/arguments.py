@@ -15,7 +15,10 @@ def tasks(task_ids: Any, plan: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
     if task_ids is None:
         return None
     if not plan.tasks:
-        raise ValueError("task_ids has no effect: nothing that is active has a TaskRouter. Leave it out.")
+        raise ValueError(
+            "task_ids has no effect: nothing that is active tells tasks apart (a TaskRouter, or an adapter for several "
+            "tasks). Leave it out."
+        )
     tasks = torch.as_tensor(task_ids).long().reshape(-1)
     rows = rows_of(args, kwargs)
     if rows is not None and len(tasks) != rows:
@@ -23,7 +26,7 @@ def tasks(task_ids: Any, plan: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
             f"task_ids has {len(tasks)} entries, but the batch has {rows} rows; it needs one for each row."
         )
     if not torch.compiler.is_compiling() and (bad := [t for t in tasks.tolist() if not 0 <= t < plan.tasks]):
-        raise ValueError(f"task_ids has {bad[0]}; the router knows {plan.tasks} tasks, numbered from 0.")
+        raise ValueError(f"task_ids has {bad[0]}; what is active knows {plan.tasks} tasks, numbered from 0.")
     return tasks
 
 

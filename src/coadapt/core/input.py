@@ -88,7 +88,7 @@ class InputCall:
         Args:
             at: what routers read; None where only the lengths matter.
         """
-        found = [self._tokens(node, at) for node in self.nodes]
+        found = [self._tokens(node, at, len(like)) for node in self.nodes]
         count = [0 if t is None else t.shape[-2] for t in found]
         longest = max(count)
         if not longest:
@@ -102,12 +102,13 @@ class InputCall:
         real = torch.arange(longest, device=like.device) >= longest - lengths[rows, None]
         return Virtual(_of_rows(padded, rows), real, all(c == longest for c in count))
 
-    def _tokens(self, node: Node, at: Reading | None) -> Tensor | None:
-        """(N, D) or (B, N, D): in a Seq one after the other, in a Sum added. None where `node` has no prompt."""
+    def _tokens(self, node: Node, at: Reading | None, rows: int) -> Tensor | None:
+        """(N, D) or (rows, N, D): in a Seq one after the other, in a Sum added. None where `node` has no prompt."""
         if isinstance(node, str):
-            return self.methods[node].prompt() if node in self.methods else None
+            own = self.methods[node].prompt() if node in self.methods else None
+            return own if own is None or own.dim() == 2 else per_row(own, rows)
         weights = getattr(node, "weights", (1.0,) * len(node.children))
-        pairs = [(self._tokens(c, at), w) for c, w in zip(node.children, weights, strict=True) if not is_zero(w)]
+        pairs = [(self._tokens(c, at, rows), w) for c, w in zip(node.children, weights, strict=True) if not is_zero(w)]
         found = [(t, w) for t, w in pairs if t is not None]
         if not found:
             return None

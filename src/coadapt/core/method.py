@@ -65,6 +65,8 @@ class Method(nn.Module, ABC):
     """Its key in METHODS."""
     one_for_all: ClassVar[bool] = False
     """Whether all places of an adapter use the parameters of the first: then each later one is told by `share`."""
+    tasks: int = 0
+    """How many tasks it tells apart, by the call's `task_ids`; 0: none."""
     widens: bool = True
     """Whether `forward` gets x in the dtype of the method's parameters (fp32 on a base in half precision), and the core
     casts back what it returns. False: it gets x as the model has it, and returns what `base(x)` has."""
@@ -190,4 +192,4 @@ class InputMethod(Method):
 
     @abstractmethod
     def prompt(self) -> Tensor:
-        """(N, D)"""
+        """(N, D); where the call's rows have other ones each, (B, N, D)."""

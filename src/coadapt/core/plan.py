@@ -49,7 +49,7 @@ class Plan:
             check_known(node, adapters)  # what a `using` on another thread names may be gone
         self.gate_rows = sorted({len(gate) for node in nodes for gate in row_gates(node)})
         """For how many rows there are gates."""
-        self.tasks, self.keeps_sums = routing.tasks(nodes), routing.keeps_sums(nodes)
+        self.tasks, self.keeps_sums = routing.tasks(nodes, adapters), routing.keeps_sums(nodes)
         self.gates, self.fused = _written_out(nodes), any(map(routing.fused, nodes))
         self.used = list(dict.fromkeys(n for node in nodes for n in names(node)))
         self.calls: dict[nn.Module, SiteCall] = {}

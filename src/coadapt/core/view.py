@@ -219,7 +219,8 @@ class View(nn.Module, ABC):
         Args:
             adapters: a composition for this call.
             adapter_names: one composition for each row of the batch (None or "__base__" for a row without any).
-            task_ids: (B,) the task of each row, where a `TaskRouter` is in the composition.
+            task_ids: (B,) the task of each row, where a `TaskRouter` is in the composition, or an adapter for several
+                tasks.
         """
         if torch.compiler.is_compiling():  # called by what is compiled
             with self.running(adapters, adapter_names, args, kwargs, task_ids):
@@ -334,7 +335,7 @@ class View(nn.Module, ABC):
 
     def _sets_by_task_aside(self, adapters: Any, names: Any) -> bool:
         """Whether `using` or `disable_adapter` stands for a composition that would read the batch's `task_ids`."""
-        return adapters is None and names is None and routing.tasks([self._node]) > 0
+        return adapters is None and names is None and routing.tasks([self._node], self._names) > 0
 
     def _check_wrapper(self, nodes: Sequence[Node]) -> None:
         members = {**self._names, "gates": self.gates}

@@ -15,6 +15,7 @@ from ..core.target import suffix_match
 from ..methods.adaption_prompt import AdaptionPromptConfig
 from ..methods.ia3 import FEED_FORWARD, IA3Config
 from ..methods.lora import LoraConfig
+from ..methods.multitask_prompt import MultitaskPromptTuningConfig
 from ..methods.prefix import PrefixTuningConfig
 from ..methods.prompt import PromptTuningConfig
 from ..methods.trainable_tokens import TrainableTokensConfig
@@ -69,7 +70,11 @@ def _assumed(kind: Any, base: Any) -> dict[str, Any]:
     match kind:
         case "PREFIX_TUNING" if getattr(facts, "is_encoder_decoder", False):
             return {"prefix_layout": "peft"}
-        case "PROMPT_TUNING" | "P_TUNING" if [b.role for b in backbones(base)] == ["encoder"]:
+        case "MULTITASK_PROMPT_TUNING" if getattr(facts, "is_encoder_decoder", False):
+            return {"prompt_sites": ["encoder", "decoder"]}
+        case "PROMPT_TUNING" | "MULTITASK_PROMPT_TUNING" | "P_TUNING" if [b.role for b in backbones(base)] == [
+            "encoder"
+        ]:
             return {"output_virtual_tokens": True}
         case _:
             return {}
@@ -121,6 +126,8 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
     """Whether the field's library, given this folder, computes what coadapt does."""
     as_theirs = all(getattr(config, k) == v for k, v in _assumed(config.peft_type, base).items())
     match config:
+        case MultitaskPromptTuningConfig():
+            return as_theirs
         case InputConfig():
             return as_theirs and (not adapter.two_stacks or list(config.prompt_sites or ["encoder"]) == ["encoder"])
         case PrefixTuningConfig():
@@ -174,7 +181,5 @@ def _there(names: Sequence[str] | None, base: nn.Module) -> list[str] | None:
 
 def without_start(config: PeftConfig) -> PeftConfig:
     """The same adapter, started in the cheapest way and without touching the global generator: values come later."""
-    changes: dict[str, Any] = {"init_seed": 0, "init_from": None}
-    if isinstance(config, PromptTuningConfig):
-        changes |= {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_kwargs": None}
-    return replace_options(config, **changes)
+    config = config.with_random_start() if isinstance(config, PromptTuningConfig) else config
+    return replace_options(config, init_seed=0, init_from=None)

@@ -17,6 +17,7 @@ from ..methods.bitfit import BitFit
 from ..methods.dora import DoRA
 from ..methods.ia3 import IA3
 from ..methods.lora import LoRA, LoraConfig
+from ..methods.multitask_prompt import MultitaskPromptTuning
 from ..methods.prefix import Blocks, PrefixTuning, PrefixTuningConfig
 from ..methods.prompt import VirtualTokens
 from ..methods.trainable_tokens import KeptRows, TrainableTokens
@@ -66,6 +67,8 @@ def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
     prompts = {p.place.role: p.method for p in adapter.parts if isinstance(p.method, VirtualTokens)}
     if prompts:
         yield _prompt(adapter, prompts)
+        if isinstance(next(iter(prompts.values())), MultitaskPromptTuning):
+            yield _prompt(adapter, prompts, "prefix_task_cols", "U", 1)
     if isinstance(adapter.shared, Blocks):
         yield _whole(PROMPT, adapter.shared.P)
     elif in_one_tensor(adapter):
@@ -226,26 +229,34 @@ def _copy(source: Tensor, target: Tensor) -> None:
 # ---- prompts: [N, D], for an encoder-decoder [2N, D], the encoder's first --------------------------------------------
 
 
-def _prompt(adapter: Adapter, methods: Mapping[str, VirtualTokens]) -> Entry:
-    one = next(iter(methods.values())).prompt().detach()
+def _prompt(
+    adapter: Adapter, methods: Mapping[str, VirtualTokens], key: str = PROMPT, name: str = "P", dim: int = 0
+) -> Entry:
+    """The parameter `name` of all stacks in one tensor, along `dim`; the tokens themselves, where a network makes them."""
+
+    def own(role: str) -> Tensor:
+        found = getattr(methods[role], name, None)
+        return (methods[role].prompt() if found is None else found).detach()
+
+    one = own(next(iter(methods)))
     roles = ("encoder", "decoder") if adapter.two_stacks else tuple(methods)
-    n = len(one)
+    n = one.shape[dim]
 
     def read() -> Tensor:
-        made = {role: method.prompt().detach() for role, method in methods.items()}
-        return torch.cat([made.get(role, torch.zeros_like(one)) for role in roles])
+        return torch.cat([own(role) if role in methods else torch.zeros_like(one) for role in roles], dim)
 
     def write(tensor: Tensor) -> None:
         for i, role in enumerate(roles):
             if role in methods:
-                _copy_or_compare(tensor[i * n : (i + 1) * n], methods[role], methods[role].prompt())
+                _copy_or_compare(tensor.narrow(dim, i * n, n), methods[role], own(role), name)
 
-    return Entry(PROMPT, (n * len(roles), one.shape[1]), read, write)
+    shape = (*one.shape[:dim], n * len(roles), *one.shape[dim + 1 :])
+    return Entry(key, shape, read, write)
 
 
-def _copy_or_compare(stored: Tensor, method: nn.Module, made: Tensor) -> None:
+def _copy_or_compare(stored: Tensor, method: nn.Module, made: Tensor, name: str = "P") -> None:
     """Where a network makes the virtual tokens, the file's must be those that it makes."""
-    parameter = getattr(method, "P", None)
+    parameter = getattr(method, name, None)
     if parameter is not None:
         return _copy(stored, parameter)
     found = made.detach().float()

@@ -12,5 +12,7 @@ SITES: Mapping[str, Mapping[str, str]] = {
 }
 """Method -> parameter (or buffer) at a site -> what follows the path of the site."""
 
-SHARED: Mapping[str, Mapping[str, str]] = {}
+SHARED: Mapping[str, Mapping[str, str]] = {
+    "MULTITASK_PROMPT_TUNING": {"V": "prefix_task_rows"},
+}
 """Method -> parameter (or buffer) of what all sites share -> the whole key in a file."""
