@@ -128,6 +128,8 @@ CASES = {
     "gpt2-prompt": prompt("gpt2"),
     "bloom-prompt": prompt("bloom"),
     "t5-prompt": prompt("t5"),
+    "llama-cpt": other("llama", "CPTConfig", cpt_token_ids=[5, 9, 4, 8], cpt_tokens_type_mask=[1, 2, 3, 4]),
+    "gpt2-cpt": other("gpt2", "CPTConfig", cpt_token_ids=[5, 9, 4, 8], opt_projection_epsilon=0.5),
     "llama-multitask": multitask("llama"),
     "gpt2-multitask": multitask("gpt2"),
     "llama-prefix": prefix("llama"),

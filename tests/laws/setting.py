@@ -16,8 +16,10 @@ from models import FAMILIES, MODELS, conv, ids, logits, plain, stir
 
 EVERY: dict[str, PeftConfig] = {**CASES, **VARIANTS}
 MAKE = {**MODELS, **FAMILIES, "plain": plain, "conv": conv}
-OF_TRANSFORMERS = ("adaption", "prompt", "p-tuning", "prefix", "invertible", "language")
+OF_TRANSFORMERS = ("cpt", "adaption", "prompt", "p-tuning", "prefix", "invertible", "language")
 """Methods of these cases need a transformers model."""
+
+CAUSAL = ("llama", "gpt2", "bloom", "opt", "gemma2", "gemma3", "qwen2", "qwen3", "mixtral")
 
 WITHOUT_BIAS: dict[str, list[str]] = {
     **{model: ["q_proj", "down_proj"] for model in ("llama", "gemma2", "gemma3", "qwen3")},
@@ -49,6 +51,8 @@ def fits(case: str, model: str) -> bool:
         return False  # says in a warning what it leaves out: tests/test_coverage.py
     if model in ("plain", "conv"):
         return not case.startswith(OF_TRANSFORMERS) and not (model == "conv" and case == "ln-tuning")
+    if case == "cpt":
+        return model in CAUSAL
     embedded = case.startswith(("prompt", "p-tuning", "invertible", "language"))
     return not (model == "bloom" and case.startswith(("prefix", "adaption"))) and not (model == "vit" and embedded)
 

@@ -189,6 +189,8 @@ class InputMethod(Method):
 
     keeps_virtual_tokens: bool = False
     """True: the output holds the virtual tokens' states too."""
+    labels: tuple[Tensor, Tensor] | None = None
+    """Of the virtual tokens, if they are learned from: (N,) each, -100 for none, and what the loss of it counts."""
 
     @abstractmethod
     def prompt(self) -> Tensor:

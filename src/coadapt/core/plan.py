@@ -19,7 +19,7 @@ from .input import EmbeddingCall, InputCall
 from .layer import Layer
 from .lowrank import LowRankCall, LowRankMethod, Term, is_plain
 from .merging import Merged
-from .method import AttentionMethod
+from .method import AttentionMethod, InputMethod
 from .parameter import ParameterCall
 from .pooling import SeenCall
 from .roles import siblings
@@ -52,6 +52,9 @@ class Plan:
         self.tasks, self.keeps_sums = routing.tasks(nodes, adapters), routing.keeps_sums(nodes)
         self.gates, self.fused = _written_out(nodes), any(map(routing.fused, nodes))
         self.used = list(dict.fromkeys(n for node in nodes for n in names(node)))
+        methods = [part.method for name in self.used for part in adapters[name].parts]
+        self.labelled = [m for m in methods if isinstance(m, InputMethod) and m.labels is not None]
+        """Those whose virtual tokens are learned from."""
         self.calls: dict[nn.Module, SiteCall] = {}
         self.attention: dict[nn.Module, AttentionCall] = {}
         at: dict[str, _Sites] = {kind: {} for kind in ("module", "span", "parameter", "attention", "input")}

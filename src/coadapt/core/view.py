@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
-from . import arguments, composition, distributed, driving, routing
+from . import arguments, composition, distributed, driving, loss, routing
 from .adapter import Adapter, attribute, build, replace_options, sites_of
 from .backbone import stacks
 from .base import Base, base_of, statistics
@@ -223,12 +223,13 @@ class View(nn.Module, ABC):
                 tasks.
         """
         if torch.compiler.is_compiling():  # called by what is compiled
-            with self.running(adapters, adapter_names, args, kwargs, task_ids):
-                return distributed.joined(self.base(*args, **kwargs))
+            with self.running(adapters, adapter_names, args, kwargs, task_ids) as plan:
+                return distributed.joined(loss.called(plan, lambda told: self.base(*args, **told), kwargs))
         with untraced() as tracer:
             slots = tracer.compiles and not torch.is_grad_enabled()
-            with self.running(adapters, adapter_names, args, kwargs, task_ids, slots):
-                return distributed.joined(tracer.traced(self.base, args, kwargs))
+            with self.running(adapters, adapter_names, args, kwargs, task_ids, slots) as plan:
+                run = functools.partial(tracer.traced, self.base, args)
+                return distributed.joined(loss.called(plan, run, kwargs))
 
     def generate(
         self,

@@ -164,6 +164,8 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
         case "PREFIX_TUNING":
             if not said.get("prefix_projection"):
                 said.pop("encoder_hidden_size", None)  # without one it says nothing
+        case "CPT" if said.get("opt_weighted_loss_type", "none") == "none":
+            said.pop("opt_loss_decay_factor", None)  # without a decay it says nothing
         case "P_TUNING" if str(said.get("encoder_reparameterization_type", "MLP")).endswith("MLP"):
             said.pop("encoder_num_layers", None)  # of the LSTM
             said.pop("encoder_dropout", None)

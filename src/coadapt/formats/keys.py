@@ -14,6 +14,7 @@ from ..core.layer import kind_of
 from ..core.method import Progress, Reparametrization, method_for
 from ..methods.adaption_prompt import AdaptionPrompt
 from ..methods.bitfit import BitFit
+from ..methods.cpt import CPT
 from ..methods.dora import DoRA
 from ..methods.ia3 import IA3
 from ..methods.lora import LoRA, LoraConfig
@@ -232,7 +233,7 @@ def _copy(source: Tensor, target: Tensor) -> None:
 def _prompt(
     adapter: Adapter, methods: Mapping[str, VirtualTokens], key: str = PROMPT, name: str = "P", dim: int = 0
 ) -> Entry:
-    """The parameter `name` of all stacks in one tensor, along `dim`; the tokens themselves, where a network makes them."""
+    """The parameter `name` of all stacks in one tensor, along `dim`; the tokens, where a network makes them."""
 
     def own(role: str) -> Tensor:
         found = getattr(methods[role], name, None)
@@ -247,8 +248,12 @@ def _prompt(
 
     def write(tensor: Tensor) -> None:
         for i, role in enumerate(roles):
-            if role in methods:
-                _copy_or_compare(tensor.narrow(dim, i * n, n), methods[role], own(role), name)
+            method = methods.get(role)
+            if isinstance(method, CPT):
+                with torch.no_grad():
+                    method.start_at(tensor)
+            elif method is not None:
+                _copy_or_compare(tensor.narrow(dim, i * n, n), method, own(role), name)
 
     shape = (*one.shape[:dim], n * len(roles), *one.shape[dim + 1 :])
     return Entry(key, shape, read, write)
