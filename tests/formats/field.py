@@ -132,6 +132,8 @@ CASES = {
     "gpt2-cpt": other("gpt2", "CPTConfig", cpt_token_ids=[5, 9, 4, 8], opt_projection_epsilon=0.5),
     "llama-multitask": multitask("llama"),
     "gpt2-multitask": multitask("gpt2"),
+    "llama-cartridge": other("llama", "CartridgeConfig", num_virtual_tokens=3),
+    "gpt2-cartridge": other("gpt2", "CartridgeConfig", num_virtual_tokens=4, num_frozen_tokens=2),
     "llama-prefix": prefix("llama"),
     "gpt2-prefix": prefix("gpt2"),
     "bert-prefix": prefix("bert"),

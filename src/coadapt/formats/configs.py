@@ -13,6 +13,7 @@ from ..core.method import method_for
 from ..core.roles import HEADS, Place
 from ..core.target import suffix_match
 from ..methods.adaption_prompt import AdaptionPromptConfig
+from ..methods.cartridge import CartridgeConfig
 from ..methods.ia3 import FEED_FORWARD, IA3Config
 from ..methods.lora import LoraConfig
 from ..methods.multitask_prompt import MultitaskPromptTuningConfig
@@ -130,9 +131,10 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
             return as_theirs
         case InputConfig():
             return as_theirs and (not adapter.two_stacks or list(config.prompt_sites or ["encoder"]) == ["encoder"])
-        case PrefixTuningConfig():
+        case PrefixTuningConfig() | CartridgeConfig():
             moves = config.position_offset in (None, config.num_virtual_tokens)
-            return as_theirs and moves and config.prefix_type == "joint"
+            one = isinstance(config, PrefixTuningConfig) or not adapter.two_stacks
+            return as_theirs and moves and one and config.prefix_type == "joint"
         case AdaptionPromptConfig():
             facts: Any = base.config
             return facts.model_type in ("llama", "mistral", "gpt2") and not config.modules_to_save

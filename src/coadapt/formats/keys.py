@@ -14,6 +14,7 @@ from ..core.layer import kind_of
 from ..core.method import Progress, Reparametrization, method_for
 from ..methods.adaption_prompt import AdaptionPrompt
 from ..methods.bitfit import BitFit
+from ..methods.cartridge import Cartridge, CartridgeConfig
 from ..methods.cpt import CPT
 from ..methods.dora import DoRA
 from ..methods.ia3 import IA3
@@ -222,9 +223,13 @@ def holds_biases(adapter: Adapter) -> bool:
 
 @torch.no_grad()
 def _copy(source: Tensor, target: Tensor) -> None:
+    _refuse_meta(target)
+    target.copy_(source.reshape(target.shape))
+
+
+def _refuse_meta(target: Tensor) -> None:
     if target.is_meta:
         raise ValueError("The base has no weights yet (its device is meta), so adapters cannot be loaded onto it.")
-    target.copy_(source.reshape(target.shape))
 
 
 # ---- prompts: [N, D], for an encoder-decoder [2N, D], the encoder's first --------------------------------------------
@@ -248,12 +253,8 @@ def _prompt(
 
     def write(tensor: Tensor) -> None:
         for i, role in enumerate(roles):
-            method = methods.get(role)
-            if isinstance(method, CPT):
-                with torch.no_grad():
-                    method.start_at(tensor)
-            elif method is not None:
-                _copy_or_compare(tensor.narrow(dim, i * n, n), method, own(role), name)
+            if role in methods:
+                _copy_or_compare(tensor.narrow(dim, i * n, n), methods[role], own(role), name)
 
     shape = (*one.shape[:dim], n * len(roles), *one.shape[dim + 1 :])
     return Entry(key, shape, read, write)
@@ -262,6 +263,10 @@ def _prompt(
 def _copy_or_compare(stored: Tensor, method: nn.Module, made: Tensor, name: str = "P") -> None:
     """Where a network makes the virtual tokens, the file's must be those that it makes."""
     parameter = getattr(method, name, None)
+    if isinstance(method, Cartridge | CPT):
+        _refuse_meta(made)
+        with torch.no_grad():
+            return method.start_at(stored.reshape(made.shape))
     if parameter is not None:
         return _copy(stored, parameter)
     found = made.detach().float()
@@ -279,6 +284,8 @@ def _copy_or_compare(stored: Tensor, method: nn.Module, made: Tensor, name: str 
 def in_one_tensor(adapter: Adapter) -> bool:
     """Whether the field has a layout for this prefix: joint, and in every layer of a model that is one stack."""
     config = adapter.config
+    if isinstance(config, CartridgeConfig):
+        return not adapter.two_stacks
     return isinstance(config, PrefixTuningConfig) and config.prefix_type == "joint" and not adapter.two_stacks
 
 

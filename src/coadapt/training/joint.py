@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from coadapt.core.method import InputMethod
 from coadapt.data.tokens import IGNORED
 from coadapt.evaluation.losses import row_losses, trained
 from coadapt.training.course import Course
