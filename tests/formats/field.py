@@ -134,6 +134,8 @@ CASES = {
     "gpt2-multitask": multitask("gpt2"),
     "llama-cartridge": other("llama", "CartridgeConfig", num_virtual_tokens=3),
     "gpt2-cartridge": other("gpt2", "CartridgeConfig", num_virtual_tokens=4, num_frozen_tokens=2),
+    "llama-poly": other("llama", "PolyConfig", r=2, n_tasks=3, n_skills=3),
+    "t5-poly": other("t5", "PolyConfig", r=2, n_tasks=2, n_splits=2, init_weights=False),
     "llama-prefix": prefix("llama"),
     "gpt2-prefix": prefix("gpt2"),
     "bert-prefix": prefix("bert"),

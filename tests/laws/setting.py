@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cases import CASES, VARIANTS
 from coadapt import BottleneckConfig, PeftModel
 from coadapt.config import PeftConfig, TargetedConfig
+from coadapt.core.method import METHODS
 from models import FAMILIES, MODELS, conv, ids, logits, plain, stir
 
 EVERY: dict[str, PeftConfig] = {**CASES, **VARIANTS}
@@ -66,7 +67,10 @@ def config_of(case: str, model: str) -> PeftConfig:
         return replace(config, target_modules=["embed"])
     usual = isinstance(config, TargetedConfig) and config.target_modules is None and case != "ln-tuning"
     if model in _ENDS and usual:
-        return replace(config, target_modules=_ENDS[model][isinstance(config, BottleneckConfig)])
+        linear = isinstance(config, BottleneckConfig) or "conv" not in getattr(
+            METHODS[config.method], "kinds", ["conv"]
+        )
+        return replace(config, target_modules=_ENDS[model][linear])
     return config
 
 

@@ -6,6 +6,7 @@ SITES: Mapping[str, Mapping[str, str]] = {
     "ADAPTION_PROMPT": {"P": "adaption_prompt", "gate": "adaption_gate"},
     "LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
     "DORA": {"change.A": "lora_A.weight", "change.B": "lora_B.weight", "m": "lora_magnitude_vector"},
+    "POLY": {"A": "poly_lora_A", "B": "poly_lora_B", "Z": "poly_router.module_logits"},
     "IA3": {"l": "ia3_l"},
     "TRAINABLE_TOKENS": {"rows": "trainable_tokens_delta"},
     "LN_TUNING": {"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"},
