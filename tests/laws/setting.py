@@ -67,9 +67,8 @@ def config_of(case: str, model: str) -> PeftConfig:
         return replace(config, target_modules=["embed"])
     usual = isinstance(config, TargetedConfig) and config.target_modules is None and case != "ln-tuning"
     if model in _ENDS and usual:
-        linear = isinstance(config, BottleneckConfig) or "conv" not in getattr(
-            METHODS[config.method], "kinds", ["conv"]
-        )
+        kinds = getattr(METHODS[config.method], "kinds", ["conv"])
+        linear = isinstance(config, BottleneckConfig) or "conv" not in kinds
         return replace(config, target_modules=_ENDS[model][linear])
     return config
 

@@ -22,9 +22,8 @@ def trained(base: Any, **options: Any) -> PeftModel:
 def test_the_papers_sum(splits: int) -> None:
     """Each part of the input meets its own mix of the skills' parts, equation 4 of 2211.03831."""
     layer = nn.Linear(6, 8)
-    view = get_peft_model(
-        nn.ModuleDict({"layer": layer}), PolyConfig(target_modules=["layer"], n_splits=splits, **THREE)
-    )
+    config = PolyConfig(target_modules=["layer"], n_splits=splits, **THREE)
+    view = get_peft_model(nn.ModuleDict({"layer": layer}), config)
     stir(view.adapters, by=0.5)
     method: Any = view.eval().get_adapter("default").parts[0].method
     tasks = torch.tensor([2, 0])

@@ -1,11 +1,13 @@
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import RelaxedBernoulli
 
 from ..config import TargetedConfig
+from ..core.backbone import stack_facts, stacks
 from ..core.gates import per_row, tasks_told
 from ..core.layer import Layer
 from ..core.method import WeightMethod, register
@@ -65,6 +67,12 @@ class Poly(WeightMethod):
         nn.init.uniform_(self.Z, -1e-3, 1e-3)
         if not config.init_weights:
             nn.init.uniform_(self.B, -1, 1).data.mul_(config.r**-0.5)
+
+    @classmethod
+    def facts(cls, config: PolyConfig, base: Any) -> dict[str, Any]:
+        return (
+            {"task_type": stack_facts(base)["task_type"]} if stacks(base) else {}
+        )  # without it peft hands on no tasks
 
     def mixed(self, tasks: Tensor) -> tuple[Tensor, Tensor]:
         """The factors for tasks (B,): (B, I, R) and (B, R, O)."""
