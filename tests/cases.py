@@ -6,16 +6,19 @@ from coadapt import (
     BottleneckConfig,
     CartridgeConfig,
     CPTConfig,
+    DiReftConfig,
     FullCopyConfig,
     IA3Config,
     InvertibleConfig,
     LNTuningConfig,
     LoraConfig,
+    MTLLoRAConfig,
     MultitaskPromptTuningConfig,
     PolyConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    ReftConfig,
     TrainableTokensConfig,
 )
 from coadapt.config import PeftConfig
@@ -32,6 +35,8 @@ CASES: dict[str, PeftConfig] = {
     "ia3": IA3Config(),
     "invertible": InvertibleConfig(),
     "ln-tuning": LNTuningConfig(),
+    "mtl-lora": MTLLoRAConfig(r=2, n_up_projection=2),
+    "reft": ReftConfig(r=2, suffix_positions=0, dropout=0.0),
     "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8),
     "poly": PolyConfig(r=2, n_skills=3, init_weights=False),
     "prefix": PrefixTuningConfig(num_virtual_tokens=3),
@@ -52,6 +57,9 @@ VARIANTS: dict[str, PeftConfig] = {
     "bottleneck-parallel": BottleneckConfig(bottleneck_size=4, placement="parallel", scaling="learned"),
     "language": BottleneckConfig(bottleneck_size=4, inv_adapter="nice"),
     "dora-all-linear": LoraConfig(r=4, use_dora=True, target_modules="all-linear", init_lora_weights=False),
+    "reft-direct": DiReftConfig(
+        r=2, prefix_positions=1, suffix_positions=2, non_linearity="gelu", dropout=0.0, layers=[0]
+    ),
     "p-tuning-lstm": PromptEncoderConfig(
         num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=8
     ),

@@ -17,7 +17,7 @@ from models import FAMILIES, MODELS, conv, ids, logits, plain, stir
 
 EVERY: dict[str, PeftConfig] = {**CASES, **VARIANTS}
 MAKE = {**MODELS, **FAMILIES, "plain": plain, "conv": conv}
-OF_TRANSFORMERS = ("cpt", "adaption", "prompt", "p-tuning", "prefix", "invertible", "language")
+OF_TRANSFORMERS = ("reft", "cpt", "adaption", "prompt", "p-tuning", "prefix", "invertible", "language")
 """Methods of these cases need a transformers model."""
 
 CAUSAL = ("llama", "gpt2", "bloom", "opt", "gemma2", "gemma3", "qwen2", "qwen3", "mixtral")
@@ -52,6 +52,8 @@ def fits(case: str, model: str) -> bool:
         return False  # says in a warning what it leaves out: tests/test_coverage.py
     if model in ("plain", "conv"):
         return not case.startswith(OF_TRANSFORMERS) and not (model == "conv" and case == "ln-tuning")
+    if case == "reft-direct":
+        return model in ("bert", "vit")  # elsewhere last tokens move: tests/methods/test_reft.py
     if case == "cpt":
         return model in CAUSAL
     embedded = case.startswith(("prompt", "p-tuning", "invertible", "language"))

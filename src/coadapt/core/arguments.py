@@ -34,12 +34,25 @@ def refuse_beams(base: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """Raises ValueError where `generate` would put rows in another order, which running means do not follow."""
     config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or base.generation_config
     beams = kwargs.get("num_beams") or getattr(config, "num_beams", 1) or 1
-    cached = kwargs.get("use_cache", getattr(config, "use_cache", True))
-    if beams > 1 and cached is not False:
+    if beams > 1 and _caches(base, args, kwargs):
         raise ValueError(
             f"num_beams={beams} with a cache puts rows into another order, and the pooled router that is active keeps "
             "the mean of each row's tokens. Use use_cache=False, one beam, or a TokenRouter."
         )
+
+
+def refuse_uncached(base: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError where `generate` would read the text anew for each token, so that its last tokens move."""
+    if not _caches(base, args, kwargs):
+        raise ValueError(
+            "What is active edits the last tokens of a text, which without a cache are others for each new token. "
+            "Leave use_cache=False out, or use an adapter without suffix_positions."
+        )
+
+
+def _caches(base: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or base.generation_config
+    return kwargs.get("use_cache", getattr(config, "use_cache", True)) is not False
 
 
 def rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

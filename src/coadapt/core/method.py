@@ -65,6 +65,10 @@ class Method(nn.Module, ABC):
     """Its key in METHODS."""
     one_for_all: ClassVar[bool] = False
     """Whether all places of an adapter use the parameters of the first: then each later one is told by `share`."""
+    reads_tokens: bool = False
+    """Whether it asks which tokens of a row are real (pooling.order_in_row)."""
+    reads_last: bool = False
+    """Whether it asks for the last of them, which move when a text grows."""
     tasks: int = 0
     """How many tasks it tells apart, by the call's `task_ids`; 0: none."""
     widens: bool = True

@@ -75,8 +75,10 @@ class Plan:
         for module, parts in at["attention"].items():
             self._attention(module, parts)
         self._inputs(at["input"], adapters)
-        if routing.has_routers(nodes):
-            self._note_tokens(base)
+        self.reads_last = any(method.reads_last for method in methods)
+        counts = any(method.reads_tokens for method in methods)
+        if counts or routing.has_routers(nodes):
+            self._note_tokens(base, counts)
 
     def frame(self, rows: Sequence[int] | None, tasks: Tensor | None = None) -> Frame:
         """For one call."""
@@ -88,9 +90,9 @@ class Plan:
             if call.rows is not None:
                 call.rows.release()
 
-    def _note_tokens(self, base: nn.Module) -> None:
-        """Routers average over real tokens: those are noted where a stack is called."""
-        pools = any(router.pools for node in self.nodes for router, _ in routers(node))
+    def _note_tokens(self, base: nn.Module, counts: bool) -> None:
+        """Routers average over real tokens, and some methods count them: they are noted where a stack is called."""
+        pools = counts or any(router.pools for node in self.nodes for router, _ in routers(node))
         encoder: str | None = None
         for stack in stacks(base):
             self.calls[stack.module] = SeenCall(stack.path, stack.module, encoder, self.calls.get(stack.module), pools)

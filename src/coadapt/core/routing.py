@@ -144,6 +144,12 @@ class _Streams:
                 )
 
 
+def stream_of(base: Any, path: str) -> str:
+    """The path of the stack whose tokens the module at `path` sees; "" where the model has none."""
+    stack = _Streams(base).of(path)
+    return "" if stack is None else stack.path
+
+
 def has_routers(nodes: Sequence[Node]) -> bool:
     """Whether something in these compositions chooses gates by the call."""
     return any(routers(node) for node in nodes)

@@ -247,6 +247,8 @@ class View(nn.Module, ABC):
         if kwargs.get("assistant_model") is base:
             kwargs["assistant_model"] = Bare(base)
         with self.running(adapters, adapter_names, args, kwargs, task_ids) as plan:
+            if plan.reads_last:
+                arguments.refuse_uncached(base, args, kwargs)
             if plan.keeps_sums:
                 arguments.refuse_beams(base, args, kwargs)
             return base.generate(*args, **kwargs)
