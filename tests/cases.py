@@ -1,10 +1,12 @@
 """One small configuration per method: what the laws run over. A new method adds one line."""
 
 from coadapt import (
+    AdapterPlusConfig,
     AdaptionPromptConfig,
     BitFitConfig,
     BottleneckConfig,
     CartridgeConfig,
+    CompacterConfig,
     CPTConfig,
     DiReftConfig,
     FullCopyConfig,
@@ -29,6 +31,7 @@ CASES: dict[str, PeftConfig] = {
     "bottleneck": BottleneckConfig(bottleneck_size=4, placement="houlsby"),
     "bitfit": BitFitConfig(),
     "prefix-cartridge": CartridgeConfig(num_virtual_tokens=3),
+    "compacter": CompacterConfig(bottleneck_size=4),
     "cpt": CPTConfig(cpt_token_ids=[5, 9, 4], cpt_tokens_type_mask=[1, 2, 3]),
     "dora": LoraConfig(r=4, use_dora=True, init_lora_weights=False),
     "full-copy": FullCopyConfig(target_modules=r".*(v_proj|c_proj|dense|SelfAttention\.v|value|second|fc1)"),
@@ -55,6 +58,10 @@ VARIANTS: dict[str, PeftConfig] = {
     "lora-bias": LoraConfig(r=4, bias="lora_only", init_lora_weights=False),
     "bottleneck-pfeiffer": BottleneckConfig(bottleneck_size=4, adapter_layer_norm="before"),
     "bottleneck-parallel": BottleneckConfig(bottleneck_size=4, placement="parallel", scaling="learned"),
+    "bottleneck-plus": AdapterPlusConfig(bottleneck_size=4, stochastic_depth=0.0),
+    "compacter-whole": CompacterConfig(
+        bottleneck_size=4, phm_dim=2, factorized_phm_W=False, shared_phm_rule=False, placement="parallel"
+    ),
     "language": BottleneckConfig(bottleneck_size=4, inv_adapter="nice"),
     "dora-all-linear": LoraConfig(r=4, use_dora=True, target_modules="all-linear", init_lora_weights=False),
     "reft-direct": DiReftConfig(

@@ -17,6 +17,8 @@ NEUTRAL = [
     "bottleneck-pfeiffer",
     "bottleneck-parallel",
     "bitfit",
+    "compacter",
+    "mtl-lora",
     "invertible",
     "language",
     "prefix-decoupled",
