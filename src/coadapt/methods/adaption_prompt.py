@@ -48,17 +48,17 @@ class AdaptionPrompt(AttentionMethod):
     ) -> None:
         super().__init__()
         self.heads = place.heads, place.head_dim
-        self.module = (place.module,)  # not as a module: its parameters are the base's
         names = dict(place.module.named_children())
-        self.layers = [next((names[n] for n in PROJECTIONS[kind] if n in names), None) for kind in ("key", "value")]
-        self.behind = None in self.layers
+        found = [names[name] for kind in ("key", "value") for name in PROJECTIONS[kind] if name in names]
+        self.norm = (names["k_norm"],) if "k_norm" in names else ()  # not as a module: its parameters are the base's
+        self.behind = len(found) < 2
         if self.behind and "c_attn" not in names:
             raise ValueError(
                 f"AdaptionPromptConfig: {place.path!r} ({type(place.module).__name__}) has no layers of its own for "
                 f"keys and values (it has {', '.join(names)}), and the prompt goes through those. A decoupled "
                 "PrefixTuningConfig works there."
             )
-        self.layers = [names["c_attn"]] if self.behind else self.layers
+        self.layers = [names["c_attn"]] if self.behind else found
         self.P = nn.Parameter(torch.randn(config.adapter_len, Layer(self.layers[0]).shape[1]))  # (N, D)
         self.gate = nn.Parameter(torch.zeros(()))
 
@@ -85,7 +85,7 @@ class AdaptionPrompt(AttentionMethod):
     def prefix(self) -> tuple[Tensor, Tensor]:
         made = [layer.apply(self.P, layer.weight(), layer.bias) for layer in map(Layer, self.layers)]
         keys, values = made[0].chunk(3, dim=-1)[1:] if self.behind else made
-        norm = Layer(self.module[0].k_norm) if hasattr(self.module[0], "k_norm") else None
+        norm = Layer(self.norm[0]) if self.norm else None
         if norm is not None and norm.shape[0] == keys.shape[-1] != self.heads[1]:
             keys, norm = norm.apply(keys, norm.weight(), norm.bias), None
         keys, values = (t.unflatten(-1, self.heads).transpose(0, 1) for t in (keys, values))  # (H, N, D)

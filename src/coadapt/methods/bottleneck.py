@@ -109,9 +109,8 @@ class Bottleneck(ModuleMethod):
         self.before = nn.LayerNorm(inner) if config.adapter_layer_norm == "before" else None
         self.after = nn.LayerNorm(out) if config.adapter_layer_norm == "after" else None
         self.dropout, self.skipped = config.adapter_dropout, config.stochastic_depth
-        learned = {"learned": (), "channel": (out,)}  # shapes
-        trains = isinstance(config.scaling, str)
-        self.scale: Any = nn.Parameter(torch.ones(learned[config.scaling])) if trains else config.scaling
+        shape = (out,) if config.scaling == "channel" else ()
+        self.scale: Any = nn.Parameter(torch.ones(shape)) if isinstance(config.scaling, str) else config.scaling
 
     def dense(self, config: Any, shared: nn.Module | None, sizes: tuple[int, int, int]) -> tuple[Any, Any]:
         """D and U, as they start."""

@@ -59,7 +59,7 @@ class Hypercomplex(nn.Module):
             )
         self.in_features, self.out_features = inputs, outputs
         self.rule = Rule(n) if rule is None else None
-        self.given = () if rule is None else (rule,)
+        self.given: list[nn.Module] = [] if rule is None else [rule]  # not as a module: it is every bottleneck's
         spread = (2 / (inputs + outputs)) ** 0.5
         self.whole: nn.Parameter | None = None
         if config.factorized_phm_W:
@@ -73,7 +73,7 @@ class Hypercomplex(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        rule = self.given[0] if self.rule is None else self.rule
+        rule: Any = self.rule or self.given[0]
         large = self.s @ self.t if self.whole is None else self.whole
         return torch.einsum("nab,noi->aobi", rule.A, large).reshape(self.out_features, self.in_features)
 

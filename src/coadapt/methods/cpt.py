@@ -70,6 +70,8 @@ class CPT(VirtualTokens, Driven):
     context. Parameters per site: N D.
     """
 
+    E: Tensor
+
     def __init__(self, config: CPTConfig, place: Backbone, base: Any, shared: nn.Module | None = None) -> None:
         super().__init__(config, place, base, shared)
         ids, table = torch.tensor(list(config.cpt_token_ids)), place.embedding.weight
