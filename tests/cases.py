@@ -2,13 +2,19 @@
 
 from coadapt import (
     AdaLoraConfig,
+    AdapterPlusConfig,
+    AdaptionPromptConfig,
     BeftConfig,
     BitFitConfig,
     BOFTConfig,
     BottleneckConfig,
     C3AConfig,
+    CartridgeConfig,
+    CompacterConfig,
+    CPTConfig,
     DeftConfig,
     DeloraConfig,
+    DiReftConfig,
     FourierFTConfig,
     FullCopyConfig,
     GloraConfig,
@@ -21,12 +27,16 @@ from coadapt import (
     LoKrConfig,
     LoraConfig,
     MissConfig,
+    MTLLoRAConfig,
+    MultitaskPromptTuningConfig,
     OFTConfig,
     PeanutConfig,
+    PolyConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     PsoftConfig,
+    ReftConfig,
     RoadConfig,
     ShiraConfig,
     TrainableTokensConfig,
@@ -35,11 +45,15 @@ from coadapt.config import PeftConfig
 
 CASES: dict[str, PeftConfig] = {
     "lora": LoraConfig(r=4, lora_alpha=8, init_lora_weights=False),
+    "adaption": AdaptionPromptConfig(adapter_len=3, adapter_layers=2),
     "bottleneck": BottleneckConfig(bottleneck_size=4, placement="houlsby"),
     "bitfit": BitFitConfig(),
     "boft": BOFTConfig(boft_block_size=0, boft_block_num=1, init_weights=False),
     "deft": DeftConfig(r=2, init_weights=False, alpha=3),
     "delora": DeloraConfig(r=3, init_weights=False),
+    "prefix-cartridge": CartridgeConfig(num_virtual_tokens=3),
+    "compacter": CompacterConfig(bottleneck_size=4),
+    "cpt": CPTConfig(cpt_token_ids=[5, 9, 4], cpt_tokens_type_mask=[1, 2, 3]),
     "dora": LoraConfig(r=4, use_dora=True, init_lora_weights=False),
     "full-copy": FullCopyConfig(target_modules=r".*(v_proj|c_proj|dense|SelfAttention\.v|value|second|fc1)"),
     "ia3": IA3Config(),
@@ -55,7 +69,10 @@ CASES: dict[str, PeftConfig] = {
     "oft": OFTConfig(r=1, oft_block_size=0, use_cayley_neumann=False, init_weights=False),
     "coft": OFTConfig(r=1, oft_block_size=0, coft=True, eps=1.0, init_weights=False),
     "peanut": PeanutConfig(r=3, depth=1, act_fn="tanh", init_weights=False),
+    "mtl-lora": MTLLoRAConfig(r=2, n_up_projection=2),
+    "reft": ReftConfig(r=2, suffix_positions=0, dropout=0.0),
     "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8),
+    "poly": PolyConfig(r=2, n_skills=3, init_weights=False),
     "prefix": PrefixTuningConfig(num_virtual_tokens=3),
     "psoft": PsoftConfig(r=3, init_weights=False),
     "road": RoadConfig(variant="road_4", group_size=2, init_weights=False),
@@ -66,6 +83,7 @@ CASES: dict[str, PeftConfig] = {
     "c3a": C3AConfig(block_size=2),
     "beft": BeftConfig(init_weights=False),
     "fourierft": FourierFTConfig(n_frequency=12, scaling=10.0),
+    "prompt-multitask": MultitaskPromptTuningConfig(num_virtual_tokens=3, num_ranks=2),
 }
 """One per registered method; a test fails where one is missing."""
 
@@ -78,6 +96,10 @@ VARIANTS: dict[str, PeftConfig] = {
     "lora-bias": LoraConfig(r=4, bias="lora_only", init_lora_weights=False),
     "bottleneck-pfeiffer": BottleneckConfig(bottleneck_size=4, adapter_layer_norm="before"),
     "bottleneck-parallel": BottleneckConfig(bottleneck_size=4, placement="parallel", scaling="learned"),
+    "bottleneck-plus": AdapterPlusConfig(bottleneck_size=4, stochastic_depth=0.0),
+    "compacter-whole": CompacterConfig(
+        bottleneck_size=4, phm_dim=2, factorized_phm_W=False, shared_phm_rule=False, placement="parallel"
+    ),
     "language": BottleneckConfig(bottleneck_size=4, inv_adapter="nice"),
     "loha-core": LoHaConfig(r=3, use_effective_conv2d=True, init_weights=False),
     "lokr-core": LoKrConfig(
@@ -92,6 +114,9 @@ VARIANTS: dict[str, PeftConfig] = {
     "miss-mini": MissConfig(r=2, mini_r=2, init_weights="mini"),
     "oft-blocks": OFTConfig(oft_block_size=2, block_share=True, init_weights=False),
     "road-1": RoadConfig(group_size=2, init_weights=False),
+    "reft-direct": DiReftConfig(
+        r=2, prefix_positions=1, suffix_positions=2, non_linearity="gelu", dropout=0.0, layers=[0]
+    ),
     "p-tuning-lstm": PromptEncoderConfig(
         num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=8
     ),

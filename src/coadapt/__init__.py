@@ -30,6 +30,8 @@ _HOMES = {
     "estimate": "training.estimate",
     "export": "exporting",
     "get_peft_model": "model",
+    "initialize_kv_prefix_from_past_key_values": "methods.cartridge",
+    "initialize_kv_prefix_from_text": "methods.cartridge",
     "recommended": "training.recommend",
 }
 

@@ -318,6 +318,21 @@ class InputConfig(VirtualTokensConfig):
     """Also return the virtual tokens' states; otherwise the output is as long as the input."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(VirtualTokensConfig):
+    """Options of the methods whose virtual tokens stand among the keys and values of attention."""
+
+    prefix_sites: Sequence[str] | None = None
+    """Any of "encoder", "decoder" (self-attention) and "cross"; all that the model has, if left out."""
+    position_offset: int | None = None
+    """By how much the input's positions are shifted: N if left out, as the field's files assume. 0 suits stacks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.position_offset is not None and self.position_offset < 0:
+            raise ValueError(f"{type(self).__name__}: position_offset={self.position_offset} must not be below 0.")
+
+
 _TAKEN_WORDS = {
     "__base__": "a row without any adapter",
     "nothing": "a composition without any adapter",

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import coadapt
+import models
 from coadapt import PeftModel, get_peft_model
 from coadapt.formats.keys import entries
-from models import FAMILIES, MODELS, conv, ids, logits, plain, stir
+from models import FAMILIES, MODELS, conv, ids, plain, stir
 
 torch.sparse.check_sparse_tensor_invariants.disable()  # or their SHiRA warns that nobody has said
 
@@ -62,6 +63,10 @@ def prompt(model: str, **options: Any) -> Case:
 def prefix(model: str, **options: Any) -> Case:
     task = {"t5": SEQ2SEQ, "bert": CLASSES}.get(model, CAUSAL)
     return Case(model, "PrefixTuningConfig", {"num_virtual_tokens": 3, **task, **options})
+
+
+def multitask(model: str) -> Case:
+    return other(model, "MultitaskPromptTuningConfig", num_virtual_tokens=3, num_tasks=3, num_ranks=2)
 
 
 def other(model: str, config: str, **options: Any) -> Case:
@@ -209,13 +214,32 @@ CASES = {
     "gpt2-prompt": prompt("gpt2"),
     "bloom-prompt": prompt("bloom"),
     "t5-prompt": prompt("t5"),
+    "llama-cpt": other("llama", "CPTConfig", cpt_token_ids=[5, 9, 4, 8], cpt_tokens_type_mask=[1, 2, 3, 4]),
+    "gpt2-cpt": other("gpt2", "CPTConfig", cpt_token_ids=[5, 9, 4, 8], opt_projection_epsilon=0.5),
+    "llama-multitask": multitask("llama"),
+    "gpt2-multitask": multitask("gpt2"),
+    "llama-cartridge": other("llama", "CartridgeConfig", num_virtual_tokens=3),
+    "gpt2-cartridge": other("gpt2", "CartridgeConfig", num_virtual_tokens=4, num_frozen_tokens=2),
+    "llama-poly": other("llama", "PolyConfig", r=2, n_tasks=3, n_skills=3),
+    "t5-poly": other("t5", "PolyConfig", r=2, n_tasks=2, n_splits=2, init_weights=False),
     "llama-prefix": prefix("llama"),
     "gpt2-prefix": prefix("gpt2"),
     "bert-prefix": prefix("bert"),
+    "llama-adaption": other("llama", "AdaptionPromptConfig", adapter_len=3, adapter_layers=2),
+    "gpt2-adaption": other("gpt2", "AdaptionPromptConfig", adapter_len=3, adapter_layers=1),
     "llama-projected": prefix("llama", prefix_projection=True, encoder_hidden_size=20),
     "gpt2-projected": prefix("gpt2", prefix_projection=True),
 }
 """That both libraries take with the same options; T5's prefix stands below."""
+
+
+def logits(model: Any, tokens: Tensor | None = None) -> Tensor:
+    """Of either library's model, or of a base; each row is of another task, where tasks are told apart."""
+    tokens = ids() if tokens is None else tokens
+    config = getattr(model, "peft_config", {}).get("default")
+    tasks = getattr(config, "num_tasks", None) or getattr(config, "n_tasks", None)
+    options = {"task_ids": torch.arange(len(tokens)).flip(0) % tasks} if tasks else {}
+    return models.logits(model, tokens, **options)
 
 
 def field_logits(model: Any, tokens: Tensor | None = None) -> Tensor:
@@ -281,7 +305,9 @@ def field_gradients(model: Any) -> dict[str, Tensor]:
     values = {p: p.data for p in model.parameters() if p.requires_grad}
     for parameter in values:
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    stored = {k: v.clone() for k, v in peft.get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    stored = {
+        k: v.detach().clone() for k, v in peft.get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
     for parameter, value in values.items():
         parameter.data = value
     return stored

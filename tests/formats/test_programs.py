@@ -19,9 +19,9 @@ from coadapt import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, Prompt
 from coadapt.config import CONFIGS, PeftConfig
 from coadapt.formats.facts import Facts, read_facts
 from coadapt.formats.programs import PEFT_TYPES, PROGRAMS, Verdict
-from models import logits, stir
+from models import stir
 
-from .field import field_logits, field_quietly
+from .field import field_logits, field_quietly, logits
 
 ON_LLAMA = {
     name: config

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from cases import CASES, VARIANTS
 from coadapt import BottleneckConfig, PeftModel
 from coadapt.config import PeftConfig, TargetedConfig
+from coadapt.core.method import METHODS
 from models import FAMILIES, MODELS, conv, ids, logits, plain, stir
 
 EVERY: dict[str, PeftConfig] = {**CASES, **VARIANTS}
 MAKE = {**MODELS, **FAMILIES, "plain": plain, "conv": conv}
-OF_TRANSFORMERS = ("prompt", "p-tuning", "prefix", "invertible", "language")
+OF_TRANSFORMERS = ("reft", "cpt", "adaption", "prompt", "p-tuning", "prefix", "invertible", "language")
 """Methods of these cases need a transformers model."""
+
+CAUSAL = ("llama", "gpt2", "bloom", "opt", "gemma2", "gemma3", "qwen2", "qwen3", "mixtral")
 
 WITHOUT_BIAS: dict[str, list[str]] = {
     **{model: ["q_proj", "down_proj"] for model in ("llama", "gemma2", "gemma3", "qwen3")},
@@ -53,8 +56,12 @@ def fits(case: str, model: str) -> bool:
         return False  # says in a warning what it leaves out: tests/test_coverage.py
     if model in ("plain", "conv"):
         return not case.startswith(OF_TRANSFORMERS) and not (model == "conv" and case == "ln-tuning")
+    if case == "reft-direct":
+        return model in ("bert", "vit")  # elsewhere last tokens move: tests/methods/test_reft.py
+    if case == "cpt":
+        return model in CAUSAL
     embedded = case.startswith(("prompt", "p-tuning", "invertible", "language"))
-    return not (model == "bloom" and case.startswith("prefix")) and not (model == "vit" and embedded)
+    return not (model == "bloom" and case.startswith(("prefix", "adaption"))) and not (model == "vit" and embedded)
 
 
 def config_of(case: str, model: str) -> PeftConfig:
@@ -66,7 +73,9 @@ def config_of(case: str, model: str) -> PeftConfig:
         return replace(config, target_modules=["embed"])
     usual = isinstance(config, TargetedConfig) and config.target_modules is None and case != "ln-tuning"
     if model in _ENDS and usual:
-        return replace(config, target_modules=_ENDS[model][isinstance(config, BottleneckConfig)])
+        kinds = getattr(METHODS[config.method], "kinds", ["conv"])
+        linear = isinstance(config, BottleneckConfig) or "conv" not in kinds
+        return replace(config, target_modules=_ENDS[model][linear])
     return config
 
 

@@ -266,7 +266,10 @@ def test_loading_draws_nothing_and_gives_all(case: str, model: str, tmp_path: Pa
     assert torch.equal(torch.get_rng_state(), state)
     saved, loaded = view.get_adapter("default").state_dict(), other.get_adapter("default").state_dict()
     assert saved.keys() == loaded.keys()
-    assert all(torch.equal(saved[key], loaded[key]) for key in saved)
+    if case == "cpt":  # the file says where tokens stand, not how far they have moved
+        assert all(torch.allclose(saved[key], loaded[key], atol=1e-6) for key in saved)
+    else:
+        assert all(torch.equal(saved[key], loaded[key]) for key in saved)
 
 
 @pytest.mark.parametrize("case", [c for c in EVERY if fits(c, "llama")])
@@ -275,7 +278,7 @@ def test_a_new_adapter_is_drawn_all_the_same(case: str) -> None:
     config = replace(config_of(case, "llama"), init_seed=1)
     other = replace(config, init_seed=2)
     one, two = (PeftModel(llama(), c).get_adapter("default").weight for c in (config, other))
-    not_drawn = ("bitfit", "full-copy", "ia3", "ln-tuning", "tokens", "bat", "miss-mini")
+    not_drawn = ("bitfit", "cpt", "full-copy", "ia3", "ln-tuning", "tokens", "bat", "miss-mini")
     assert torch.equal(one, two) == (case in not_drawn)
 
 

@@ -11,6 +11,7 @@ from coadapt.config import PeftConfig
 from laws.setting import MAKE, close, config_of, far, fits, logits, pairs
 
 NEUTRAL = [
+    "adaption",
     "lora",
     "lora-all-linear",
     "lora-bias",
@@ -18,6 +19,8 @@ NEUTRAL = [
     "bottleneck-pfeiffer",
     "bottleneck-parallel",
     "bitfit",
+    "compacter",
+    "mtl-lora",
     "invertible",
     "language",
     "prefix-decoupled",

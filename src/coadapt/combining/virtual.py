@@ -51,7 +51,10 @@ def prompts(order: Order) -> tuple[Adapter, Report]:
 def _tokens(node: Node, methods: Mapping[str, Any]) -> Tensor:
     """(N, D): of a Seq one after the other, of a Sum added."""
     if isinstance(node, str):
-        return methods[node].prompt().detach()
+        own = methods[node].prompt().detach()
+        if own.dim() > 2:
+            raise ValueError(f"{node!r} has a prompt for each of {len(own)} tasks; no one prompt can stand for it.")
+        return own
     found = [_tokens(child, methods) for child in node.children]
     if isinstance(node, Seq):
         return torch.cat(found)

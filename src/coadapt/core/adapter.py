@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..config import PeftConfig, TargetedConfig
 from . import roles, target, tied
-from .backbone import Backbone, backbones
+from .backbone import Backbone, backbones, stacks
 from .layer import Layer
 from .method import AttentionMethod, Driven, InputMethod, Method, ModuleMethod, WeightMethod, method_for
 from .parameter import ParameterLayer
@@ -88,6 +88,8 @@ class Adapter(nn.Module):
         self.parts: list[Part] = []
         self.stacks: Sequence[Backbone] = ()
         """Of the base, if this puts virtual tokens in front of one: all, since a decoder sees those of its encoder."""
+        self.noted: Sequence[nn.Module] = ()
+        """The stacks of the base, if this asks which tokens are real."""
         self.two_stacks = False
         """Whether the base is an encoder-decoder."""
         self.steps: Tensor | None
@@ -108,6 +110,11 @@ class Adapter(nn.Module):
         for part in self.parts:
             found.setdefault(part.kind, {}).setdefault(part.place.module, []).append(part)
         return found
+
+    @functools.cached_property
+    def tasks(self) -> int:
+        """How many tasks it tells apart, by the call's `task_ids`; 0: none."""
+        return max((part.method.tasks for part in self.parts), default=0)
 
     @property
     def weight(self) -> Tensor:
@@ -163,6 +170,8 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False, bl
         _settled(part.method, part.place.module, half)
     if any(isinstance(p.method, InputMethod) or getattr(p.method, "position_offset", 0) for p in adapter.parts):
         adapter.stacks = backbones(base)
+    if any(part.method.reads_tokens for part in adapter.parts):
+        adapter.noted = [stack.module for stack in stacks(base)]
     if any(isinstance(part.method, Driven) for part in adapter.parts):
         adapter.steps = torch.zeros((), dtype=torch.long)
     _share(adapter, base)
@@ -278,6 +287,7 @@ def sites_of(adapter: Adapter) -> list[nn.Module]:
     found = [p.place.module for p in adapter.parts]
     found += [p.place.reads[1] for p in adapter.parts if p.place.reads]
     found += [module for stack in adapter.stacks for module in (stack.module, stack.embedding)]
+    found += adapter.noted
     return list(dict.fromkeys(found))
 
 

@@ -15,7 +15,10 @@ def tasks(task_ids: Any, plan: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
     if task_ids is None:
         return None
     if not plan.tasks:
-        raise ValueError("task_ids has no effect: nothing that is active has a TaskRouter. Leave it out.")
+        raise ValueError(
+            "task_ids has no effect: nothing that is active tells tasks apart (a TaskRouter, or an adapter for several "
+            "tasks). Leave it out."
+        )
     tasks = torch.as_tensor(task_ids).long().reshape(-1)
     rows = rows_of(args, kwargs)
     if rows is not None and len(tasks) != rows:
@@ -23,7 +26,7 @@ def tasks(task_ids: Any, plan: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
             f"task_ids has {len(tasks)} entries, but the batch has {rows} rows; it needs one for each row."
         )
     if not torch.compiler.is_compiling() and (bad := [t for t in tasks.tolist() if not 0 <= t < plan.tasks]):
-        raise ValueError(f"task_ids has {bad[0]}; the router knows {plan.tasks} tasks, numbered from 0.")
+        raise ValueError(f"task_ids has {bad[0]}; what is active knows {plan.tasks} tasks, numbered from 0.")
     return tasks
 
 
@@ -31,12 +34,25 @@ def refuse_beams(base: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     """Raises ValueError where `generate` would put rows in another order, which running means do not follow."""
     config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or base.generation_config
     beams = kwargs.get("num_beams") or getattr(config, "num_beams", 1) or 1
-    cached = kwargs.get("use_cache", getattr(config, "use_cache", True))
-    if beams > 1 and cached is not False:
+    if beams > 1 and _caches(base, args, kwargs):
         raise ValueError(
             f"num_beams={beams} with a cache puts rows into another order, and the pooled router that is active keeps "
             "the mean of each row's tokens. Use use_cache=False, one beam, or a TokenRouter."
         )
+
+
+def refuse_uncached(base: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError where `generate` would read the text anew for each token, so that its last tokens move."""
+    if not _caches(base, args, kwargs):
+        raise ValueError(
+            "What is active edits the last tokens of a text, which without a cache are others for each new token. "
+            "Leave use_cache=False out, or use an adapter without suffix_positions."
+        )
+
+
+def _caches(base: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or base.generation_config
+    return kwargs.get("use_cache", getattr(config, "use_cache", True)) is not False
 
 
 def rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

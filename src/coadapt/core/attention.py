@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .frame import current
+from .frame import Frame, SiteCall, current
 from .gates import Gates, Reading, attention_site, gated
 from .method import AttentionMethod
 from .site import shadow
@@ -43,6 +43,8 @@ class AttentionCall:
         self.terms, self.site = tuple(terms), attention_site(path)
         self.reads = any(t.gates.reads for t in terms)
         """Whether the module's input is noted in the frame, for gates that need it."""
+        self.later = f"{path}'s output" if any(t.method.behind for t in terms) else ""
+        """What the frame calls what is to be added to the module's output, if anything is."""
         own = module.__dict__["config"]
         self.kind: str = own._attn_implementation or "eager"
         self.config = shadow(own, NAME)
@@ -76,7 +78,11 @@ class AttentionCall:
             seen = attend(module, q, keys, values, None, **free)[0]
             strength = term.method.strength()
             gate = term.weight(frame.rows, at)
-            out = out + gated(gate if strength is None else gate * strength, seen)
+            change = gated(gate if strength is None else gate * strength, seen)
+            if term.method.behind:
+                frame.inputs[self.later] = frame.inputs.get(self.later, 0) + change.flatten(2)
+            else:
+                out = out + change
         return out, weights
 
     def joined(
@@ -135,6 +141,18 @@ class AttentionCall:
         heads = mask.shape[1]
         out = torch.cat([bias.expand(-1, heads, -1, -1), mask.expand(count, heads, height, -1)], dim=3)
         return out.expand(len(q), -1, q.shape[2], -1) if self.kind == "sdpa" else out
+
+
+class BehindCall:
+    """What a plan has at an attention module to whose output something is added that an AttentionCall has made."""
+
+    def __init__(self, later: str, inner: SiteCall | None) -> None:
+        self.later, self.inner = later, inner
+
+    def __call__(self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = forward(*args, **kwargs) if self.inner is None else self.inner(frame, forward, args, kwargs)
+        change = frame.inputs.pop(self.later)
+        return (out[0] + change, *out[1:]) if isinstance(out, tuple) else out + change
 
 
 def _log(gate: Tensor, dtype: torch.dtype) -> Tensor:

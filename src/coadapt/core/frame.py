@@ -37,6 +37,10 @@ class Frame:
         self._rows = None if rows is None or torch.compiler.is_compiling() else tuple(rows)
         self.tasks = tasks
         """(B,) the task of each row, for routers by task."""
+        self.whole = False
+        """Whether the states of virtual tokens are returned, whatever their methods say: for a loss that reads them."""
+        self.kept: Any = None
+        """(B, T) where the last stack has put the real tokens, if there are virtual ones."""
         self.mixture = torch.empty(0)
         """(B, S) how much of each slot each row uses, in a compiled call: see slots.py."""
         self.seen: dict[str, Any] = {}

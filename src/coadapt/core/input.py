@@ -88,7 +88,7 @@ class InputCall:
         Args:
             at: what routers read; None where only the lengths matter.
         """
-        found = [self._tokens(node, at) for node in self.nodes]
+        found = [self._tokens(node, at, len(like)) for node in self.nodes]
         count = [0 if t is None else t.shape[-2] for t in found]
         longest = max(count)
         if not longest:
@@ -102,12 +102,13 @@ class InputCall:
         real = torch.arange(longest, device=like.device) >= longest - lengths[rows, None]
         return Virtual(_of_rows(padded, rows), real, all(c == longest for c in count))
 
-    def _tokens(self, node: Node, at: Reading | None) -> Tensor | None:
-        """(N, D) or (B, N, D): in a Seq one after the other, in a Sum added. None where `node` has no prompt."""
+    def _tokens(self, node: Node, at: Reading | None, rows: int) -> Tensor | None:
+        """(N, D) or (rows, N, D): in a Seq one after the other, in a Sum added. None where `node` has no prompt."""
         if isinstance(node, str):
-            return self.methods[node].prompt() if node in self.methods else None
+            own = self.methods[node].prompt() if node in self.methods else None
+            return own if own is None or own.dim() == 2 else per_row(own, rows)
         weights = getattr(node, "weights", (1.0,) * len(node.children))
-        pairs = [(self._tokens(c, at), w) for c, w in zip(node.children, weights, strict=True) if not is_zero(w)]
+        pairs = [(self._tokens(c, at, rows), w) for c, w in zip(node.children, weights, strict=True) if not is_zero(w)]
         found = [(t, w) for t, w in pairs if t is not None]
         if not found:
             return None
@@ -154,16 +155,18 @@ class InputCall:
         past = _cached(call.get("past_key_values"))
         at = None if past else Reading(input_site(self.place.path), embeds, embeds)
         virtual, shift = self.virtual(frame, embeds, at), self.shift(frame, embeds)
-        if virtual is not None and self.keeps and not virtual.full:
+        keeps = self.keeps or frame.whole
+        if virtual is not None and keeps and not virtual.full:
             raise ValueError(
                 "The rows of a batch need prompts of one length where the states of virtual tokens are returned "
-                "(output_virtual_tokens=True): the output has one length for all."
+                "(output_virtual_tokens=True, or a loss that reads them): the output has one length for all."
             )
         if virtual is not None and not past and (starts := _restarts(call)) is not None:
             keep = _pack(call, virtual, starts)
             call["position_ids"] = call["position_ids"] + (0 if shift is None else shift)
         else:
             keep = self._insert(call, virtual, shift, past)
+        frame.kept = keep
         placed(frame, self.place.path, keep, call["inputs_embeds"].shape[1])
         if ids is not None:
             frame.inputs[self.embedded] = embeds = call.pop("inputs_embeds")
@@ -173,7 +176,7 @@ class InputCall:
             raise RuntimeError(
                 f"{type(self.place.module).__name__} does not call its input embedding; pass inputs_embeds."
             )
-        return out if keep is None or self.keeps or not self.cuts else _cut(out, keep, self.place.module)
+        return out if keep is None or keeps or not self.cuts else _cut(out, keep, self.place.module)
 
     def _stand_ins(self, ids: Tensor, keep: Tensor, length: int) -> Tensor:
         """(B, N + T) ids whose embeddings will not be looked up: models read more from ids than those."""
@@ -291,10 +294,10 @@ def _moved(
 def _ordered(tokens: Tensor, order: Tensor | None) -> Tensor:
     if order is None:
         return tokens
-    return _picked(tokens, order) if tokens.dim() == 3 else tokens.gather(1, order)
+    return picked(tokens, order) if tokens.dim() == 3 else tokens.gather(1, order)
 
 
-def _picked(tokens: Tensor, at: Tensor) -> Tensor:
+def picked(tokens: Tensor, at: Tensor) -> Tensor:
     """(B, T, D) -> (B, K, D), those at (B, K); gather would save all of them for its backward."""
     batch, length, width = tokens.shape
     rows = torch.arange(batch, device=at.device)[:, None] * length
@@ -351,12 +354,12 @@ def _pack(call: dict[str, Any], virtual: Virtual, starts: Tensor) -> Tensor:
 def _cut(out: Any, keep: Tensor, module: Any) -> Any:
     """The output without the virtual tokens' states: as long as the input."""
     if isinstance(out, tuple):
-        return (_picked(out[0], keep), *out[1:])
+        return (picked(out[0], keep), *out[1:])
     if isinstance(out, Tensor):
-        return _picked(out, keep)
-    out["last_hidden_state"] = _picked(out["last_hidden_state"], keep)
+        return picked(out, keep)
+    out["last_hidden_state"] = picked(out["last_hidden_state"], keep)
     if out.get("hidden_states") is not None:
-        out["hidden_states"] = tuple(_picked(states, keep) for states in out["hidden_states"])
+        out["hidden_states"] = tuple(picked(states, keep) for states in out["hidden_states"])
     if out.get("pooler_output") is not None:
         out["pooler_output"] = module.pooler(out["last_hidden_state"])
     return out

@@ -65,6 +65,12 @@ class Method(nn.Module, ABC):
     """Its key in METHODS."""
     one_for_all: ClassVar[bool] = False
     """Whether all places of an adapter use the parameters of the first: then each later one is told by `share`."""
+    reads_tokens: bool = False
+    """Whether it asks which tokens of a row are real (pooling.order_in_row)."""
+    reads_last: bool = False
+    """Whether it asks for the last of them, which move when a text grows."""
+    tasks: int = 0
+    """How many tasks it tells apart, by the call's `task_ids`; 0: none."""
     widens: bool = True
     """Whether `forward` gets x in the dtype of the method's parameters (fp32 on a base in half precision), and the core
     casts back what it returns. False: it gets x as the model has it, and returns what `base(x)` has."""
@@ -193,6 +199,8 @@ class AttentionMethod(Method):
 
     joint: bool = True
     """True: in the same softmax as the call's own. False: a second attention, added with the weight `strength()`."""
+    behind: bool = False
+    """Decoupled: whether what it gives is added behind the projection that ends the attention, which is as wide."""
     position_offset: int = 0
     """By how much the real tokens' positions are shifted while this is active."""
 
@@ -214,7 +222,9 @@ class InputMethod(Method):
 
     keeps_virtual_tokens: bool = False
     """True: the output holds the virtual tokens' states too."""
+    labels: tuple[Tensor, Tensor] | None = None
+    """Of the virtual tokens, if they are learned from: (N,) each, -100 for none, and what the loss of it counts."""
 
     @abstractmethod
     def prompt(self) -> Tensor:
-        """(N, D)"""
+        """(N, D); where the call's rows have other ones each, (B, N, D)."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import routing
 from .adapter import Adapter, Part
 from .around import Methods, NodeCall, NotingCall, SpanCall
-from .attention import AttentionCall, AttentionTerm
+from .attention import AttentionCall, AttentionTerm, BehindCall
 from .backbone import Backbone, stacks
 from .composition import Node, check_known, key, names, routers, row_gates, terms
 from .frame import Frame, SiteCall
@@ -19,7 +19,7 @@ from .input import EmbeddingCall, InputCall
 from .layer import Layer
 from .lowrank import LowRankCall, Term, is_fused, is_plain
 from .merging import Merged
-from .method import AttentionMethod
+from .method import AttentionMethod, InputMethod
 from .parameter import ParameterCall
 from .pooling import SeenCall
 from .roles import siblings
@@ -49,9 +49,12 @@ class Plan:
             check_known(node, adapters)  # what a `using` on another thread names may be gone
         self.gate_rows = sorted({len(gate) for node in nodes for gate in row_gates(node)})
         """For how many rows there are gates."""
-        self.tasks, self.keeps_sums = routing.tasks(nodes), routing.keeps_sums(nodes)
+        self.tasks, self.keeps_sums = routing.tasks(nodes, adapters), routing.keeps_sums(nodes)
         self.gates, self.fused = _written_out(nodes), any(map(routing.fused, nodes))
         self.used = list(dict.fromkeys(n for node in nodes for n in names(node)))
+        methods = [part.method for name in self.used for part in adapters[name].parts]
+        self.labelled = [m for m in methods if isinstance(m, InputMethod) and m.labels is not None]
+        """Those whose virtual tokens are learned from."""
         self.calls: dict[nn.Module, SiteCall] = {}
         self.attention: dict[nn.Module, AttentionCall] = {}
         at: dict[str, _Sites] = {kind: {} for kind in ("module", "span", "parameter", "attention", "input")}
@@ -72,8 +75,10 @@ class Plan:
         for module, parts in at["attention"].items():
             self._attention(module, parts)
         self._inputs(at["input"], adapters)
-        if routing.has_routers(nodes):
-            self._note_tokens(base)
+        self.reads_last = any(method.reads_last for method in methods)
+        counts = any(method.reads_tokens for method in methods)
+        if counts or routing.has_routers(nodes):
+            self._note_tokens(base, counts)
 
     def frame(self, rows: Sequence[int] | None, tasks: Tensor | None = None) -> Frame:
         """For one call."""
@@ -85,9 +90,9 @@ class Plan:
             if call.rows is not None:
                 call.rows.release()
 
-    def _note_tokens(self, base: nn.Module) -> None:
-        """Routers average over real tokens: those are noted where a stack is called."""
-        pools = any(router.pools for node in self.nodes for router, _ in routers(node))
+    def _note_tokens(self, base: nn.Module, counts: bool) -> None:
+        """Routers average over real tokens, and some methods count them: they are noted where a stack is called."""
+        pools = counts or any(router.pools for node in self.nodes for router, _ in routers(node))
         encoder: str | None = None
         for stack in stacks(base):
             self.calls[stack.module] = SeenCall(stack.path, stack.module, encoder, self.calls.get(stack.module), pools)
@@ -134,6 +139,8 @@ class Plan:
         self.attention[module] = joined
         if joined.reads:
             self.calls[module] = NotingCall(joined.site, self.calls.get(module))
+        if joined.later:
+            self.calls[module] = BehindCall(joined.later, self.calls.get(module))
 
     def _inputs(self, at_input: _Sites, adapters: Mapping[str, Adapter]) -> None:
         """Prompts, and the shift of positions that prefixes ask for, at the backbones."""

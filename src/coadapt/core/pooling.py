@@ -26,6 +26,8 @@ class Seen:
     """T, those of this call."""
     past: int
     """How many the cache holds."""
+    before: Tensor | int = 0
+    """(B,) how many of those are real, as far as a mask tells."""
     mask: Tensor | None = None
     """(B, T) which are real; None: all."""
     keep: Tensor | None = None
@@ -36,7 +38,7 @@ class Seen:
     def check(self) -> None:
         """Raises ValueError where an average over the tokens would be of others than those of the row."""
         if self.unclear is not None and (why := self.unclear()):
-            raise ValueError(f"A pooled router averages the tokens of a row, and {why}, or use a TokenRouter.")
+            raise ValueError(f"What is active counts the tokens of a row, and {why}, or use what does not.")
         self.unclear = None
 
     def real(self, rows: int, length: int, device: torch.device) -> Tensor | None:
@@ -69,17 +71,18 @@ class SeenCall:
         else:
             cache, mask = call.get("past_key_values"), call.get("attention_mask")
             past = int(cache.get_seq_length()) if self.pools and cache is not None else 0
-            seen = frame.seen[self.path] = Seen(len(told), told.shape[1], past)
+            seen = frame.seen[self.path] = Seen(len(told), told.shape[1], past, past)
             if mask is None:
                 seen.unclear = functools.partial(_packed, call.get("position_ids"))
             elif isinstance(mask, Tensor) and mask.dim() == 2:
                 seen.mask = mask[:, -told.shape[1] :]
+                seen.before = mask[:, : -told.shape[1]].sum(1)
             else:
                 seen.unclear = functools.partial(_odd, mask)
         states = call.get("encoder_hidden_states")
         if self.encoder is not None and states is not None and self.encoder not in frame.seen:  # made before this call
             mask = call.get("encoder_attention_mask")
-            frame.seen[self.encoder] = Seen(len(states), states.shape[1], 0, mask)
+            frame.seen[self.encoder] = Seen(len(states), states.shape[1], 0, mask=mask)
         return forward(*args, **kwargs) if self.inner is None else self.inner(frame, forward, args, kwargs)
 
 
@@ -105,6 +108,34 @@ def placed(frame: Frame, path: str, keep: Tensor | None, total: int) -> None:
     """Tells where an InputCall has put the real tokens."""
     if keep is not None and (seen := frame.seen.get(path)) is not None:
         seen.keep, seen.length = keep, total
+
+
+def order_in_row(stream: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of its row's real tokens stand before each of x, (B, T, D), and how many behind it; each (B, T).
+
+    Virtual tokens and padding are far from both ends; so are, from the last, the tokens that follow in a cache.
+
+    Raises:
+        ValueError: nothing says which tokens are real.
+    """
+    frame = current()
+    seen: Seen | None = None if frame is None else frame.seen.get(stream)
+    rows, length = x.shape[:2]
+    if seen is None:
+        real, past = torch.ones(rows, length, device=x.device), torch.zeros((), device=x.device)
+    else:
+        seen.check()
+        found = seen.real(rows, length, x.device)
+        if found is None:
+            raise ValueError(f"{length} tokens of {seen.length} in {stream!r}: nothing says which of them these are.")
+        real, past = found, seen.before.to(x.device) if isinstance(seen.before, Tensor) else torch.tensor(seen.before)
+        past = per_row(past, rows)[:, None] if past.dim() else past.to(x.device)
+    count = real.float().cumsum(1)
+    none = real <= 0
+    far = torch.finfo(torch.float32).max
+    started = seen is not None and seen.past > 0
+    behind = torch.full_like(count, far) if started else count[:, -1:] - count
+    return (count - 1 + past).masked_fill(none, far), behind.masked_fill(none, far)
 
 
 def pooled(x: Tensor, spot: Spot, key: tuple[int, str]) -> Tensor:

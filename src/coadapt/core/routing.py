@@ -144,6 +144,12 @@ class _Streams:
                 )
 
 
+def stream_of(base: Any, path: str) -> str:
+    """The path of the stack whose tokens the module at `path` sees; "" where the model has none."""
+    stack = _Streams(base).of(path)
+    return "" if stack is None else stack.path
+
+
 def has_routers(nodes: Sequence[Node]) -> bool:
     """Whether something in these compositions chooses gates by the call."""
     return any(routers(node) for node in nodes)
@@ -159,7 +165,8 @@ def keeps_sums(nodes: Sequence[Node]) -> bool:
     return any(r.pools and any(s.causal for s in r.spots.values()) for node in nodes for r, _ in routers(node))
 
 
-def tasks(nodes: Sequence[Node]) -> int:
-    """How many tasks the routers know that need `task_ids` (the fewest that one knows); 0: none needs them."""
+def tasks(nodes: Sequence[Node], adapters: Mapping[str, Adapter]) -> int:
+    """How many tasks the routers and methods know that read `task_ids` (the fewest that one knows); 0: none reads."""
     known = [r.num_tasks for node in nodes for r, _ in routers(node) if isinstance(r, TaskRouter)]
+    known += [found for node in nodes for name in names(node) if (found := adapters[name].tasks)]
     return min(known) if known else 0

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
-from . import arguments, composition, distributed, driving, routing
+from . import arguments, composition, distributed, driving, loss, routing
 from .adapter import Adapter, attribute, build, replace_options, sites_of
 from .backbone import stacks
 from .base import Base, base_of, statistics
@@ -219,15 +219,17 @@ class View(nn.Module, ABC):
         Args:
             adapters: a composition for this call.
             adapter_names: one composition for each row of the batch (None or "__base__" for a row without any).
-            task_ids: (B,) the task of each row, where a `TaskRouter` is in the composition.
+            task_ids: (B,) the task of each row, where a `TaskRouter` is in the composition, or an adapter for several
+                tasks.
         """
         if torch.compiler.is_compiling():  # called by what is compiled
-            with self.running(adapters, adapter_names, args, kwargs, task_ids):
-                return distributed.joined(self.base(*args, **kwargs))
+            with self.running(adapters, adapter_names, args, kwargs, task_ids) as plan:
+                return distributed.joined(loss.called(plan, lambda told: self.base(*args, **told), kwargs))
         with untraced() as tracer:
             slots = tracer.compiles and not torch.is_grad_enabled()
-            with self.running(adapters, adapter_names, args, kwargs, task_ids, slots):
-                return distributed.joined(tracer.traced(self.base, args, kwargs))
+            with self.running(adapters, adapter_names, args, kwargs, task_ids, slots) as plan:
+                run = functools.partial(tracer.traced, self.base, args)
+                return distributed.joined(loss.called(plan, run, kwargs))
 
     def generate(
         self,
@@ -245,6 +247,8 @@ class View(nn.Module, ABC):
         if kwargs.get("assistant_model") is base:
             kwargs["assistant_model"] = Bare(base)
         with self.running(adapters, adapter_names, args, kwargs, task_ids) as plan:
+            if plan.reads_last:
+                arguments.refuse_uncached(base, args, kwargs)
             if plan.keeps_sums:
                 arguments.refuse_beams(base, args, kwargs)
             return base.generate(*args, **kwargs)
@@ -334,7 +338,7 @@ class View(nn.Module, ABC):
 
     def _sets_by_task_aside(self, adapters: Any, names: Any) -> bool:
         """Whether `using` or `disable_adapter` stands for a composition that would read the batch's `task_ids`."""
-        return adapters is None and names is None and routing.tasks([self._node]) > 0
+        return adapters is None and names is None and routing.tasks([self._node], self._names) > 0
 
     def _check_wrapper(self, nodes: Sequence[Node]) -> None:
         members = {**self._names, "gates": self.gates}

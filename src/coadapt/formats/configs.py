@@ -15,10 +15,13 @@ from ..core.backbone import backbones
 from ..core.method import method_for
 from ..core.roles import HEADS, Place
 from ..core.target import suffix_match
+from ..methods.adaption_prompt import AdaptionPromptConfig
+from ..methods.cartridge import CartridgeConfig
 from ..methods.hira import HiraConfig
 from ..methods.ia3 import FEED_FORWARD, IA3Config
 from ..methods.lora import LoraConfig
 from ..methods.miss import MissConfig
+from ..methods.multitask_prompt import MultitaskPromptTuningConfig
 from ..methods.prefix import PrefixTuningConfig
 from ..methods.prompt import PromptTuningConfig
 from ..methods.trainable_tokens import TrainableTokensConfig
@@ -57,7 +60,8 @@ def described(adapter: Adapter, base: nn.Module) -> dict[str, Any]:
     if not readable(config, adapter, base):
         said[READABLE] = False
     said |= {k: v for k, v in adapter.facts.items() if said.get(k) is None}
-    unknown = ("modules_to_save",) if isinstance(config, TrainableTokensConfig) else ()  # to the field's library
+    without_copies = isinstance(config, AdaptionPromptConfig | TrainableTokensConfig)  # in the field's library
+    unknown = ("modules_to_save",) if without_copies else ()
     return {k: v for k, v in said.items() if v is not None or (k in _WITH_NULL and k not in unknown)}
 
 
@@ -74,7 +78,11 @@ def _assumed(kind: Any, base: Any) -> dict[str, Any]:
     match kind:
         case "PREFIX_TUNING" if getattr(facts, "is_encoder_decoder", False):
             return {"prefix_layout": "peft"}
-        case "PROMPT_TUNING" | "P_TUNING" if [b.role for b in backbones(base)] == ["encoder"]:
+        case "MULTITASK_PROMPT_TUNING" if getattr(facts, "is_encoder_decoder", False):
+            return {"prompt_sites": ["encoder", "decoder"]}
+        case "PROMPT_TUNING" | "MULTITASK_PROMPT_TUNING" | "P_TUNING" if [b.role for b in backbones(base)] == [
+            "encoder"
+        ]:
             return {"output_virtual_tokens": True}
         case _:
             return {}
@@ -130,13 +138,19 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
     """Whether the field's library, given this folder, computes what coadapt does."""
     as_theirs = all(getattr(config, k) == v for k, v in _assumed(config.peft_type, base).items())
     match config:
+        case MultitaskPromptTuningConfig():
+            return as_theirs
         case InputConfig():
             return as_theirs and (not adapter.two_stacks or list(config.prompt_sites or ["encoder"]) == ["encoder"])
-        case PrefixTuningConfig():
+        case PrefixTuningConfig() | CartridgeConfig():
             moves = config.position_offset in (None, config.num_virtual_tokens)
-            return as_theirs and moves and config.prefix_type == "joint"
+            one = isinstance(config, PrefixTuningConfig) or not adapter.two_stacks
+            return as_theirs and moves and one and config.prefix_type == "joint"
         case HiraConfig() if config.rank_pattern:  # which they do not read
             return False
+        case AdaptionPromptConfig():
+            facts: Any = base.config
+            return facts.model_type in ("llama", "mistral", "gpt2") and not config.modules_to_save
         case _:
             method = method_for(config)
             takes = names.TAKES.get(method.registered)
@@ -179,6 +193,8 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
         case "PREFIX_TUNING":
             if not said.get("prefix_projection"):
                 said.pop("encoder_hidden_size", None)  # without one it says nothing
+        case "CPT" if said.get("opt_weighted_loss_type", "none") == "none":
+            said.pop("opt_loss_decay_factor", None)  # without a decay it says nothing
         case "P_TUNING" if str(said.get("encoder_reparameterization_type", "MLP")).endswith("MLP"):
             said.pop("encoder_num_layers", None)  # of the LSTM
             said.pop("encoder_dropout", None)
@@ -247,7 +263,5 @@ def _there(names: Sequence[str] | None, base: nn.Module) -> list[str] | None:
 
 def without_start(config: PeftConfig) -> PeftConfig:
     """The same adapter, started in the cheapest way and without touching the global generator: values come later."""
-    changes: dict[str, Any] = {"init_seed": 0, "init_from": None}
-    if isinstance(config, PromptTuningConfig):
-        changes |= {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_kwargs": None}
-    return replace_options(config, **changes)
+    config = config.with_random_start() if isinstance(config, PromptTuningConfig) else config
+    return replace_options(config, init_seed=0, init_from=None)

@@ -13,9 +13,12 @@ from ..core.adapter import Adapter, ModuleCopy, Part
 from ..core.layer import kind_of
 from ..core.method import FromBase, Progress, Reparametrization, method_for
 from ..methods.adalora import AdaLoRA
+from ..methods.adaption_prompt import AdaptionPrompt
 from ..methods.beft import BEFT
 from ..methods.bitfit import BitFit
 from ..methods.boft import BOFT
+from ..methods.cartridge import Cartridge, CartridgeConfig
+from ..methods.cpt import CPT
 from ..methods.dora import DoRA
 from ..methods.glora import GLoRA
 from ..methods.hira import HiRA
@@ -23,6 +26,7 @@ from ..methods.ia3 import IA3
 from ..methods.loha import LoHa
 from ..methods.lokr import LoKr
 from ..methods.lora import LoRA, LoraConfig
+from ..methods.multitask_prompt import MultitaskPromptTuning
 from ..methods.prefix import Blocks, PrefixTuning, PrefixTuningConfig
 from ..methods.prompt import VirtualTokens
 from ..methods.trainable_tokens import KeptRows, TrainableTokens
@@ -72,6 +76,8 @@ def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
     prompts = {p.place.role: p.method for p in adapter.parts if isinstance(p.method, VirtualTokens)}
     if prompts:
         yield _prompt(adapter, prompts)
+        if isinstance(next(iter(prompts.values())), MultitaskPromptTuning):
+            yield _prompt(adapter, prompts, "prefix_task_cols", "U", 1)
     if isinstance(adapter.shared, Blocks):
         yield _whole(PROMPT, adapter.shared.P)
     elif in_one_tensor(adapter):
@@ -134,6 +140,8 @@ def _shape(part: Part, name: str, value: Tensor) -> tuple[int, ...]:
     kind = kind_of(part.place.module)
     convolved = part.place.module.get_parameter("weight").dim() - 2 if kind is not None and kind.name == "conv" else 0
     match part.method, name:
+        case AdaptionPrompt(), _:
+            return (1, *value.shape)
         case ((LoRA() | DoRA() | HiRA()), ("B" | "change.B")):
             return (*value.shape, *[1] * convolved)
         case (DoRA(), "m") if convolved:
@@ -250,34 +258,50 @@ def holds_biases(adapter: Adapter) -> bool:
 
 @torch.no_grad()
 def _copy(source: Tensor, target: Tensor) -> None:
+    _refuse_meta(target)
+    target.copy_(source.reshape(target.shape))
+
+
+def _refuse_meta(target: Tensor) -> None:
     if target.is_meta:
         raise ValueError("The base has no weights yet (its device is meta), so adapters cannot be loaded onto it.")
-    target.copy_(source.reshape(target.shape))
 
 
 # ---- prompts: [N, D], for an encoder-decoder [2N, D], the encoder's first --------------------------------------------
 
 
-def _prompt(adapter: Adapter, methods: Mapping[str, VirtualTokens]) -> Entry:
-    one = next(iter(methods.values())).prompt().detach()
+def _prompt(
+    adapter: Adapter, methods: Mapping[str, VirtualTokens], key: str = PROMPT, name: str = "P", dim: int = 0
+) -> Entry:
+    """The parameter `name` of all stacks in one tensor, along `dim`; the tokens, where a network makes them."""
+
+    def own(role: str) -> Tensor:
+        found = getattr(methods[role], name, None)
+        return (methods[role].prompt() if found is None else found).detach()
+
+    one = own(next(iter(methods)))
     roles = ("encoder", "decoder") if adapter.two_stacks else tuple(methods)
-    n = len(one)
+    n = one.shape[dim]
 
     def read() -> Tensor:
-        made = {role: method.prompt().detach() for role, method in methods.items()}
-        return torch.cat([made.get(role, torch.zeros_like(one)) for role in roles])
+        return torch.cat([own(role) if role in methods else torch.zeros_like(one) for role in roles], dim)
 
     def write(tensor: Tensor) -> None:
         for i, role in enumerate(roles):
             if role in methods:
-                _copy_or_compare(tensor[i * n : (i + 1) * n], methods[role], methods[role].prompt())
+                _copy_or_compare(tensor.narrow(dim, i * n, n), methods[role], own(role), name)
 
-    return Entry(PROMPT, (n * len(roles), one.shape[1]), read, write)
+    shape = (*one.shape[:dim], n * len(roles), *one.shape[dim + 1 :])
+    return Entry(key, shape, read, write)
 
 
-def _copy_or_compare(stored: Tensor, method: nn.Module, made: Tensor) -> None:
+def _copy_or_compare(stored: Tensor, method: nn.Module, made: Tensor, name: str = "P") -> None:
     """Where a network makes the virtual tokens, the file's must be those that it makes."""
-    parameter = getattr(method, "P", None)
+    parameter = getattr(method, name, None)
+    if isinstance(method, Cartridge | CPT):
+        _refuse_meta(made)
+        with torch.no_grad():
+            return method.start_at(stored.reshape(made.shape))
     if parameter is not None:
         return _copy(stored, parameter)
     found = made.detach().float()
@@ -295,6 +319,8 @@ def _copy_or_compare(stored: Tensor, method: nn.Module, made: Tensor) -> None:
 def in_one_tensor(adapter: Adapter) -> bool:
     """Whether the field has a layout for this prefix: joint, and in every layer of a model that is one stack."""
     config = adapter.config
+    if isinstance(config, CartridgeConfig):
+        return not adapter.two_stacks
     return isinstance(config, PrefixTuningConfig) and config.prefix_type == "joint" and not adapter.two_stacks
 
 

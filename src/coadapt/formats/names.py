@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 SITES: Mapping[str, Mapping[str, str]] = {
+    "ADAPTION_PROMPT": {"P": "adaption_prompt", "gate": "adaption_gate"},
     "LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
     "DORA": {"change.A": "lora_A.weight", "change.B": "lora_B.weight", "m": "lora_magnitude_vector"},
+    "POLY": {"A": "poly_lora_A", "B": "poly_lora_B", "Z": "poly_router.module_logits"},
     "IA3": {"l": "ia3_l"},
     "TRAINABLE_TOKENS": {"rows": "trainable_tokens_delta"},
     "LOHA": {
@@ -76,7 +78,9 @@ TAKES: Mapping[str, Sequence[str]] = {
 }
 """Method -> classes of layers at which the field's library has it and computes the same; without a line, all."""
 
-SHARED: Mapping[str, Mapping[str, str]] = {}
+SHARED: Mapping[str, Mapping[str, str]] = {
+    "MULTITASK_PROMPT_TUNING": {"V": "prefix_task_rows"},
+}
 """Method -> parameter (or buffer) of what all sites share -> the whole key in a file."""
 
 OLDER: Mapping[str, str] = {"bone_block": "miss_block"}

@@ -119,6 +119,8 @@ def _transformers(facts: Facts) -> Iterator[str]:
     yield from _peft(facts)
     if facts.kind in NOT_INJECTED:
         yield "it puts adapters into layers, and takes no prompts or prefixes"
+    if facts.kind == "POLY":
+        yield "it hands no task_ids on"
     if facts.kind == "DORA":
         yield f"transformers {TRANSFORMERS_VERSION} loads DoRA without its magnitudes"
 

@@ -1,5 +1,5 @@
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,12 @@ class BottleneckConfig(TargetedConfig):
     non_linearity: str = "relu"
     """Between the two layers; any activation that transformers knows by name."""
     scaling: float | str = 1.0
-    """What the output is multiplied by: a number (4 in He et al.), or "learned"."""
+    """What the output is multiplied by: a number (4 in He et al.), or "learned", or "channel": learned ones, one for
+    each feature."""
+    init_weights: str = "zero"
+    """"zero": U starts at zero, so that nothing changes; "houlsby": D and U small, normal with a spread of 0.01."""
+    stochastic_depth: float = 0.0
+    """Share of a batch's rows that do without the adapter while training."""
     adapter_layer_norm: str | None = None
     """A trained LayerNorm "before" the first layer, or "after" the second."""
     adapter_dropout: float = 0.0
@@ -49,7 +54,8 @@ class BottleneckConfig(TargetedConfig):
         self.choice("adapter_layer_norm", (None, "before", "after"))
         self.choice("non_linearity", tuple(activations()))
         self.choice("inv_adapter", (None, "nice"))
-        self.probability("adapter_dropout")
+        self.choice("init_weights", ("zero", "houlsby"))
+        self.probability("adapter_dropout", "stochastic_depth")
         if self.inv_adapter_reduction_factor is not None and self.inv_adapter is None:
             raise ValueError("BottleneckConfig: inv_adapter_reduction_factor has no effect without inv_adapter='nice'.")
         if self.bottleneck_size is not None and self.reduction_factor is not None:
@@ -57,7 +63,17 @@ class BottleneckConfig(TargetedConfig):
         if self.reduction_factor is not None and not self.reduction_factor > 0:
             raise ValueError(f"BottleneckConfig: reduction_factor={self.reduction_factor} must be above 0.")
         if isinstance(self.scaling, str):
-            self.choice("scaling", ("learned",))
+            self.choice("scaling", ("learned", "channel"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterPlusConfig(BottleneckConfig):
+    """Adapter+: a bottleneck behind the feed-forward part, each of whose features has a scale of its own."""
+
+    non_linearity: str = "gelu"
+    scaling: float | str = "channel"
+    init_weights: str = "houlsby"
+    stochastic_depth: float = 0.1
 
 
 @register(BottleneckConfig)
@@ -68,11 +84,13 @@ class Bottleneck(ModuleMethod):
     only: AdapterFusion, Pfeiffer et al. 2020, arXiv:2005.00247; parallel and scaled: Towards a Unified View of
     Parameter-Efficient Transfer Learning, He et al. 2021, arXiv:2110.04366; with an invertible adapter: MAD-X, Pfeiffer
     et al. 2020, arXiv:2005.00052. Serial ones sit right at the projection that ends the part, before the block's
-    residual. U starts at zero. Use it for many tasks on one encoder, and beside a language adapter; it costs time in
-    every call, since it cannot be merged. Parameters per site: 2 D m + D + m.
+    residual. U starts at zero. With a scale for each feature and small random starts (AdapterPlusConfig): Adapters
+    Strike Back, Steitz & Roth 2024, arXiv:2406.06820. Use it for many tasks on one encoder, and beside a language
+    adapter; it costs time in every call, since it cannot be merged. Parameters per site: 2 D m + D + m.
     """
 
     widens = False
+    reduction: ClassVar[float] = 16
 
     def __init__(
         self,
@@ -86,15 +104,27 @@ class Bottleneck(ModuleMethod):
         mixed = next((m.width for m in mixtures(layer.module) if not m.path), None)
         out = _width(mixed or layer.width, layer)
         inner = _width(mixed or (reads or layer).input_width, reads or layer) if self.parallel else out
-        size = config.bottleneck_size or max(1, round(out / (config.reduction_factor or 16)))
-        self.down, self.up = nn.Linear(inner, size), nn.Linear(size, out)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        size = config.bottleneck_size or max(1, round(out / (config.reduction_factor or self.reduction)))
+        self.down, self.up = self.dense(config, shared, (inner, size, out))
         self.act = activations()[config.non_linearity]
         self.before = nn.LayerNorm(inner) if config.adapter_layer_norm == "before" else None
         self.after = nn.LayerNorm(out) if config.adapter_layer_norm == "after" else None
-        self.dropout = config.adapter_dropout
-        self.scale: Any = nn.Parameter(torch.ones(())) if config.scaling == "learned" else config.scaling
+        self.dropout, self.skipped = config.adapter_dropout, config.stochastic_depth
+        shape = (out,) if config.scaling == "channel" else ()
+        self.scale: Any = nn.Parameter(torch.ones(shape)) if isinstance(config.scaling, str) else config.scaling
+
+    def dense(self, config: Any, shared: nn.Module | None, sizes: tuple[int, int, int]) -> tuple[Any, Any]:
+        """D and U, as they start."""
+        inner, size, out = sizes
+        down, up = nn.Linear(inner, size), nn.Linear(size, out)
+        if config.init_weights == "houlsby":
+            for layer in (down, up):
+                nn.init.normal_(layer.weight, std=0.01).data.clamp_(-0.02, 0.02)
+                nn.init.zeros_(layer.bias)
+        else:
+            nn.init.zeros_(up.weight)
+            nn.init.zeros_(up.bias)
+        return down, up
 
     @classmethod
     def places(cls, config: BottleneckConfig, base: nn.Module) -> list[Place]:
@@ -134,6 +164,9 @@ class Bottleneck(ModuleMethod):
         change = change if self.after is None else wide(self.after, change)
         if self.training and self.dropout:
             change = F.dropout(change, self.dropout)
+        if self.training and self.skipped:
+            kept = torch.empty(len(y), *[1] * (y.dim() - 1), device=y.device).bernoulli_(1 - self.skipped)
+            change = change * (kept / (1 - self.skipped)).to(change.dtype)
         if isinstance(self.scale, Tensor):
             return y + scaled(change, self.scale)
         return torch.add(y, change, alpha=self.scale)

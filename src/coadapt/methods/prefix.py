@@ -5,7 +5,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..config import VirtualTokensConfig
+from ..config import AttentionConfig
 from ..core import attention
 from ..core.backbone import stack_facts, takes_positions
 from ..core.method import AttentionMethod, Place, Reparametrization, register
@@ -13,7 +13,7 @@ from ..core.roles import Attention, attentions, without_interface
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixTuningConfig(VirtualTokensConfig):
+class PrefixTuningConfig(AttentionConfig):
     """Trained keys and values in front of every attention's own."""
 
     kind = "PREFIX_TUNING"
@@ -22,16 +22,12 @@ class PrefixTuningConfig(VirtualTokensConfig):
     """Train the prefix through an MLP, tanh between two linear layers, as the paper does."""
     encoder_hidden_size: int | None = None
     """Width inside of that MLP (the model's hidden size, if left out). Without the MLP, a check: that size."""
-    prefix_sites: Sequence[str] | None = None
-    """Any of "encoder", "decoder" (self-attention) and "cross"; all that the model has, if left out."""
     prefix_type: str = "joint"
     """"joint": one softmax over prefix and input, as published. "decoupled": g softmax(q P_k) P_v is added, g zero at
     the start."""
     prefix_layout: str = "own"
     """"peft" for an encoder-decoder: as the field's library reads it, in the decoder's self-attention only, half of the
     blocks unused and the others used twice. Kept when such a folder is loaded."""
-    position_offset: int | None = None
-    """By how much the input's positions are shifted: N if left out, as the field's files assume. 0 suits stacks."""
     init_weights: str | None = None
     """Only None: the prefix starts normal with a spread of 0.02."""
 
@@ -48,8 +44,6 @@ class PrefixTuningConfig(VirtualTokensConfig):
                 "PrefixTuningConfig: prefix_layout='peft' is the field's own form; it takes no prefix_sites, "
                 "prefix_projection or prefix_type."
             )
-        if self.position_offset is not None and self.position_offset < 0:
-            raise ValueError(f"PrefixTuningConfig: position_offset={self.position_offset} must not be below 0.")
         if self.prefix_type == "decoupled" and self.position_offset:
             raise ValueError(
                 "PrefixTuningConfig: position_offset has no meaning for a decoupled prefix, which is added beside "
@@ -172,6 +166,12 @@ class PrefixTuning(AttentionMethod):
         keys, values = both.permute(1, 2, 0, 3)  # each (H, N, D)
         return keys, values
 
+    def start_at(self, both: Tensor) -> None:
+        """Has the prefix stand at these keys and values, (N, 2, H, D)."""
+        if self.projection is not None:
+            raise ValueError("A network makes this prefix; it cannot start at given keys and values.")
+        self.P.copy_(both)
+
     def position_bias(self, queries: int, keys: int) -> Tensor | None:
         if not self.bias_of:
             return None
@@ -182,19 +182,25 @@ class PrefixTuning(AttentionMethod):
         return None if self.joint else self.gate
 
 
-def places_of(config: PrefixTuningConfig, base: Any) -> list[Attention]:
-    """The attention calls that this prefix joins."""
+def joinable(who: str, base: Any) -> list[Attention]:
+    """The attention calls of a model that a prefix can join. Raises ValueError where there are none."""
     found = attentions(base)
     if not found:
         classes = without_interface(base)
         if not classes:
-            raise ValueError(f"PrefixTuningConfig: {type(base).__name__} has no attention that a prefix could join.")
+            raise ValueError(f"{who}: {type(base).__name__} has no attention that a prefix could join.")
         raise ValueError(
-            f"PrefixTuningConfig: {type(base).__name__} does not go through transformers' attention interface (its "
+            f"{who}: {type(base).__name__} does not go through transformers' attention interface (its "
             f"{classes[0]} computes attention itself), so a prefix cannot be joined to it. Prompt tuning, LoRA and "
             "bottleneck adapters work on this model."
         )
     attention.prepare([p.module for p in found])
+    return found
+
+
+def places_of(config: PrefixTuningConfig, base: Any) -> list[Attention]:
+    """The attention calls that this prefix joins."""
+    found = joinable(type(config).__name__, base)
     facts = base.config.get_text_config()
     two = bool(getattr(facts, "is_encoder_decoder", False))
     config.restates(num_transformer_submodules=2 if two else 1, num_layers=facts.num_hidden_layers)
@@ -211,7 +217,7 @@ def places_of(config: PrefixTuningConfig, base: Any) -> list[Attention]:
         return [p for p in found if p.role == "decoder"]
     roles = list(dict.fromkeys(p.role for p in found))
     if wrong := [role for role in config.prefix_sites or () if role not in roles]:
-        raise ValueError(f"PrefixTuningConfig: prefix_sites {wrong} are not in this model; it has {roles}.")
+        raise ValueError(f"{type(config).__name__}: prefix_sites {wrong} are not in this model; it has {roles}.")
     return [p for p in found if p.role in (config.prefix_sites or roles)]
 
 
@@ -224,7 +230,8 @@ def _offset(config: PrefixTuningConfig, base: Any) -> int:
     counts = takes_positions(base)
     if config.position_offset and not counts:
         raise ValueError(
-            f"PrefixTuningConfig: position_offset has no effect on {type(base).__name__}, which takes no position_ids."
+            f"{type(config).__name__}: position_offset has no effect on {type(base).__name__}, which takes no "
+            "position_ids."
         )
     if config.position_offset is not None:
         return config.position_offset

@@ -1,6 +1,6 @@
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,14 @@ class PromptTuningConfig(InputConfig):
     """Trained virtual tokens in front of the embedded input."""
 
     kind = "PROMPT_TUNING"
+    starts: ClassVar[tuple[str, ...]] = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
+    """The values of `prompt_tuning_init`."""
+    random_start: ClassVar[Mapping[str, Any]] = {
+        "prompt_tuning_init": "RANDOM",
+        "prompt_tuning_init_text": None,
+        "tokenizer_kwargs": None,
+    }
+    """What makes it start without reading anything."""
 
     prompt_tuning_init: str = "RANDOM"
     """"RANDOM" (normal, with the spread of the model's own embeddings), "SAMPLE_VOCAB" (embeddings of tokens drawn from
@@ -29,15 +37,19 @@ class PromptTuningConfig(InputConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "prompt_tuning_init", str(self.prompt_tuning_init).rpartition(".")[2])
-        self.choice("prompt_tuning_init", ("RANDOM", "SAMPLE_VOCAB", "TEXT"))
+        self.choice("prompt_tuning_init", self.starts)
         by_text = self.prompt_tuning_init == "TEXT"
         if by_text and not self.prompt_tuning_init_text:
-            raise ValueError("PromptTuningConfig: prompt_tuning_init='TEXT' needs prompt_tuning_init_text.")
+            raise ValueError(f"{type(self).__name__}: prompt_tuning_init='TEXT' needs prompt_tuning_init_text.")
         for name in ("prompt_tuning_init_text", "tokenizer_kwargs"):
             if getattr(self, name) and not by_text:
                 raise ValueError(
-                    f"PromptTuningConfig: {name} has no effect with prompt_tuning_init={self.prompt_tuning_init!r}."
+                    f"{type(self).__name__}: {name} has no effect with prompt_tuning_init={self.prompt_tuning_init!r}."
                 )
+
+    def with_random_start(self) -> Self:
+        """The same adapter, whose start reads nothing."""
+        return replace(self, **self.random_start)
 
 
 _FACTS = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from coadapt.core.method import InputMethod
 from coadapt.data.tokens import IGNORED
 from coadapt.evaluation.losses import row_losses, trained
 from coadapt.training.course import Course
@@ -41,6 +42,13 @@ class JointTrainer(AdapterTrainer):
         self.weights, self.course = tuple(weights), course
         self.task: Task = task
         self.add_callback(course)
+        parts = [part for name in self.view.peft_config for part in self.view.get_adapter(name).parts]
+        own = [p.method for p in parts if isinstance(p.method, InputMethod) and p.method.labels is not None]
+        if self.several and own:
+            raise ValueError(
+                f"{type(own[0]).__name__} learns from its own tokens in a loss that is made of all rows of a batch; a "
+                "run over several data sets has one for each. Train it in a run of its own."
+            )
         self._trains: list[str] = []
         self._window: Window | None = None
         self._rows = torch.empty(0, dtype=torch.long)

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -222,9 +222,7 @@ def _attached(
 
 def _without_values(config: PeftConfig) -> PeftConfig:
     """The same, started from values that are not read off the base: it has none here."""
-    if isinstance(config, PromptTuningConfig):
-        return replace(config, prompt_tuning_init="RANDOM", prompt_tuning_init_text=None)
-    return config
+    return config.with_random_start() if isinstance(config, PromptTuningConfig) else config
 
 
 def _trainer(run: RunConfig, view: PeftModel, weights: Sequence[float], out: Path) -> _Still:
