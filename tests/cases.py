@@ -37,6 +37,9 @@ VARIANTS: dict[str, PeftConfig] = {
         r=2, target_parameters=["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"], init_lora_weights=False
     ),
     "lora-tokens": LoraConfig(r=2, trainable_token_indices=[3, 7, 20], init_lora_weights=False),
+    "lora-pissa": LoraConfig(r=2, lora_alpha=4, init_lora_weights="pissa"),
+    "lora-mica": LoraConfig(r=2, init_lora_weights="mica"),
+    "dora-pissa": LoraConfig(r=2, use_dora=True, init_lora_weights="pissa"),
     "lora-bias": LoraConfig(r=4, bias="lora_only", init_lora_weights=False),
     "bottleneck-pfeiffer": BottleneckConfig(bottleneck_size=4, adapter_layer_norm="before"),
     "bottleneck-parallel": BottleneckConfig(bottleneck_size=4, placement="parallel", scaling="learned"),

@@ -151,7 +151,7 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False, bl
     with _seeded(config.init_seed), _Blank() if blank else nullcontext():
         adapter.shared = cls.shared(config, base, places)
         for place in places:
-            adapter.add(place, _made(cls, config, place, base, adapter.shared))
+            adapter.add(place, _made(cls, config, place, base, adapter.shared, blank))
         for companion in cls.companions(config, base, places):
             for place in companion.places:
                 adapter.add(place, _made(companion.method, companion.config, place, base))
@@ -208,13 +208,18 @@ def make(cls: type[Method], config: PeftConfig, place: Place, base: nn.Module, h
 
 
 def _made(
-    cls: type[Method], config: PeftConfig, place: Place, base: nn.Module, shared: nn.Module | None = None
+    cls: type[Method],
+    config: PeftConfig,
+    place: Place,
+    base: nn.Module,
+    shared: nn.Module | None = None,
+    blank: bool = False,
 ) -> Method:
     made: Callable[..., Method] = cls
     layer = Layer(place.module, place.path)
     if place.parameter:
         layer = ParameterLayer(place.module, place.path, place.parameter)
-    layer.role = place.role
+    layer.role, layer.blank = place.role, blank
     if place.reads is not None:
         return made(config, layer, shared, Layer(place.reads[1], place.reads[0]))
     if issubclass(cls, WeightMethod | ModuleMethod):

@@ -12,6 +12,7 @@ from ..core import roles, target
 from ..core.layer import Layer, kind_of
 from ..core.lowrank import LowRankMethod, is_plain
 from ..core.method import Companion, Place, register
+from ..inits import STARTS, Begun, begin, known, named
 from .bitfit import BitFit, BitFitConfig
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
 
@@ -36,7 +37,9 @@ class LoraConfig(TargetedConfig):
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (arXiv:2312.03732)."""
     init_lora_weights: bool | str = True
-    """True: A random, B zero, so that nothing changes at the start; "gaussian": A normal; False: both random."""
+    """True: A random, B zero, so that nothing changes at the start; "gaussian": A normal; False: both random;
+    "orthogonal": both random, with a product of zero. From the weight: "pissa" or, faster, "pissa_niter_4"
+    (arXiv:2404.02948), "olora" (arXiv:2406.01775), "mica" (arXiv:2604.01694: B stays frozen)."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Other ranks for some layers: end of a module's name, or a regular expression for it -> rank."""
     alpha_pattern: Mapping[str, int | float] = field(default_factory=dict)
@@ -64,7 +67,9 @@ class LoraConfig(TargetedConfig):
                 "on parameters, which have no input of their own. Put layers with those into another adapter."
             )
         self.choice("bias", ("none", "lora_only", "all"))
-        self.choice("init_lora_weights", (True, False, "gaussian"))
+        if not known(self.init_lora_weights):
+            self.choice("init_lora_weights", tuple(STARTS))
+            raise ValueError("LoraConfig: init_lora_weights='pissa_niter_[n]' needs a number: 'pissa_niter_4'.")
         for name, rank in self.rank_pattern.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"LoraConfig: rank_pattern[{name!r}]={rank!r} must be a whole number of at least 1.")
@@ -72,34 +77,43 @@ class LoraConfig(TargetedConfig):
 
 @register(LoraConfig)
 class LoRA(LowRankMethod):
-    """W' = W + (alpha / r) B A
+    """W' = W + (alpha / r) B A, or W + (alpha / r) (B A - B0 A0)
 
     LoRA: Low-Rank Adaptation of Large Language Models, Hu et al. 2021, arXiv:2106.09685.
-    On an embedding A starts at zero and B random. Parameters per site: r (O + I K).
+    On an embedding A starts at zero and B random. Starts that take B A from the base (PiSSA and its kin) leave the base
+    as it is, different from the field: what they took, B0 A0, is frozen here and subtracted, and files hold one plain
+    LoRA of twice the rank. Parameters per site: r (O + I K).
     """
 
     kinds = ("linear", "embedding", "conv", "experts", "parameter")
+    B: Tensor
+    A0: Tensor | None
+    B0: Tensor | None
 
     def __init__(self, config: LoraConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
         experts = layer.shape[:1] if layer.kind.name == "experts" else ()
-        out_features, *in_dims = layer.shape[len(experts) :]
+        in_dims = layer.shape[len(experts) + 1 :]
         r = _pattern(config.rank_pattern, layer.path, config.r)
         alpha = _pattern(config.alpha_pattern, layer.path, config.lora_alpha)
         self.scale = alpha / (math.sqrt(r) if config.use_rslora else r)
         self.dropout = config.lora_dropout
         self.widens = not is_plain(layer.module)
-        self.A = nn.Parameter(torch.empty(*experts, r, *in_dims))  # (R, I, *K); of experts (E, R, I)
-        self.B = nn.Parameter(torch.zeros(*experts, out_features, r))  # (O, R); of experts (E, O, R)
-        if config.init_lora_weights == "gaussian":
-            nn.init.normal_(self.A, std=1 / r)
+        begun = self.begun(config, layer, r)
+        a, b = begun.pair
+        self.A = nn.Parameter(a.reshape(*experts, r, *in_dims))  # (R, I, *K); of experts (E, R, I)
+        if named(config.init_lora_weights)[0].freezes_b:
+            self.register_buffer("B", b)
         else:
-            nn.init.kaiming_uniform_(self.A.flatten(0, len(experts)), a=math.sqrt(5))  # as each expert by itself
-        if layer.kind.name == "embedding":
-            nn.init.zeros_(self.A)
-            nn.init.normal_(self.B)
-        if config.init_lora_weights is False:
-            nn.init.normal_(self.A if layer.kind.name == "embedding" else self.B, std=0.02)
+            self.B = nn.Parameter(b)  # (O, R); of experts (E, O, R)
+        a0, b0 = begun.taken or (None, None)
+        self.register_buffer("A0", None if a0 is None else a0.reshape(*experts, -1, *in_dims))  # as A and B, frozen
+        self.register_buffer("B0", b0)
+        self.waits = begun.waits
+
+    def begun(self, config: LoraConfig, layer: Layer, r: int) -> Begun:
+        """What A and B start with, and what has to be subtracted."""
+        return begin(config.init_lora_weights, layer, r, self.scale)
 
     @classmethod
     def places(cls, config: LoraConfig, base: nn.Module) -> list[Place]:
@@ -135,7 +149,9 @@ class LoRA(LowRankMethod):
         return [Companion(BitFit, BitFitConfig(), found), *beside]
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        return self.A, self.B, self.scale
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B, self.scale
+        return torch.cat([self.A, self.A0], self.B.dim() - 2), torch.cat([self.B, -self.B0], -1), self.scale
 
 
 def _matches(key: str, path: str) -> bool:
