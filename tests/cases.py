@@ -19,6 +19,11 @@ CASES: dict[str, PeftConfig] = {
     "lora": LoraConfig(r=4, lora_alpha=8, init_lora_weights=False),
     "bottleneck": BottleneckConfig(bottleneck_size=4, placement="houlsby"),
     "bitfit": BitFitConfig(),
+    "bd-lora": LoraConfig(
+        r=4, use_bdlora={"target_modules_bd_a": ["v"], "nblocks": 2, "match_strict": False}, init_lora_weights=False
+    ),
+    "kasa": LoraConfig(r=2, lora_alpha=4, kasa_config={}, init_lora_weights=False),
+    "qa-lora": LoraConfig(r=4, use_qalora=True, qalora_group_size=2, init_lora_weights=False),
     "dora": LoraConfig(r=4, use_dora=True, init_lora_weights=False),
     "full-copy": FullCopyConfig(target_modules=r".*(v_proj|c_proj|dense|SelfAttention\.v|value|second|fc1)"),
     "ia3": IA3Config(),
@@ -40,6 +45,7 @@ VARIANTS: dict[str, PeftConfig] = {
     "lora-pissa": LoraConfig(r=2, lora_alpha=4, init_lora_weights="pissa"),
     "lora-mica": LoraConfig(r=2, init_lora_weights="mica"),
     "dora-pissa": LoraConfig(r=2, use_dora=True, init_lora_weights="pissa"),
+    "lora-own-bias": LoraConfig(r=2, lora_bias=True, init_lora_weights=False),
     "lora-bias": LoraConfig(r=4, bias="lora_only", init_lora_weights=False),
     "bottleneck-pfeiffer": BottleneckConfig(bottleneck_size=4, adapter_layer_norm="before"),
     "bottleneck-parallel": BottleneckConfig(bottleneck_size=4, placement="parallel", scaling="learned"),

@@ -54,6 +54,8 @@ def refusal(case: str, kind: str) -> str | None:
     method: Any = METHODS[EVERY[case].method]
     if KIND.get(kind, kind.partition("-")[0].rstrip("123d")) not in method.kinds:
         return "adapts layers of these kinds"
+    if case == "lora-own-bias" and kind.startswith("embedding"):
+        return "LoraBias adapts layers of these kinds"
     if case == "bitfit" and kind.startswith("embedding"):
         return "bias"
     return None
@@ -70,6 +72,8 @@ def prepared(kind: str, case: str) -> tuple[PeftModel, Tensor]:
         pytest.skip("there is no bias")
     if case == "tokens":
         options["token_indices"] = [1, 4]
+    if case == "bd-lora":
+        options["use_bdlora"]["target_modules_bd_a"] = ["layer"]
     if why := refusal(case, kind):
         with pytest.raises(ValueError, match=why):
             PeftModel(Holder(layer), type(EVERY[case])(target_modules=["layer"], **options))

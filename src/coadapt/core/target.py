@@ -18,6 +18,11 @@ def suffix_match(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
+def pattern_match(path: str, key: str) -> bool:
+    """Whether `key`, an end of a name or a regular expression for one, is the end of `path`, in whole parts."""
+    return re.fullmatch(rf"(.*\.)?({key})", path) is not None
+
+
 def layer_index(path: str, patterns: Sequence[str] | str | None = None) -> int | None:
     """The number of the layer that `path` lies in: the first number after one of `patterns`, or the first of all."""
     names = [patterns] if isinstance(patterns, str) else list(patterns or [r"[^.]+"])

@@ -127,15 +127,17 @@ def with_start(config: PeftConfig, asked: Mapping[str, Any] | None) -> PeftConfi
 
 
 def takes_from_base(config: PeftConfig) -> bool:
-    """Whether a file of the field holds A and B alone, for a base from which the start has taken B A.
+    """Whether a file holds A and B alone, and what was taken from the base has to be worked out again.
 
-    Says so: the field does it over again when it loads such a folder, and so does this.
+    That is so with KaSA, and with PiSSA and OLoRA in a folder of the field, which does the same; there it is told.
 
     Raises:
         ValueError: what was taken depends on data, and cannot be worked out again.
     """
     if not isinstance(config, LoraConfig):
         return False
+    if config.kasa_config is not None:
+        return True
     how, _ = named(config.init_lora_weights)
     if how.from_base and how.data:
         raise ValueError(

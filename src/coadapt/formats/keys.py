@@ -17,6 +17,7 @@ from ..methods.bitfit import BitFit
 from ..methods.dora import DoRA
 from ..methods.ia3 import IA3
 from ..methods.lora import LoRA, LoraConfig
+from ..methods.lora_bias import LoraBias
 from ..methods.prefix import Blocks, PrefixTuning, PrefixTuningConfig
 from ..methods.prompt import VirtualTokens
 from ..methods.trainable_tokens import KeptRows, TrainableTokens
@@ -87,6 +88,8 @@ def _entries(adapter: Adapter, base: nn.Module, taken: bool) -> Iterator[Entry]:
             case PrefixTuning() as method if method.projection is not None:
                 yield _computed(method, f"{ROOT}{path}.P")
                 yield from _plain(adapter, part, path)
+            case LoraBias() as method:
+                yield _whole(f"{ROOT}{path}.lora_B.bias", method.delta)
             case BitFit() if isinstance(adapter.config, LoraConfig):
                 layers = {p.place.path for p in adapter.parts if isinstance(p.method, LoRA | DoRA)}
                 inside = "base_layer." if part.place.path in layers else ""
@@ -128,7 +131,7 @@ def _plain(adapter: Adapter, part: Part, path: str, taken: bool = True) -> Itera
 
 def _with_taken(entry: Entry, method: LoRA, name: str) -> Entry:
     """`entry` of A or B, with A0 or -B0 as further ranks where a start took them: a plain LoRA that says the same."""
-    if method.A0 is None or method.B0 is None or name not in ("A", "B"):
+    if method.A0 is None or method.B0 is None or not method.keeps_taken or name not in ("A", "B"):
         return entry
     own, taken, sign = (method.A, method.A0, 1) if name == "A" else (method.B, method.B0, -1)
     dim = method.B.dim() - (2 if name == "A" else 1)
@@ -243,7 +246,7 @@ def _bias(part: Part, key: str) -> Entry:
 
 def holds_biases(adapter: Adapter) -> bool:
     """Whether its file holds the base's biases with their changes, so that the base's own must be in place."""
-    return isinstance(adapter.config, LoraConfig) and any(isinstance(p.method, BitFit) for p in adapter.parts)
+    return isinstance(adapter.config, LoraConfig) and any(type(p.method) is BitFit for p in adapter.parts)
 
 
 @torch.no_grad()

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 SITES: Mapping[str, Mapping[str, str]] = {
     "LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
     "DORA": {"change.A": "lora_A.weight", "change.B": "lora_B.weight", "m": "lora_magnitude_vector"},
+    "BD_LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
+    "KASA": {"A": "lora_A.weight", "B": "lora_B.weight", "d": "lora_diag"},
+    "QA_LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
     "IA3": {"l": "ia3_l"},
     "TRAINABLE_TOKENS": {"rows": "trainable_tokens_delta"},
     "LN_TUNING": {"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"},

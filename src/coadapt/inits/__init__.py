@@ -5,15 +5,17 @@ the adapter, frozen, and subtracted there: W' = W + s (B A - B0 A0).
 """
 
 import importlib
+import math
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..core import target
 from ..core.layer import Layer
 
 Pair = tuple[Tensor, Tensor]
@@ -95,6 +97,16 @@ def named(name: bool | str) -> tuple[Start, str | None]:
     if found := _NUMBERED.fullmatch(str(name)):
         return STARTS[f"{found[1]}[n]"], found[2]
     return STARTS[name], None
+
+
+def rank_and_scale(config: Any, path: str) -> tuple[int, float]:
+    """r and alpha / r, or alpha / sqrt(r), of a LoraConfig at one place."""
+
+    def there(pattern: Mapping[str, Any], default: Any) -> Any:
+        return next((value for key, value in pattern.items() if target.pattern_match(path, key)), default)
+
+    r = there(config.rank_pattern, config.r)
+    return r, there(config.alpha_pattern, config.lora_alpha) / (math.sqrt(r) if config.use_rslora else r)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,4 @@
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -9,11 +7,14 @@ from torch import Tensor, nn
 
 from ..config import TargetedConfig
 from ..core import roles, target
+from ..core.adapter import Adapter
 from ..core.layer import Layer, kind_of
 from ..core.lowrank import LowRankMethod, is_plain
 from ..core.method import Companion, Place, register
-from ..inits import STARTS, Begun, begin, known, named
+from ..inits import STARTS, Begun, begin, known, named, rank_and_scale
+from ..lora_options import BdLoraConfig, KasaConfig
 from .bitfit import BitFit, BitFitConfig
+from .lora_bias import LoraBias
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
 
 
@@ -22,7 +23,7 @@ class LoraConfig(TargetedConfig):
     """W' = W + (alpha / r) B A at the layers that are targeted."""
 
     kind = "LORA"
-    foreign: ClassVar[Mapping[str, Any]] = {"megatron_core": "megatron.core", "qalora_group_size": 16}
+    foreign: ClassVar[Mapping[str, Any]] = {"megatron_core": "megatron.core"}
 
     r: int = 8
     """Rank of the change."""
@@ -53,9 +54,29 @@ class LoraConfig(TargetedConfig):
     use_dora: bool = False
     """Train each row's length apart from its direction: DoRA (arXiv:2402.09353)."""
 
+    lora_bias: bool = False
+    """Train a bias of B, scaled as its change is."""
+    use_bdlora: BdLoraConfig | Mapping[str, Any] | None = None
+    """Which factors are block-diagonal: BD-LoRA (arXiv:2510.23346)."""
+    use_qalora: bool = False
+    """A change that is constant along groups of inputs: QA-LoRA (arXiv:2309.14717)."""
+    qalora_group_size: int = 16
+    """How many inputs make a group then."""
+    kasa_config: KasaConfig | Mapping[str, Any] | None = None
+    """Trained singular values in place of the weight's smallest ones: KaSA (arXiv:2412.06071)."""
+
     @property
     def method(self) -> str:
-        return "DORA" if self.use_dora else "LORA"
+        return next(iter(self._variants()), "LORA")
+
+    def _variants(self) -> list[str]:
+        asked = {
+            "DORA": self.use_dora,
+            "BD_LORA": self.use_bdlora is not None,
+            "QA_LORA": self.use_qalora,
+            "KASA": self.kasa_config is not None,
+        }
+        return [name for name, wanted in asked.items() if wanted]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,12 +88,37 @@ class LoraConfig(TargetedConfig):
                 "on parameters, which have no input of their own. Put layers with those into another adapter."
             )
         self.choice("bias", ("none", "lora_only", "all"))
+        self.positive("qalora_group_size")
+        for name, options in (("use_bdlora", BdLoraConfig), ("kasa_config", KasaConfig)):
+            object.__setattr__(self, name, options.of(getattr(self, name)))
+        self._check_variants()
         if not known(self.init_lora_weights):
             self.choice("init_lora_weights", tuple(STARTS))
             raise ValueError("LoraConfig: init_lora_weights='pissa_niter_[n]' needs a number: 'pissa_niter_4'.")
         for name, rank in self.rank_pattern.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"LoraConfig: rank_pattern[{name!r}]={rank!r} must be a whole number of at least 1.")
+
+    def _check_variants(self) -> None:
+        variants = self._variants()
+        if len(variants) > 1:
+            raise ValueError(f"LoraConfig: {' and '.join(variants)} cannot be one adapter; put them into two.")
+        if self.lora_bias and self.use_dora:
+            raise ValueError(
+                "LoraConfig: lora_bias and use_dora cannot be one adapter; bias='lora_only' trains biases."
+            )
+        if self.qalora_group_size != 16 and not self.use_qalora:
+            raise ValueError("LoraConfig: qalora_group_size has no effect without use_qalora=True.")
+        plain = self.init_lora_weights in (True, False, "gaussian")
+        if not plain and (variants not in ([], ["DORA"]) or self.lora_bias):
+            raise ValueError(
+                f"LoraConfig: init_lora_weights={self.init_lora_weights!r} starts plain LoRAs and DoRA; "
+                f"{variants[0] if variants else 'lora_bias'} has a start of its own. Leave it out."
+            )
+        if self.target_parameters and (variants or self.lora_bias):
+            raise ValueError(
+                "LoraConfig: target_parameters takes plain LoRA; put layers with a variant into another adapter."
+            )
 
 
 @register(LoraConfig)
@@ -86,6 +132,8 @@ class LoRA(LowRankMethod):
     """
 
     kinds = ("linear", "embedding", "conv", "experts", "parameter")
+    keeps_taken: ClassVar[bool] = True
+    """Whether files hold A0 and B0, as further ranks; otherwise they are worked out again."""
     B: Tensor
     A0: Tensor | None
     B0: Tensor | None
@@ -93,21 +141,19 @@ class LoRA(LowRankMethod):
     def __init__(self, config: LoraConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
         experts = layer.shape[:1] if layer.kind.name == "experts" else ()
-        in_dims = layer.shape[len(experts) + 1 :]
-        r = _pattern(config.rank_pattern, layer.path, config.r)
-        alpha = _pattern(config.alpha_pattern, layer.path, config.lora_alpha)
-        self.scale = alpha / (math.sqrt(r) if config.use_rslora else r)
+        kernel = layer.shape[len(experts) + 2 :]
+        r, self.scale = rank_and_scale(config, layer.path)
         self.dropout = config.lora_dropout
         self.widens = not is_plain(layer.module)
         begun = self.begun(config, layer, r)
         a, b = begun.pair
-        self.A = nn.Parameter(a.reshape(*experts, r, *in_dims))  # (R, I, *K); of experts (E, R, I)
+        self.A = nn.Parameter(a.unflatten(-1, (-1, *kernel)))  # (R, I, *K); of experts (E, R, I)
         if named(config.init_lora_weights)[0].freezes_b:
             self.register_buffer("B", b)
         else:
             self.B = nn.Parameter(b)  # (O, R); of experts (E, O, R)
         a0, b0 = begun.taken or (None, None)
-        self.register_buffer("A0", None if a0 is None else a0.reshape(*experts, -1, *in_dims))  # as A and B, frozen
+        self.register_buffer("A0", None if a0 is None else a0.unflatten(-1, (-1, *kernel)))  # as A and B, frozen
         self.register_buffer("B0", b0)
         self.waits = begun.waits
 
@@ -122,7 +168,7 @@ class LoRA(LowRankMethod):
         places += raw
         for field_name in ("rank_pattern", "alpha_pattern"):
             for key in getattr(config, field_name):
-                if not any(_matches(key, place.path) for place in places):
+                if not any(target.pattern_match(place.path, key) for place in places):
                     raise ValueError(
                         f"LoraConfig: {field_name} key {key!r} matches none of the {len(places)} targets, "
                         f"{places[0].path!r} among them."
@@ -139,6 +185,8 @@ class LoRA(LowRankMethod):
             for name, ids in named.items()
         ]
         beside = [Companion(TrainableTokens, own, TrainableTokens.places(own, base)) for own in found_tokens]
+        if config.lora_bias:
+            beside.append(Companion(LoraBias, config, places))
         if config.bias == "none":
             return beside
         with_bias = set(roles.with_bias(base))
@@ -154,9 +202,10 @@ class LoRA(LowRankMethod):
         return torch.cat([self.A, self.A0], self.B.dim() - 2), torch.cat([self.B, -self.B0], -1), self.scale
 
 
-def _matches(key: str, path: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({key})", path) is not None
-
-
-def _pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((value for key, value in pattern.items() if _matches(key, path)), default)
+def loras(adapter: nn.Module) -> Iterator[tuple[bool, LoRA]]:
+    """Whose B trains in an adapter, DoRA's among them; and whether each is at an embedding."""
+    for part in adapter.parts if isinstance(adapter, Adapter) else ():
+        kind = kind_of(part.place.module)
+        for method in part.method.modules():
+            if isinstance(method, LoRA) and method.B.requires_grad:
+                yield kind is not None and kind.name == "embedding" and not part.place.parameter, method
