@@ -19,6 +19,7 @@ CASES: dict[str, PeftConfig] = {
     "lora": LoraConfig(r=4, lora_alpha=8, init_lora_weights=False),
     "bottleneck": BottleneckConfig(bottleneck_size=4, placement="houlsby"),
     "bitfit": BitFitConfig(),
+    "a-lora": LoraConfig(r=4, alora_invocation_tokens=[28], init_lora_weights=False),
     "bd-lora": LoraConfig(
         r=4, use_bdlora={"target_modules_bd_a": ["v"], "nblocks": 2, "match_strict": False}, init_lora_weights=False
     ),

@@ -118,6 +118,8 @@ CASES = {
     "llama-own-bias": lora("llama", lora_bias=True, alpha_pattern={"v_proj": 3}),
     "gpt2-own-bias": lora("gpt2", lora_bias=True, bias="all"),
     "plain-own-bias": lora("plain", lora_bias=True, target_modules=["conv", "first"]),
+    "llama-alora": lora("llama", target_modules="all-linear", alora_invocation_tokens=[28, 34]),
+    "gpt2-alora": lora("gpt2", alora_invocation_tokens=[23]),
     "llama-bd": lora("llama", target_modules="all-linear", use_bdlora=_bd(["q_proj", "up_proj"], ["o_proj"])),
     "t5-bd": lora("t5", use_bdlora=_bd(["q"], ["v"])),
     "llama-kasa": lora("llama", target_modules="all-linear", kasa_config=_both("KasaConfig")),

@@ -46,6 +46,8 @@ def fits(case: str, model: str) -> bool:
         return False  # there are none
     if case == "lora-tokens" and model == "plain":
         return False  # nothing says which module embeds
+    if case == "a-lora" and model in ("t5", "bert", "bart", "whisper", "vit", "plain", "conv"):
+        return False  # a causal language model's
     if case == "lora-experts":
         return model == "mixtral"
     if case.endswith("all-linear") and model == "mixtral":

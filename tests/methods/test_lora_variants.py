@@ -95,7 +95,7 @@ def test_bd_lora_is_block_diagonal_where_it_was_told() -> None:
     ("options", "why"),
     [
         ({"use_dora": True, "kasa_config": {}}, "DORA and KASA cannot be one adapter"),
-        ({"lora_bias": True, "use_dora": True}, "lora_bias and use_dora"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias and DORA"),
         ({"lora_bias": True, "init_lora_weights": "pissa"}, "lora_bias has a start of its own"),
         ({"kasa_config": {}, "init_lora_weights": "olora"}, "KASA has a start of its own"),
         ({"qalora_group_size": 8}, "no effect without use_qalora"),

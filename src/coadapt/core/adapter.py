@@ -87,7 +87,8 @@ class Adapter(nn.Module):
         """What it was last trained with, where `param_groups` was told."""
         self.parts: list[Part] = []
         self.stacks: Sequence[Backbone] = ()
-        """Of the base, if this puts virtual tokens in front of one: all, since a decoder sees those of its encoder."""
+        """Of the base, if this puts virtual tokens in front of one (all, since a decoder sees those of its encoder), or
+    looks at its tokens."""
         self.two_stacks = False
         """Whether the base is an encoder-decoder."""
         self.steps: Tensor | None
@@ -161,7 +162,8 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False, bl
         _settled(adapter.shared, places[0].module, half)
     for part in adapter.parts:
         _settled(part.method, part.place.module, half)
-    if any(isinstance(p.method, InputMethod) or getattr(p.method, "position_offset", 0) for p in adapter.parts):
+    methods = [p.method for p in adapter.parts]
+    if any(isinstance(m, InputMethod) or m.invoked_by or getattr(m, "position_offset", 0) for m in methods):
         adapter.stacks = backbones(base)
     if any(isinstance(part.method, Driven) for part in adapter.parts):
         adapter.steps = torch.zeros((), dtype=torch.long)

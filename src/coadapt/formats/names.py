@@ -5,6 +5,7 @@ from collections.abc import Mapping
 SITES: Mapping[str, Mapping[str, str]] = {
     "LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
     "DORA": {"change.A": "lora_A.weight", "change.B": "lora_B.weight", "m": "lora_magnitude_vector"},
+    "ALORA": {"change.A": "lora_A.weight", "change.B": "lora_B.weight"},
     "BD_LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
     "KASA": {"A": "lora_A.weight", "B": "lora_B.weight", "d": "lora_diag"},
     "QA_LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},

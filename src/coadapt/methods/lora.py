@@ -56,6 +56,8 @@ class LoraConfig(TargetedConfig):
 
     lora_bias: bool = False
     """Train a bias of B, scaled as its change is."""
+    alora_invocation_tokens: Sequence[int] | None = None
+    """Active only from the last occurrence of these tokens on: activated LoRA (arXiv:2504.12397)."""
     use_bdlora: BdLoraConfig | Mapping[str, Any] | None = None
     """Which factors are block-diagonal: BD-LoRA (arXiv:2510.23346)."""
     use_qalora: bool = False
@@ -72,6 +74,7 @@ class LoraConfig(TargetedConfig):
     def _variants(self) -> list[str]:
         asked = {
             "DORA": self.use_dora,
+            "ALORA": self.alora_invocation_tokens is not None,
             "BD_LORA": self.use_bdlora is not None,
             "QA_LORA": self.use_qalora,
             "KASA": self.kasa_config is not None,
@@ -103,14 +106,20 @@ class LoraConfig(TargetedConfig):
         variants = self._variants()
         if len(variants) > 1:
             raise ValueError(f"LoraConfig: {' and '.join(variants)} cannot be one adapter; put them into two.")
-        if self.lora_bias and self.use_dora:
+        if self.lora_bias and variants[:1] in (["DORA"], ["ALORA"]):
+            raise ValueError(f"LoraConfig: lora_bias and {variants[0]} cannot be one adapter; put them into two.")
+        tokens = self.alora_invocation_tokens
+        if tokens is not None and (not tokens or any(not isinstance(t, int) or t < 0 for t in tokens)):
+            raise ValueError(f"LoraConfig: alora_invocation_tokens={tokens!r} must be token ids, at least one.")
+        if tokens is not None and (self.bias != "none" or self.trainable_token_indices):
             raise ValueError(
-                "LoraConfig: lora_bias and use_dora cannot be one adapter; bias='lora_only' trains biases."
+                "LoraConfig: biases and tokens that are trained along would act before the invocation too; put them "
+                "into an adapter of their own."
             )
         if self.qalora_group_size != 16 and not self.use_qalora:
             raise ValueError("LoraConfig: qalora_group_size has no effect without use_qalora=True.")
         plain = self.init_lora_weights in (True, False, "gaussian")
-        if not plain and (variants not in ([], ["DORA"]) or self.lora_bias):
+        if not plain and (variants not in ([], ["DORA"], ["ALORA"]) or self.lora_bias):
             raise ValueError(
                 f"LoraConfig: init_lora_weights={self.init_lora_weights!r} starts plain LoRAs and DoRA; "
                 f"{variants[0] if variants else 'lora_bias'} has a start of its own. Leave it out."
