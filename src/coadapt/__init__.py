@@ -33,6 +33,9 @@ _HOMES = {
     "estimate": "training.estimate",
     "export": "exporting",
     "get_peft_model": "model",
+    "initialize_lora_eva_weights": "starts",
+    "preprocess_corda": "starts",
+    "preprocess_loraga": "starts",
     "recommended": "training.recommend",
 }
 

@@ -31,6 +31,11 @@ class Options:
                 )
         return cls(**given)
 
+    def choice(self, name: str, allowed: Sequence[str]) -> None:
+        """Refuses a field that is none of `allowed`."""
+        if (value := getattr(self, name)) not in allowed:
+            raise ValueError(f"{type(self).__name__}: {name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
+
     def at_least(self, bound: float, *names: str) -> None:
         """Refuses fields below a bound."""
         for name in names:
@@ -68,3 +73,56 @@ class KasaConfig(Options):
 
     def __post_init__(self) -> None:
         self.at_least(0, "beta", "gamma")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaConfig(Options):
+    """How EVA shares ranks out among layers, and which tokens it looks at."""
+
+    rho: float = 2.0
+    """A layer gets at most this many times its rank; 1: each keeps its own."""
+    tau: float = 0.99
+    """Enough batches have been seen when directions are as alike as this (their cosine) to those at half as many."""
+    use_label_mask: bool = True
+    """Leave tokens out whose label is `label_mask_value`."""
+    label_mask_value: int = -100
+    """That label."""
+    whiten: bool = False
+    """Divide each direction by the root of its singular value."""
+    adjust_scaling_factors: bool = True
+    """Keep alpha / r where r changes."""
+
+    def __post_init__(self) -> None:
+        self.at_least(1, "rho")
+        if not 0 <= self.tau <= 1:
+            raise ValueError(f"EvaConfig: tau={self.tau!r} must lie in [0, 1].")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CordaConfig(Options):
+    """Which singular values CorDA takes."""
+
+    corda_method: str = "ipm"
+    """"ipm": the largest, to learn what the inputs are about; "kpm": the smallest, to keep that."""
+
+    def __post_init__(self) -> None:
+        self.choice("corda_method", ("ipm", "kpm"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraGAConfig(Options):
+    """How LoRA-GA shares the gradient's singular vectors out, and scales them."""
+
+    direction: str = "ArB2r"
+    """Of the first 2 r: A gets the first r and B the others ("ArB2r"), the other way round ("A2rBr"), every second one
+    ("ArBr"), or both the same random ones ("random")."""
+    scale: str = "stable"
+    """"stable" (B times O^(1/4) / sqrt(gamma)), "weight_svd" (as large as the weight), "gd_scale" (both over
+    alpha / r) or "unit"."""
+    stable_gamma: int = 16
+    """gamma."""
+
+    def __post_init__(self) -> None:
+        self.choice("direction", ("ArBr", "A2rBr", "ArB2r", "random"))
+        self.choice("scale", ("stable", "weight_svd", "gd_scale", "unit"))
+        self.at_least(1, "stable_gamma")

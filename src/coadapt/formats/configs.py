@@ -89,12 +89,14 @@ def _of_lora(config: LoraConfig) -> dict[str, Any]:
         "rank_pattern": dict(config.rank_pattern),
         "lora_alpha": _whole(config.lora_alpha),
         "alpha_pattern": {k: _whole(v) for k, v in config.alpha_pattern.items()},
+        **{name: getattr(config, name) for name in _OF_DATA},
     }
 
 
 def with_taken(config: LoraConfig) -> LoraConfig:
     """The LoRA whose factors are [A; A0] and [B, -B0]; the same one where nothing was taken from the base."""
     how, _ = named(config.init_lora_weights)
+    config = replace(config, init_lora_weights=True, **dict.fromkeys(_OF_DATA)) if how.data else config
     if not how.from_base:
         return replace(config, init_lora_weights=config.init_lora_weights if how.freezes_b else True)
     more = math.sqrt(2) if config.use_rslora else 2
@@ -108,7 +110,8 @@ def with_taken(config: LoraConfig) -> LoraConfig:
     )
 
 
-_OF_START = ("init_lora_weights", "r", "rank_pattern", "lora_alpha", "alpha_pattern")
+_OF_DATA = ("eva_config", "corda_config", "lora_ga_config")
+_OF_START = (*_OF_DATA, "init_lora_weights", "r", "rank_pattern", "lora_alpha", "alpha_pattern")
 
 
 def asked_start(config: PeftConfig) -> dict[str, Any] | None:
@@ -225,6 +228,9 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
     match said.get("peft_type"):
         case "LORA" | "IA3":
             said["fan_in_fan_out"] = False  # found in the model
+            for name in _OF_DATA:
+                if said.get("init_lora_weights") != name.removesuffix("_config"):
+                    said.pop(name, None)
             said["target_modules"] = said.get("target_modules") or None  # the field writes [] beside target_parameters
         case "PREFIX_TUNING":
             if not said.get("prefix_projection"):

@@ -8,12 +8,13 @@ import importlib
 import math
 import pkgutil
 import re
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core import target
 from ..core.layer import Layer
@@ -79,6 +80,20 @@ def start(name: bool | str, **facts: Any) -> Callable[[_Make], _Make]:
         return make
 
     return add
+
+
+_gathered: "weakref.WeakKeyDictionary[nn.Module, dict[str, Any]]" = weakref.WeakKeyDictionary()
+"""Layer of a base -> start -> what has been found out for it from data."""
+
+
+def gather(module: nn.Module, name: str, found: Any) -> None:
+    """Keeps what a start that looks at data needs at a layer, for the next adapter that starts so."""
+    _gathered.setdefault(module, {})[name] = found
+
+
+def gathered(module: nn.Module, name: str) -> Any:
+    """What was kept for this start, which is given up; None if nothing was."""
+    return _gathered.get(module, {}).pop(name, None)
 
 
 _NUMBERED = re.compile(r"(\w+_niter_)(\d+)")

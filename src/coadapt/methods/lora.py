@@ -12,10 +12,18 @@ from ..core.layer import Layer, kind_of
 from ..core.lowrank import LowRankMethod, is_plain
 from ..core.method import Companion, Place, register
 from ..inits import STARTS, Begun, begin, known, named, rank_and_scale
-from ..lora_options import BdLoraConfig, KasaConfig
+from ..lora_options import BdLoraConfig, CordaConfig, EvaConfig, KasaConfig, LoraGAConfig, Options
 from .bitfit import BitFit, BitFitConfig
 from .lora_bias import LoraBias
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
+
+_OPTIONS: Mapping[str, type[Options]] = {
+    "use_bdlora": BdLoraConfig,
+    "kasa_config": KasaConfig,
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "lora_ga_config": LoraGAConfig,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +48,15 @@ class LoraConfig(TargetedConfig):
     init_lora_weights: bool | str = True
     """True: A random, B zero, so that nothing changes at the start; "gaussian": A normal; False: both random;
     "orthogonal": both random, with a product of zero. From the weight: "pissa" or, faster, "pissa_niter_4"
-    (arXiv:2404.02948), "olora" (arXiv:2406.01775), "mica" (arXiv:2604.01694: B stays frozen)."""
+    (arXiv:2404.02948), "olora" (arXiv:2406.01775), "mica" (arXiv:2604.01694: B stays frozen). From data, with a call of
+    its own: "eva" (arXiv:2410.07170, `initialize_lora_eva_weights`), "corda" (arXiv:2406.05223, `preprocess_corda`),
+    "lora_ga" (arXiv:2407.05000, `preprocess_loraga`)."""
+    eva_config: EvaConfig | Mapping[str, Any] | None = None
+    """Options of "eva"."""
+    corda_config: CordaConfig | Mapping[str, Any] | None = None
+    """Options of "corda"."""
+    lora_ga_config: LoraGAConfig | Mapping[str, Any] | None = None
+    """Options of "lora_ga"."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Other ranks for some layers: end of a module's name, or a regular expression for it -> rank."""
     alpha_pattern: Mapping[str, int | float] = field(default_factory=dict)
@@ -92,7 +108,7 @@ class LoraConfig(TargetedConfig):
             )
         self.choice("bias", ("none", "lora_only", "all"))
         self.positive("qalora_group_size")
-        for name, options in (("use_bdlora", BdLoraConfig), ("kasa_config", KasaConfig)):
+        for name, options in _OPTIONS.items():
             object.__setattr__(self, name, options.of(getattr(self, name)))
         self._check_variants()
         if not known(self.init_lora_weights):
@@ -116,6 +132,9 @@ class LoraConfig(TargetedConfig):
                 "LoraConfig: biases and tokens that are trained along would act before the invocation too; put them "
                 "into an adapter of their own."
             )
+        for start in ("eva", "corda", "lora_ga"):
+            if getattr(self, f"{start}_config") is not None and self.init_lora_weights != start:
+                raise ValueError(f"LoraConfig: {start}_config has no effect without init_lora_weights={start!r}.")
         if self.qalora_group_size != 16 and not self.use_qalora:
             raise ValueError("LoraConfig: qalora_group_size has no effect without use_qalora=True.")
         plain = self.init_lora_weights in (True, False, "gaussian")
@@ -168,7 +187,12 @@ class LoRA(LowRankMethod):
 
     def begun(self, config: LoraConfig, layer: Layer, r: int) -> Begun:
         """What A and B start with, and what has to be subtracted."""
-        return begin(config.init_lora_weights, layer, r, self.scale)
+        settings = getattr(config, f"{config.init_lora_weights}_config", None)
+        return begin(config.init_lora_weights, layer, r, self.scale, settings)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.waits = ""
 
     @classmethod
     def places(cls, config: LoraConfig, base: nn.Module) -> list[Place]:
@@ -206,6 +230,10 @@ class LoRA(LowRankMethod):
         return [Companion(BitFit, BitFitConfig(), found), *beside]
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
+        if self.waits and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"This LoRA is to start from data, which nobody has looked at yet: call {self.waits} before it trains."
+            )
         if self.A0 is None or self.B0 is None:
             return self.A, self.B, self.scale
         return torch.cat([self.A, self.A0], self.B.dim() - 2), torch.cat([self.B, -self.B0], -1), self.scale
