@@ -177,9 +177,10 @@ def _called(path: str, seen: Mapping[str, Any]) -> None:
 
 @contextmanager
 def _hooked(layers: Iterable[Layer], note: Callable[[str, Tensor], None]) -> Iterator[None]:
-    hooks = [
-        layer.module.register_forward_pre_hook(lambda _, args, path=layer.path: note(path, args[0])) for layer in layers
-    ]
+    def at(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, args: note(path, args[0])
+
+    hooks = [layer.module.register_forward_pre_hook(at(layer.path)) for layer in layers]
     try:
         yield
     finally:

@@ -90,6 +90,7 @@ def _of_lora(config: LoraConfig) -> dict[str, Any]:
         "lora_alpha": _whole(config.lora_alpha),
         "alpha_pattern": {k: _whole(v) for k, v in config.alpha_pattern.items()},
         **{name: getattr(config, name) for name in _OF_DATA},
+        **({} if config.alora_invocation_tokens is None else {"task_type": "CAUSAL_LM"}),  # the field asks for it
     }
 
 
@@ -204,6 +205,8 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
         case PrefixTuningConfig():
             moves = config.position_offset in (None, config.num_virtual_tokens)
             return as_theirs and moves and config.prefix_type == "joint"
+        case LoraConfig() if config.use_qalora:
+            return False  # at GPTQ's layers only
         case _:
             return method_for(config).registered in names.SITES
 
