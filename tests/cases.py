@@ -24,6 +24,7 @@ CASES: dict[str, PeftConfig] = {
         r=4, use_bdlora={"target_modules_bd_a": ["v"], "nblocks": 2, "match_strict": False}, init_lora_weights=False
     ),
     "kasa": LoraConfig(r=2, lora_alpha=4, kasa_config={}, init_lora_weights=False),
+    "loftq": LoraConfig(r=2, lora_alpha=4, init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 2}),
     "qa-lora": LoraConfig(r=4, use_qalora=True, qalora_group_size=2, init_lora_weights=False),
     "dora": LoraConfig(r=4, use_dora=True, init_lora_weights=False),
     "full-copy": FullCopyConfig(target_modules=r".*(v_proj|c_proj|dense|SelfAttention\.v|value|second|fc1)"),

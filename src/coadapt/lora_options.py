@@ -126,3 +126,18 @@ class LoraGAConfig(Options):
         self.choice("direction", ("ArBr", "A2rBr", "ArB2r", "random"))
         self.choice("scale", ("stable", "weight_svd", "gd_scale", "unit"))
         self.at_least(1, "stable_gamma")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoftQConfig(Options):
+    """How LoftQ quantises."""
+
+    loftq_bits: int = 4
+    """4 (NF4) or 8."""
+    loftq_iter: int = 1
+    """How often weight and factors are fitted to each other in turn."""
+
+    def __post_init__(self) -> None:
+        if self.loftq_bits not in (4, 8):
+            raise ValueError(f"LoftQConfig: loftq_bits={self.loftq_bits!r} is not one of 4, 8.")
+        self.at_least(1, "loftq_iter")

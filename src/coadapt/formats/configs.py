@@ -99,7 +99,8 @@ def with_taken(config: LoraConfig) -> LoraConfig:
     how, _ = named(config.init_lora_weights)
     config = replace(config, init_lora_weights=True, **dict.fromkeys(_OF_DATA)) if how.data else config
     if not how.from_base:
-        return replace(config, init_lora_weights=config.init_lora_weights if how.freezes_b else True)
+        kept = how.freezes_b or config.init_lora_weights == "loftq"
+        return replace(config, init_lora_weights=config.init_lora_weights if kept else True)
     more = math.sqrt(2) if config.use_rslora else 2
     return replace(
         config,
@@ -133,14 +134,14 @@ def with_start(config: PeftConfig, asked: Mapping[str, Any] | None) -> PeftConfi
 def takes_from_base(config: PeftConfig) -> bool:
     """Whether a file holds A and B alone, and what was taken from the base has to be worked out again.
 
-    That is so with KaSA, and with PiSSA and OLoRA in a folder of the field, which does the same; there it is told.
+    So with KaSA and LoftQ; and with PiSSA and OLoRA in a folder of the field, which does the same: there it is told.
 
     Raises:
         ValueError: what was taken depends on data, and cannot be worked out again.
     """
     if not isinstance(config, LoraConfig):
         return False
-    if config.kasa_config is not None:
+    if config.kasa_config is not None or config.init_lora_weights == "loftq":
         return True
     how, _ = named(config.init_lora_weights)
     if how.from_base and how.data:
@@ -205,8 +206,8 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
         case PrefixTuningConfig():
             moves = config.position_offset in (None, config.num_virtual_tokens)
             return as_theirs and moves and config.prefix_type == "joint"
-        case LoraConfig() if config.use_qalora:
-            return False  # at GPTQ's layers only
+        case LoraConfig() if config.use_qalora or config.init_lora_weights == "loftq":
+            return False  # at GPTQ's layers only; with a GPU and bitsandbytes only, and scaled otherwise
         case _:
             return method_for(config).registered in names.SITES
 
@@ -231,7 +232,7 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
     match said.get("peft_type"):
         case "LORA" | "IA3":
             said["fan_in_fan_out"] = False  # found in the model
-            for name in _OF_DATA:
+            for name in (*_OF_DATA, "loftq_config"):
                 if said.get("init_lora_weights") != name.removesuffix("_config"):
                     said.pop(name, None)
             said["target_modules"] = said.get("target_modules") or None  # the field writes [] beside target_parameters

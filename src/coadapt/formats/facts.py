@@ -47,7 +47,8 @@ class Facts:
         """The method, by the field's name; of LoRA's variants ours."""
         said = str(self.config.get("peft_type"))
         variants = (name for field, name in _VARIANTS.items() if self.config.get(field) not in (None, False))
-        return next(variants, said) if said == "LORA" else said
+        variant = "LOFTQ" if self.config.get("init_lora_weights") == "loftq" else said
+        return next(variants, variant) if said == "LORA" else said
 
     @property
     def ranks(self) -> set[int]:

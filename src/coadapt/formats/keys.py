@@ -123,7 +123,7 @@ def _plain(adapter: Adapter, part: Part, path: str, taken: bool = True) -> Itera
     factors = next((m for m in part.method.modules() if isinstance(m, LoRA)), None)
     for name, value in part.method.state_dict(keep_vars=True).items():
         end = name.rpartition(".")[2]
-        if name.startswith(tuple(inside)) or (factors is not None and end in ("A0", "B0")):
+        if name.startswith(tuple(inside)) or end in part.method.left_out or (factors and end in ("A0", "B0")):
             continue
         entry = _whole(_key(adapter, part, path, name), value, _shape(part, name, value))
         yield entry if factors is None or not taken else _with_taken(entry, factors, end)

@@ -8,6 +8,7 @@ SITES: Mapping[str, Mapping[str, str]] = {
     "ALORA": {"change.A": "lora_A.weight", "change.B": "lora_B.weight"},
     "BD_LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
     "KASA": {"A": "lora_A.weight", "B": "lora_B.weight", "d": "lora_diag"},
+    "LOFTQ": {"change.A": "lora_A.weight", "change.B": "lora_B.weight"},
     "QA_LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
     "IA3": {"l": "ia3_l"},
     "TRAINABLE_TOKENS": {"rows": "trainable_tokens_delta"},

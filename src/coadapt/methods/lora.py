@@ -12,7 +12,7 @@ from ..core.layer import Layer, kind_of
 from ..core.lowrank import LowRankMethod, is_plain
 from ..core.method import Companion, Place, register
 from ..inits import STARTS, Begun, begin, known, named, rank_and_scale
-from ..lora_options import BdLoraConfig, CordaConfig, EvaConfig, KasaConfig, LoraGAConfig, Options
+from ..lora_options import BdLoraConfig, CordaConfig, EvaConfig, KasaConfig, LoftQConfig, LoraGAConfig, Options
 from .bitfit import BitFit, BitFitConfig
 from .lora_bias import LoraBias
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
@@ -23,6 +23,7 @@ _OPTIONS: Mapping[str, type[Options]] = {
     "eva_config": EvaConfig,
     "corda_config": CordaConfig,
     "lora_ga_config": LoraGAConfig,
+    "loftq_config": LoftQConfig,
 }
 
 
@@ -55,6 +56,8 @@ class LoraConfig(TargetedConfig):
     """Options of "eva"."""
     corda_config: CordaConfig | Mapping[str, Any] | None = None
     """Options of "corda"."""
+    loftq_config: LoftQConfig | Mapping[str, Any] | None = None
+    """Options of "loftq": train for a weight that is quantised, in the adapter (arXiv:2310.08659)."""
     lora_ga_config: LoraGAConfig | Mapping[str, Any] | None = None
     """Options of "lora_ga"."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -90,6 +93,7 @@ class LoraConfig(TargetedConfig):
     def _variants(self) -> list[str]:
         asked = {
             "DORA": self.use_dora,
+            "LOFTQ": self.init_lora_weights == "loftq",
             "ALORA": self.alora_invocation_tokens is not None,
             "BD_LORA": self.use_bdlora is not None,
             "QA_LORA": self.use_qalora,
@@ -111,6 +115,8 @@ class LoraConfig(TargetedConfig):
         for name, options in _OPTIONS.items():
             object.__setattr__(self, name, options.of(getattr(self, name)))
         self._check_variants()
+        if self.init_lora_weights == "loftq" and self.loftq_config is None:
+            object.__setattr__(self, "loftq_config", LoftQConfig())
         if not known(self.init_lora_weights):
             self.choice("init_lora_weights", tuple(STARTS))
             raise ValueError("LoraConfig: init_lora_weights='pissa_niter_[n]' needs a number: 'pissa_niter_4'.")
@@ -132,13 +138,13 @@ class LoraConfig(TargetedConfig):
                 "LoraConfig: biases and tokens that are trained along would act before the invocation too; put them "
                 "into an adapter of their own."
             )
-        for start in ("eva", "corda", "lora_ga"):
+        for start in ("eva", "corda", "lora_ga", "loftq"):
             if getattr(self, f"{start}_config") is not None and self.init_lora_weights != start:
                 raise ValueError(f"LoraConfig: {start}_config has no effect without init_lora_weights={start!r}.")
         if self.qalora_group_size != 16 and not self.use_qalora:
             raise ValueError("LoraConfig: qalora_group_size has no effect without use_qalora=True.")
         plain = self.init_lora_weights in (True, False, "gaussian")
-        if not plain and (variants not in ([], ["DORA"], ["ALORA"]) or self.lora_bias):
+        if not plain and (variants not in ([], ["DORA"], ["ALORA"], ["LOFTQ"]) or self.lora_bias):
             raise ValueError(
                 f"LoraConfig: init_lora_weights={self.init_lora_weights!r} starts plain LoRAs and DoRA; "
                 f"{variants[0] if variants else 'lora_bias'} has a start of its own. Leave it out."
