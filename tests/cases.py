@@ -26,6 +26,7 @@ CASES: dict[str, PeftConfig] = {
     "kasa": LoraConfig(r=2, lora_alpha=4, kasa_config={}, init_lora_weights=False),
     "loftq": LoraConfig(r=2, lora_alpha=4, init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 2}),
     "qa-lora": LoraConfig(r=4, use_qalora=True, qalora_group_size=2, init_lora_weights=False),
+    "velora": LoraConfig(r=4, velora_config={"num_groups": 3, "init_type": "random"}, init_lora_weights=False),
     "dora": LoraConfig(r=4, use_dora=True, init_lora_weights=False),
     "full-copy": FullCopyConfig(target_modules=r".*(v_proj|c_proj|dense|SelfAttention\.v|value|second|fc1)"),
     "ia3": IA3Config(),

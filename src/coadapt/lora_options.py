@@ -141,3 +141,21 @@ class LoftQConfig(Options):
         if self.loftq_bits not in (4, 8):
             raise ValueError(f"LoftQConfig: loftq_bits={self.loftq_bits!r} is not one of 4, 8.")
         self.at_least(1, "loftq_iter")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeloraConfig(Options):
+    """How coarsely VeLoRA keeps activations."""
+
+    num_groups: int = 64
+    """Into how many groups features are split: as many numbers are kept of each token."""
+    scale: float = 1.0
+    """What the approximation is multiplied by."""
+    init_type: str = "batch_average"
+    """What groups are projected on: their mean in each batch, in the first ("batch_average_once"), or "random"."""
+
+    def __post_init__(self) -> None:
+        self.choice("init_type", ("batch_average", "batch_average_once", "random"))
+        self.at_least(1, "num_groups")
+        if not self.scale > 0:
+            raise ValueError(f"VeloraConfig: scale={self.scale!r} must be above 0.")

@@ -32,7 +32,7 @@ _ENDS = {
 }
 """Targets in what is none of transformers' models, of methods at layers and of bottlenecks."""
 
-LINEAR = ("bd-lora", "qa-lora")
+LINEAR = ("bd-lora", "qa-lora", "velora")
 """Methods of these cases adapt nothing but linear layers."""
 
 few = settings(max_examples=12, deadline=None, derandomize=True)

@@ -124,3 +124,38 @@ def test_options_of_variants_are_named_and_checked() -> None:
     ):
         with pytest.raises(ValueError, match=why):
             get_peft_model(base, coadapt.LoraConfig(use_bdlora=options))
+
+
+@pytest.mark.parametrize("kind", ["batch_average", "batch_average_once", "random"])
+def test_velora_trains_on_what_the_field_keeps(kind: str) -> None:
+    options = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    groups = {"num_groups": 5, "scale": 1.5, "init_type": kind}
+    ours = get_peft_model(MODELS["llama"](), LoraConfig(velora_config=groups, **options)).train()
+    field: Any = field_quietly(
+        lambda: peft.get_peft_model(
+            MODELS["llama"](), peft.LoraConfig(velora_config=peft.VeloraConfig(**groups), **options)
+        )
+    ).train()
+    pairs = []
+    for part in ours.get_adapter("default").parts:
+        layer, method = field.base_model.model.get_submodule(part.place.path), part.method
+        layer.lora_velora_embed["default"] = method.v.clone()
+        for mine, theirs in (
+            (method.change.A, layer.lora_A["default"].weight),
+            (method.change.B, layer.lora_B["default"].weight),
+        ):
+            theirs.data.copy_(mine.data)
+            pairs.append((mine, theirs))
+    for seed in (1, 2):
+        for model in (ours, field):
+            model.zero_grad()
+            model(input_ids=ids(seed=seed), labels=ids(seed=seed)).loss.backward()
+        for mine, theirs in pairs:
+            assert far(mine.grad, theirs.grad) < 1e-5
+    plain = get_peft_model(MODELS["llama"](), LoraConfig(**options)).train()
+    for part, other in zip(ours.get_adapter("default").parts, plain.get_adapter("default").parts, strict=True):
+        other.method.A.data.copy_(part.method.change.A)
+        other.method.B.data.copy_(part.method.change.B)
+    plain(input_ids=ids(seed=2), labels=ids(seed=2)).loss.backward()
+    gradients = [p.grad for p in plain.parameters() if p.grad is not None]
+    assert far(gradients[0], pairs[0][0].grad) > 1e-5, "A's is an approximation"

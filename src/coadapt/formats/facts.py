@@ -23,6 +23,7 @@ _VARIANTS = {
     "use_bdlora": "BD_LORA",
     "use_qalora": "QA_LORA",
     "kasa_config": "KASA",
+    "velora_config": "VELORA",
 }
 """Field of a LoRA's configuration -> the variant that it asks for."""
 

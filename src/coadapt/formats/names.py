@@ -10,6 +10,7 @@ SITES: Mapping[str, Mapping[str, str]] = {
     "KASA": {"A": "lora_A.weight", "B": "lora_B.weight", "d": "lora_diag"},
     "LOFTQ": {"change.A": "lora_A.weight", "change.B": "lora_B.weight"},
     "QA_LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
+    "VELORA": {"change.A": "lora_A.weight", "change.B": "lora_B.weight", "v": "lora_velora_embed"},
     "IA3": {"l": "ia3_l"},
     "TRAINABLE_TOKENS": {"rows": "trainable_tokens_delta"},
     "LN_TUNING": {"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"},

@@ -56,7 +56,7 @@ class Verdict:
         return not self.reasons
 
 
-BECOME_LORA = ("LORA", "DORA", "IA3", "BD_LORA", "QA_LORA", "KASA")
+BECOME_LORA = ("LORA", "DORA", "IA3", "BD_LORA", "QA_LORA", "KASA", "LOFTQ", "VELORA")
 """What `coadapt export` writes as a plain LoRA, exactly or as the best of a rank."""
 
 

@@ -12,7 +12,16 @@ from ..core.layer import Layer, kind_of
 from ..core.lowrank import LowRankMethod, is_plain
 from ..core.method import Companion, Place, register
 from ..inits import STARTS, Begun, begin, known, named, rank_and_scale
-from ..lora_options import BdLoraConfig, CordaConfig, EvaConfig, KasaConfig, LoftQConfig, LoraGAConfig, Options
+from ..lora_options import (
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    Options,
+    VeloraConfig,
+)
 from .bitfit import BitFit, BitFitConfig
 from .lora_bias import LoraBias
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
@@ -24,6 +33,7 @@ _OPTIONS: Mapping[str, type[Options]] = {
     "corda_config": CordaConfig,
     "lora_ga_config": LoraGAConfig,
     "loftq_config": LoftQConfig,
+    "velora_config": VeloraConfig,
 }
 
 
@@ -85,6 +95,8 @@ class LoraConfig(TargetedConfig):
     """How many inputs make a group then."""
     kasa_config: KasaConfig | Mapping[str, Any] | None = None
     """Trained singular values in place of the weight's smallest ones: KaSA (arXiv:2412.06071)."""
+    velora_config: VeloraConfig | Mapping[str, Any] | None = None
+    """Activations kept coarsely for the backward: VeLoRA (arXiv:2405.17991)."""
 
     @property
     def method(self) -> str:
@@ -98,6 +110,7 @@ class LoraConfig(TargetedConfig):
             "BD_LORA": self.use_bdlora is not None,
             "QA_LORA": self.use_qalora,
             "KASA": self.kasa_config is not None,
+            "VELORA": self.velora_config is not None,
         }
         return [name for name, wanted in asked.items() if wanted]
 
@@ -144,7 +157,7 @@ class LoraConfig(TargetedConfig):
         if self.qalora_group_size != 16 and not self.use_qalora:
             raise ValueError("LoraConfig: qalora_group_size has no effect without use_qalora=True.")
         plain = self.init_lora_weights in (True, False, "gaussian")
-        if not plain and (variants not in ([], ["DORA"], ["ALORA"], ["LOFTQ"]) or self.lora_bias):
+        if not plain and (variants not in ([], ["DORA"], ["ALORA"], ["LOFTQ"], ["VELORA"]) or self.lora_bias):
             raise ValueError(
                 f"LoraConfig: init_lora_weights={self.init_lora_weights!r} starts plain LoRAs and DoRA; "
                 f"{variants[0] if variants else 'lora_bias'} has a start of its own. Leave it out."
