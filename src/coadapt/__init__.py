@@ -27,18 +27,25 @@ _HOMES = {
     "TaskType": "config",
     "TokenRouter": "core.routers",
     "checkpoint": "core.frame",
+    "create_loraplus_optimizer": "training.optimizers",
+    "create_lorafa_optimizer": "training.optimizers",
+    "create_riemannian_optimizer": "training.optimizers",
     "estimate": "training.estimate",
     "export": "exporting",
     "get_peft_model": "model",
     "initialize_kv_prefix_from_past_key_values": "methods.cartridge",
     "initialize_kv_prefix_from_text": "methods.cartridge",
+    "initialize_lora_eva_weights": "starts",
+    "preprocess_corda": "starts",
+    "preprocess_loraga": "starts",
     "recommended": "training.recommend",
 }
 
 # A method's file needs no line here: its configuration is found by its name, without importing it.
-for _file in sorted((Path(__file__).parent / "methods").glob("[a-z]*.py")):
+_root = Path(__file__).parent
+for _file in (_root / "lora_options.py", *sorted((_root / "methods").glob("[a-z]*.py"))):
     for _name in re.findall(r"^class ([A-Z]\w*Config)\(", _file.read_text("utf-8"), re.MULTILINE):
-        _HOMES[_name] = f"methods.{_file.stem}"
+        _HOMES[_name] = ".".join(_file.relative_to(_root).with_suffix("").parts)
 
 __all__ = sorted([*_HOMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 

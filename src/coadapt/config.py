@@ -5,7 +5,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
@@ -375,6 +375,8 @@ def _plain(value: Any) -> Any:
             return str(value)
         case Path():
             return str(value)
+        case _ if is_dataclass(value) and not isinstance(value, type):
+            return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
         case Mapping():
             return {str(k): _plain(v) for k, v in cast(Mapping[Any, Any], value).items()}
         case list() | tuple():

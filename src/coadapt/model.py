@@ -17,6 +17,7 @@ from .core.composition import Node
 from .core.method import method_for
 from .core.view import View
 from .formats import checkpoint, folder
+from .methods.lora import loras
 from .verifying import Proof, verify
 
 
@@ -238,16 +239,18 @@ class PeftModel(View):
         return [name for name, adapter in self._names.items() if any(p.requires_grad for p in adapter.parameters())]
 
     def param_groups(self, options: Mapping[str, float | Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
-        """One optimiser group for each adapter that trains, and one for learned gates.
+        """One optimiser group for each adapter that trains (two, with LoRA+), and one for learned gates.
 
         `torch.optim.AdamW(model.param_groups({"lora": 2e-4, "task": 5e-3}))`. Learning rates are remembered, saved with
         the adapters, and used where none is given.
 
         Args:
             options: adapter name -> learning rate, or a dict of the optimiser's options. "gates" names the gates.
+                `loraplus_lr_ratio` among them: how many times as fast as A a LoRA's B learns (LoRA+, arXiv:2402.12354;
+                not at embeddings).
 
         Raises:
-            ValueError: a name that is no adapter, or one that does not train.
+            ValueError: a name that is no adapter, one that does not train, or a ratio where there is no LoRA.
         """
         members: dict[str, nn.Module] = {"gates": self.gates, **self._names}
         trained = {name: [p for p in m.parameters() if p.requires_grad] for name, m in members.items()}
@@ -263,7 +266,9 @@ class PeftModel(View):
             adapter.learning_rate = given.get(name, {}).get("lr", adapter.learning_rate)
         remembered = {n: {"lr": a.learning_rate} for n, a in self._names.items() if a.learning_rate is not None}
         every = {**remembered, **given}
-        return [{"params": found, "name": name, **every.get(name, {})} for name, found in trained.items() if found]
+        return [
+            g for name, found in trained.items() if found for g in _groups(name, found, every.get(name, {}), members)
+        ]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(parameters that train, all parameters)"""
@@ -505,6 +510,24 @@ class BaseModel:
 
     def __repr__(self) -> str:
         return repr(self.__dict__["_view"].base)
+
+
+def _groups(
+    name: str, trained: list[nn.Parameter], options: Mapping[str, Any], members: Mapping[str, nn.Module]
+) -> list[dict[str, Any]]:
+    """One optimiser group, or two where B learns faster than A."""
+    own = dict(options)
+    ratio = own.pop("loraplus_lr_ratio", None)
+    if ratio is None:
+        return [{"params": trained, "name": name, **own}]
+    ups = {id(method.B) for embeds, method in loras(members[name]) if not embeds}
+    fast, slow = [p for p in trained if id(p) in ups], [p for p in trained if id(p) not in ups]
+    if not fast or "lr" not in own:
+        raise ValueError(
+            f"param_groups: loraplus_lr_ratio={ratio} has no effect on {name!r}: it needs a LoRA that trains and an lr."
+        )
+    groups = {own["lr"]: slow, own["lr"] * ratio: fast} if ratio != 1 else {own["lr"]: trained}
+    return [{"params": found, "name": name, **own, "lr": rate} for rate, found in groups.items() if found]
 
 
 def get_peft_model(

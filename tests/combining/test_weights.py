@@ -218,9 +218,9 @@ def test_biases_alone_and_norms_alone() -> None:
 
 def test_a_bias_where_there_is_none_is_refused() -> None:
     view = view_of("llama")
-    view.add_adapter("f", BitFitConfig(target_modules=["q_proj"]))
+    view.add_adapter("f", BitFitConfig(target_modules=["k_proj"]))
     stir(view.get_adapter("f"))
-    with pytest.raises(ValueError, match=r"only biases that are there.*q_proj"):
+    with pytest.raises(ValueError, match=r"give a bias to .*k_proj.*which has none"):
         view.combine("a + f", adapter_name="c")
     assert view.combine("2*f", adapter_name="c").exact
     assert off(logits(view, adapters="c"), logits(view, adapters="2*f")) < 1e-5

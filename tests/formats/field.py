@@ -25,6 +25,26 @@ CLASSES = {"task_type": "SEQ_CLS"}
 
 
 @dataclass(frozen=True)
+class Both:
+    """Options that each library has as a class of its own."""
+
+    name: str
+    options: dict[str, Any]
+
+
+def _both(name: str, **options: Any) -> Both:
+    return Both(name, options)
+
+
+def _bd(a: list[str], b: list[str]) -> Both:
+    return _both("BdLoraConfig", target_modules_bd_a=a, target_modules_bd_b=b, nblocks=2, match_strict=False)
+
+
+def _of(library: Any, options: dict[str, Any]) -> dict[str, Any]:
+    return {k: getattr(library, v.name, None)(**v.options) if isinstance(v, Both) else v for k, v in options.items()}
+
+
+@dataclass(frozen=True)
 class Case:
     """The same configuration in both libraries, on one of the test models."""
 
@@ -40,10 +60,10 @@ class Case:
         return (MODELS | FAMILIES | {"plain": plain, "conv": conv})[self.model]()
 
     def ours(self) -> Any:
-        return getattr(coadapt, self.config)(**self.options)
+        return getattr(coadapt, self.config)(**_of(coadapt, self.options))
 
     def field(self) -> Any:
-        return getattr(peft, self.config)(**{**self.options, **(self.theirs or {})})
+        return getattr(peft, self.config)(**_of(peft, {**self.options, **(self.theirs or {})}))
 
 
 CORE = "with a core tensor, its backward multiplies the gradients of B1 and B2 by the other product's factors"
@@ -109,6 +129,17 @@ CASES = {
     "bert-lora": lora("bert"),
     "plain-conv": lora("plain", target_modules=["conv", "embed", "first"]),
     "plain-bias": lora("plain", target_modules=["conv", "first"], bias="all"),
+    "llama-own-bias": lora("llama", lora_bias=True, alpha_pattern={"v_proj": 3}),
+    "gpt2-own-bias": lora("gpt2", lora_bias=True, bias="all"),
+    "plain-own-bias": lora("plain", lora_bias=True, target_modules=["conv", "first"]),
+    "llama-alora": lora("llama", target_modules="all-linear", alora_invocation_tokens=[28, 34]),
+    "gpt2-alora": lora("gpt2", alora_invocation_tokens=[23]),
+    "llama-bd": lora("llama", target_modules="all-linear", use_bdlora=_bd(["q_proj", "up_proj"], ["o_proj"])),
+    "t5-bd": lora("t5", use_bdlora=_bd(["q"], ["v"])),
+    "llama-velora": lora("llama", target_modules="all-linear", velora_config=_both("VeloraConfig", num_groups=4)),
+    "t5-velora": lora("t5", velora_config=_both("VeloraConfig", num_groups=5, init_type="random")),
+    "llama-kasa": lora("llama", target_modules="all-linear", kasa_config=_both("KasaConfig")),
+    "t5-kasa": lora("t5", kasa_config=_both("KasaConfig")),
     "llama-dora": lora("llama", use_dora=True, target_modules="all-linear"),
     "gpt2-dora": lora("gpt2", use_dora=True, bias="lora_only"),
     "t5-dora": lora("t5", use_dora=True),

@@ -39,6 +39,9 @@ def test_the_least_that_every_reader_needs(tmp_path: Path) -> None:
         "modules_to_save": None,
         "use_rslora": False,
         "use_dora": False,
+        "lora_bias": False,
+        "use_qalora": False,
+        "qalora_group_size": 16,
         "rank_pattern": {},
         "alpha_pattern": {},
         "init_lora_weights": True,
@@ -129,7 +132,7 @@ def test_unknown_fields_at_their_default_pass(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("lora_bias", True), ("megatron_core", "other"), ("layer_replication", [[0, 1]]), ("something_new", 3)],
+    [("megatron_config", {"a": 1}), ("megatron_core", "other"), ("layer_replication", [[0, 1]]), ("something_new", 3)],
 )
 def test_others_are_an_error_that_names_them(field: str, value: Any, tmp_path: Path) -> None:
     written(llama(), LoraConfig(r=2), tmp_path)

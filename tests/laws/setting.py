@@ -35,6 +35,9 @@ _ENDS = {
 }
 """Targets in what is none of transformers' models, of methods at layers and of bottlenecks."""
 
+LINEAR = ("bd-lora", "qa-lora", "velora")
+"""Methods of these cases adapt nothing but linear layers."""
+
 few = settings(max_examples=12, deadline=None, derandomize=True)
 
 
@@ -50,6 +53,8 @@ def fits(case: str, model: str) -> bool:
         return False  # 27 inputs and 8 outputs
     if case in ("bat", "boft-butterfly", "oft-blocks") and model == "conv":
         return False  # 27 features, which are no blocks of two
+    if case == "a-lora" and model in ("t5", "bert", "bart", "whisper", "vit", "plain", "conv"):
+        return False  # a causal language model's
     if case == "lora-experts":
         return model == "mixtral"
     if case.endswith("all-linear") and model == "mixtral":
@@ -71,6 +76,11 @@ def config_of(case: str, model: str) -> PeftConfig:
         return replace(config, target_modules=WITHOUT_BIAS[model])
     if model == "plain" and case == "tokens":
         return replace(config, target_modules=["embed"])
+    if case == "bd-lora":
+        name = {"gpt2": "attn", "plain": "second", "conv": "hidden"}.get(model, "v")
+        config = replace(config, use_bdlora={"target_modules_bd_a": [name], "nblocks": 2, "match_strict": False})
+    if model in _ENDS and case in LINEAR:
+        return replace(config, target_modules=["second"] if model == "plain" else ["hidden"])
     usual = isinstance(config, TargetedConfig) and config.target_modules is None and case != "ln-tuning"
     if model in _ENDS and usual:
         kinds = getattr(METHODS[config.method], "kinds", ["conv"])

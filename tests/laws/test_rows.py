@@ -55,6 +55,7 @@ def test_rows_that_use_nothing_are_the_base_to_the_bit(case: str, model: str) ->
     names = [None, "a", "__base__", " + ".join(every), "0*a", " >> ".join(f"{name}" for name in reversed(every))]
     tokens = ids(len(names))
     tokens[:, 1] = 7  # one of those that some case trains
+    tokens[:, 2] = 28  # which invokes another
     mixed, base = logits(view, tokens, adapter_names=names), logits(view.base, tokens)
     for b in (0, 2, 4):
         assert torch.equal(mixed[b], base[b]), b

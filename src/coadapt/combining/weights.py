@@ -85,10 +85,15 @@ def _check_one(base: nn.Module, found: Sequence[Site], matrices: Sequence[Site],
             f"A LoRA cannot hold the change of a norm's weight ({norms[0]!r}), and norms alone are not all that these "
             "adapters change. Combine those at norms by themselves."
         )
-    if matrices and (new := sorted(set(biases) - set(roles.with_bias(base)))):
+    new = sorted(set(biases) - set(roles.with_bias(base)))
+    if (
+        matrices
+        and new
+        and (outside := sorted(set(biases) - {m.place.path for m in matrices if not m.place.parameter}))
+    ):
         raise ValueError(
-            f"A LoRA trains only biases that are there; these adapters give one to {new[0]!r}, which has none. Combine "
-            "those at biases (BitFit) by themselves."
+            f"These adapters give a bias to {new[0]!r}, which has none: a LoRA that holds such ones has biases at its "
+            f"own layers only, and {outside[0]!r} is none of them. Combine those at biases (BitFit) by themselves."
         )
 
 
@@ -178,6 +183,7 @@ def _config(base: nn.Module, results: Sequence[Result], common: Mapping[str, Any
     if not layers and not raw:
         return BitFitConfig(target_modules=_named(biases, base), **common)
     r, patterns = _ranks(layers, raw)
+    new = bool(set(biases) - set(roles.with_bias(base)))
     return LoraConfig(
         r=r,
         lora_alpha=r,
@@ -185,7 +191,8 @@ def _config(base: nn.Module, results: Sequence[Result], common: Mapping[str, Any
         target_parameters=list(raw) or None,
         rank_pattern=patterns,
         alpha_pattern=patterns,
-        bias="none" if not biases else "lora_only" if set(biases) <= set(layers) else "all",
+        lora_bias=new,
+        bias="none" if new or not biases else "lora_only" if set(biases) <= set(layers) else "all",
         **common,
     )
 

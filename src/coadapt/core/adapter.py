@@ -87,7 +87,8 @@ class Adapter(nn.Module):
         """What it was last trained with, where `param_groups` was told."""
         self.parts: list[Part] = []
         self.stacks: Sequence[Backbone] = ()
-        """Of the base, if this puts virtual tokens in front of one: all, since a decoder sees those of its encoder."""
+        """Of the base, if this puts virtual tokens in front of one (all, since a decoder sees those of its encoder), or
+        looks at its tokens."""
         self.noted: Sequence[nn.Module] = ()
         """The stacks of the base, if this asks which tokens are real."""
         self.two_stacks = False
@@ -158,7 +159,7 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False, bl
     with _seeded(config.init_seed), _Blank() if blank else nullcontext():
         adapter.shared = cls.shared(config, base, places)
         for place in places:
-            adapter.add(place, _made(cls, config, place, base, adapter.shared))
+            adapter.add(place, _made(cls, config, place, base, adapter.shared, blank))
         for companion in cls.companions(config, base, places):
             for place in companion.places:
                 adapter.add(place, _made(companion.method, companion.config, place, base))
@@ -168,7 +169,8 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False, bl
         _settled(adapter.shared, places[0].module, half)
     for part in adapter.parts:
         _settled(part.method, part.place.module, half)
-    if any(isinstance(p.method, InputMethod) or getattr(p.method, "position_offset", 0) for p in adapter.parts):
+    methods = [p.method for p in adapter.parts]
+    if any(isinstance(m, InputMethod) or m.invoked_by or getattr(m, "position_offset", 0) for m in methods):
         adapter.stacks = backbones(base)
     if any(part.method.reads_tokens for part in adapter.parts):
         adapter.noted = [stack.module for stack in stacks(base)]
@@ -217,13 +219,18 @@ def make(cls: type[Method], config: PeftConfig, place: Place, base: nn.Module, h
 
 
 def _made(
-    cls: type[Method], config: PeftConfig, place: Place, base: nn.Module, shared: nn.Module | None = None
+    cls: type[Method],
+    config: PeftConfig,
+    place: Place,
+    base: nn.Module,
+    shared: nn.Module | None = None,
+    blank: bool = False,
 ) -> Method:
     made: Callable[..., Method] = cls
     layer = Layer(place.module, place.path)
     if place.parameter:
         layer = ParameterLayer(place.module, place.path, place.parameter)
-    layer.role = place.role
+    layer.role, layer.blank = place.role, blank
     if place.reads is not None:
         return made(config, layer, shared, Layer(place.reads[1], place.reads[0]))
     if issubclass(cls, WeightMethod | ModuleMethod):

@@ -47,6 +47,8 @@ class Frame:
         """What pooling needs to know of each stack's tokens, by its path: see pooling.py."""
         self.sums: dict[tuple[int, str], Any] = {}
         """Running sums of pooled features, while a cache grows."""
+        self.invoked: dict[tuple[int, ...], Any] = {}
+        """Invocation -> which tokens come from it on, and where it begins in each row: see invocation.py."""
         self.inputs: dict[str, Any] = {}
         """Inputs of modules that a site further on reads, by path; each is taken out when it is read."""
         self.gates: dict[Any, Tensor] = {}

@@ -114,6 +114,8 @@ class Layer:
 
     role: str = ""
     """What the method's `places` said of it."""
+    blank: bool = False
+    """Told to a method that is made: its values come later, so none need be worked out from the weight."""
 
     def __init__(self, module: nn.Module, path: str = "", call: Callable[[Any], Any] | None = None) -> None:
         self.module, self.path, self.call = module, path, call

@@ -75,6 +75,11 @@ class Method(nn.Module, ABC):
     """Whether `forward` gets x in the dtype of the method's parameters (fp32 on a base in half precision), and the core
     casts back what it returns. False: it gets x as the model has it, and returns what `base(x)` has."""
 
+    left_out: ClassVar[Sequence[str]] = ()
+    """Last parts of names in its state that files leave out, since they are worked out again."""
+    invoked_by: tuple[int, ...] = ()
+    """Tokens from whose last occurrence in a row on it is active: see invocation.py. Empty: always."""
+
     @classmethod
     @abstractmethod
     def places(cls, config: Any, base: nn.Module) -> list[Place]:

@@ -16,6 +16,7 @@ from .composition import Node, check_known, key, names, routers, row_gates, term
 from .frame import Frame, SiteCall
 from .gates import Gate, Gates
 from .input import EmbeddingCall, InputCall
+from .invocation import InvocationCall
 from .layer import Layer
 from .lowrank import LowRankCall, Term, is_fused, is_plain
 from .merging import Merged
@@ -75,6 +76,7 @@ class Plan:
         for module, parts in at["attention"].items():
             self._attention(module, parts)
         self._inputs(at["input"], adapters)
+        self._note_invocations(adapters)
         self.reads_last = any(method.reads_last for method in methods)
         counts = any(method.reads_tokens for method in methods)
         if counts or routing.has_routers(nodes):
@@ -89,6 +91,14 @@ class Plan:
         for call in self.products:
             if call.rows is not None:
                 call.rows.release()
+
+    def _note_invocations(self, adapters: Mapping[str, Adapter]) -> None:
+        """Where a stack is called, it is looked at from which token on an adapter is active."""
+        for name in self.used:
+            invocations = list(dict.fromkeys(p.method.invoked_by for p in adapters[name].parts if p.method.invoked_by))
+            for stack in adapters[name].stacks if invocations else ():
+                inner = self.calls.get(stack.module)
+                self.calls[stack.module] = InvocationCall(stack.module, invocations, inner)
 
     def _note_tokens(self, base: nn.Module, counts: bool) -> None:
         """Routers average over real tokens, and some methods count them: they are noted where a stack is called."""

@@ -106,8 +106,11 @@ def _odd(mask: Any) -> str:
 
 def placed(frame: Frame, path: str, keep: Tensor | None, total: int) -> None:
     """Tells where an InputCall has put the real tokens."""
-    if keep is not None and (seen := frame.seen.get(path)) is not None:
-        seen.keep, seen.length = keep, total
+    if keep is None:
+        return
+    for seen in (frame.seen.get(path), *(seen for seen, _ in frame.invoked.values())):
+        if seen is not None:
+            seen.keep, seen.length = keep, total
 
 
 def order_in_row(stream: str, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
 """adapter_config.json: an adapter's configuration as the field's programs read it, and theirs as we do."""
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from typing import Any
 
 from torch import nn
@@ -15,6 +16,7 @@ from ..core.backbone import backbones
 from ..core.method import method_for
 from ..core.roles import HEADS, Place
 from ..core.target import suffix_match
+from ..inits import named
 from ..methods.adaption_prompt import AdaptionPromptConfig
 from ..methods.cartridge import CartridgeConfig
 from ..methods.hira import HiraConfig
@@ -51,8 +53,7 @@ def described(adapter: Adapter, base: nn.Module) -> dict[str, Any]:
         if name in said and said[name] == assumed.get(name, _default(config, name)):
             del said[name]
     if isinstance(config, LoraConfig):
-        said |= {"init_lora_weights": True, "lora_alpha": _whole(config.lora_alpha)}
-        said["alpha_pattern"] = {k: _whole(v) for k, v in config.alpha_pattern.items()}
+        said |= _of_lora(config)
     if isinstance(config, MissConfig):
         said["init_weights"] = config.init_weights or True  # is its form, too
     if isinstance(config, TargetedConfig) and readable(config, adapter, base):
@@ -93,6 +94,86 @@ def _whole(alpha: float) -> float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
+def _of_lora(config: LoraConfig) -> dict[str, Any]:
+    """Its start is past, unless something stays frozen by it; what that took from the base are further ranks."""
+    config = with_taken(config)
+    return {
+        "init_lora_weights": config.init_lora_weights,
+        "r": config.r,
+        "rank_pattern": dict(config.rank_pattern),
+        "lora_alpha": _whole(config.lora_alpha),
+        "alpha_pattern": {k: _whole(v) for k, v in config.alpha_pattern.items()},
+        **{name: getattr(config, name) for name in _OF_DATA},
+        **({} if config.alora_invocation_tokens is None else {"task_type": "CAUSAL_LM"}),  # the field asks for it
+    }
+
+
+def with_taken(config: LoraConfig) -> LoraConfig:
+    """The LoRA whose factors are [A; A0] and [B, -B0]; the same one where nothing was taken from the base."""
+    how, _ = named(config.init_lora_weights)
+    config = replace(config, init_lora_weights=True, **dict.fromkeys(_OF_DATA)) if how.data else config
+    if not how.from_base:
+        kept = how.freezes_b or config.init_lora_weights == "loftq"
+        return replace(config, init_lora_weights=config.init_lora_weights if kept else True)
+    more = math.sqrt(2) if config.use_rslora else 2
+    return replace(
+        config,
+        init_lora_weights=True,
+        r=2 * config.r,
+        rank_pattern={k: 2 * r for k, r in config.rank_pattern.items()},
+        lora_alpha=more * config.lora_alpha,
+        alpha_pattern={k: more * alpha for k, alpha in config.alpha_pattern.items()},
+    )
+
+
+_OF_DATA = ("eva_config", "corda_config", "lora_ga_config")
+_OF_START = (*_OF_DATA, "init_lora_weights", "r", "rank_pattern", "lora_alpha", "alpha_pattern")
+
+
+def asked_start(config: PeftConfig) -> dict[str, Any] | None:
+    """What was asked for where the file says it in other words: a start that took ranks from the base."""
+    if not isinstance(config, LoraConfig) or not named(config.init_lora_weights)[0].from_base:
+        return None
+    return {name: value for name, value in config.to_dict().items() if name in _OF_START}
+
+
+def with_start(config: PeftConfig, asked: Mapping[str, Any] | None) -> PeftConfig:
+    """Undoes `with_taken` where a file that was written so says what was asked for."""
+    if asked is None or not isinstance(config, LoraConfig):
+        return config
+    before = replace(config, **asked)
+    return before if with_taken(before) == config else config
+
+
+def takes_from_base(config: PeftConfig) -> bool:
+    """Whether a file holds A and B alone, and what was taken from the base has to be worked out again.
+
+    So with KaSA and LoftQ; and with PiSSA and OLoRA in a folder of the field, which does the same: there it is told.
+
+    Raises:
+        ValueError: what was taken depends on data, and cannot be worked out again.
+    """
+    if not isinstance(config, LoraConfig):
+        return False
+    if config.kasa_config is not None or config.init_lora_weights == "loftq":
+        return True
+    how, _ = named(config.init_lora_weights)
+    if how.from_base and how.data:
+        raise ValueError(
+            f"This folder holds what was trained after init_lora_weights={config.init_lora_weights!r} had changed its "
+            "base, and the change, which depends on data, is not in it. Where the changed base was saved, load it, and "
+            "put init_lora_weights=true into adapter_config.json; otherwise have peft write the folder with "
+            "path_initial_model_for_weight_conversion."
+        )
+    if how.from_base:
+        warnings.warn(
+            f"This folder was trained on a base that init_lora_weights={config.init_lora_weights!r} had changed. The "
+            "change is worked out again and kept in the adapter; it is the same if this is the same base.",
+            stacklevel=2,
+        )
+    return how.from_base
+
+
 def _targets(config: TargetedConfig, adapter: Adapter, base: nn.Module) -> dict[str, Any]:
     """Targets as a list: the last parts of their names where those name just them, else whole paths."""
     places = [p.place for p in adapter.parts if isinstance(p.method, method_for(config))]
@@ -126,9 +207,9 @@ def _ends(paths: Iterable[str]) -> list[str]:
 
 def _same(config: TargetedConfig, changes: Mapping[str, Any], places: Sequence[Place], base: nn.Module) -> bool:
     """Whether a configuration so changed has the same places."""
-    named = replace_options(config, **changes)
+    other = replace_options(config, **changes)
     try:
-        found = method_for(named).places(named, base)
+        found = method_for(other).places(other, base)
     except ValueError:  # a last part also names what cannot be adapted
         return False
     return {(p.path, p.role) for p in found} == {(p.path, p.role) for p in places}
@@ -151,6 +232,8 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
         case AdaptionPromptConfig():
             facts: Any = base.config
             return facts.model_type in ("llama", "mistral", "gpt2") and not config.modules_to_save
+        case LoraConfig() if config.use_qalora or config.init_lora_weights == "loftq":
+            return False  # at GPTQ's layers only; with a GPU and bitsandbytes only, and scaled otherwise
         case _:
             method = method_for(config)
             takes = names.TAKES.get(method.registered)
@@ -179,6 +262,9 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
     said.pop("fan_in_fan_out", None)  # found in the model
     match said.get("peft_type"):
         case "LORA" | "IA3":
+            for name in (*_OF_DATA, "loftq_config"):
+                if said.get("init_lora_weights") != name.removesuffix("_config"):
+                    said.pop(name, None)
             said["target_modules"] = said.get("target_modules") or None  # the field writes [] beside target_parameters
         case "ADALORA":
             said.pop("r", None)  # a LoRA's, of which it makes no use

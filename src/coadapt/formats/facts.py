@@ -17,6 +17,17 @@ Form = Literal["folder", "checkpoint"]
 """An adapter folder; what a stock Trainer writes of a view."""
 
 
+_VARIANTS = {
+    "use_dora": "DORA",
+    "alora_invocation_tokens": "ALORA",
+    "use_bdlora": "BD_LORA",
+    "use_qalora": "QA_LORA",
+    "kasa_config": "KASA",
+    "velora_config": "VELORA",
+}
+"""Field of a LoRA's configuration -> the variant that it asks for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """One adapter."""
@@ -34,9 +45,11 @@ class Facts:
 
     @property
     def kind(self) -> str:
-        """The method, by the field's name; DORA for a LoRA that is one."""
+        """The method, by the field's name; of LoRA's variants ours."""
         said = str(self.config.get("peft_type"))
-        return "DORA" if said == "LORA" and self.config.get("use_dora") else said
+        variants = (name for field, name in _VARIANTS.items() if self.config.get(field) not in (None, False))
+        variant = "LOFTQ" if self.config.get("init_lora_weights") == "loftq" else said
+        return next(variants, variant) if said == "LORA" else said
 
     @property
     def ranks(self) -> set[int]:

@@ -18,10 +18,10 @@ from ..core.method import Reparametrization
 from ..core.routing import prepare
 from . import checkpoint, files, vocabulary
 from .compositions import node_from_json, node_to_json
-from .configs import asked_targets, described, understood, without_start
+from .configs import asked_start, asked_targets, described, takes_from_base, understood, with_start, without_start
 from .files import CHECKPOINT, COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, aside
 from .keys import ROOT, entries, holds_biases, present
-from .provenance import compare_bases, fingerprint_in, record
+from .provenance import compare_bases, fingerprint_in, record, start_in
 
 __all__ = ["CONFIG", "Loaded", "aside", "load", "save"]
 
@@ -96,7 +96,8 @@ def _save_adapter(
         training |= adapter.shared.state_dict()
     said = described(adapter, base)
     asked, name = asked_targets(adapter.config), said.get("base_model_name_or_path")
-    facts = record(where / inside / PROVENANCE, fingerprint, name, asked_target_modules=asked)
+    start = asked_start(adapter.config)
+    facts = record(where / inside / PROVENANCE, fingerprint, name, asked_target_modules=asked, asked_start=start)
     own = {e.key: e.read() for e in entries(adapter, base)}
     new.tensors(inside + WEIGHTS, {**vocabulary.kept(adapter, base, embeddings), **own})
     new.tensors(inside + TRAINING, training)
@@ -231,6 +232,8 @@ def _load_adapter(reader: _Reader, where: Path, name: str, config: PeftConfig | 
     if not (where / CONFIG).is_file():
         raise FileNotFoundError(f"{where} holds no adapter: {CONFIG} is missing.")
     stored = understood(files.read_json(where / CONFIG), reader.base) if config is None else config
+    again = takes_from_base(stored)
+    stored = with_start(stored, start_in(where))
     tensors = {present(key): tensor for key, tensor in files.read_tensors(where / WEIGHTS).items()}
     compare_bases(where, fingerprint_in(where), reader.fingerprint)
     whole = stored.for_inference() is stored or (where / TRAINING).is_file()
@@ -242,7 +245,7 @@ def _load_adapter(reader: _Reader, where: Path, name: str, config: PeftConfig | 
             )
         stored = stored.for_inference()
     stored = replace_options(stored, inference_mode=not is_trainable, adapter_name=None)
-    adapter = build(name, without_start(stored), reader.base, reader.half, blank=True)
+    adapter = build(name, without_start(stored), reader.base, reader.half, blank=not again)
     adapter.config = replace_options(stored, modules_to_save=adapter.config.modules_to_save)
     _refuse_merged(adapter, reader.base)
     if isinstance(adapter.shared, Reparametrization):
@@ -251,7 +254,7 @@ def _load_adapter(reader: _Reader, where: Path, name: str, config: PeftConfig | 
         tensors_of_training = files.read_tensors(where / TRAINING)
         checkpoint.refuse_misfits(where / TRAINING, {k: tuple(t.shape) for k, t in known.items()}, tensors_of_training)
         driving.restore(adapter, tensors_of_training)
-    _fill(adapter, reader, tensors, where / WEIGHTS)
+    _fill(adapter, reader, tensors, where / WEIGHTS, taken=not again)
     return adapter
 
 
@@ -261,8 +264,8 @@ def _fill_shared(network: nn.Module, file: Path) -> None:
     network.load_state_dict(tensors)
 
 
-def _fill(adapter: Adapter, reader: _Reader, tensors: Mapping[str, Tensor], file: Path) -> None:
-    known = {e.key: e for e in entries(adapter, reader.base)}
+def _fill(adapter: Adapter, reader: _Reader, tensors: Mapping[str, Tensor], file: Path, taken: bool) -> None:
+    known = {e.key: e for e in entries(adapter, reader.base, taken)}
     others = {k: t for k, t in tensors.items() if k not in known}
     done = vocabulary.taken(adapter, reader.base, others, reader.half, file)
     done |= {k for k, t in others.items() if _is_the_bases(k, t, reader.base)}

@@ -1,5 +1,6 @@
 """How an adapter's parameters are called in files: the field's names where it has some, ours where it has none."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from ..methods.ia3 import IA3
 from ..methods.loha import LoHa
 from ..methods.lokr import LoKr
 from ..methods.lora import LoRA, LoraConfig
+from ..methods.lora_bias import LoraBias
 from ..methods.multitask_prompt import MultitaskPromptTuning
 from ..methods.prefix import Blocks, PrefixTuning, PrefixTuningConfig
 from ..methods.prompt import VirtualTokens
@@ -55,15 +57,18 @@ class Entry:
     write: Callable[[Tensor], None]
 
 
-def entries(adapter: Adapter, base: nn.Module) -> list[Entry]:
+def entries(adapter: Adapter, base: nn.Module, taken: bool = True) -> list[Entry]:
     """What a file for inference holds of `adapter`.
 
     Keys are built from the paths of the adapter's places, never found by looking into other keys.
 
+    Args:
+        taken: with what a start took from the base (A0, B0), as further ranks.
+
     Raises:
         ValueError: two of its tensors would have the same key.
     """
-    found = list(_entries(adapter, base))
+    found = list(_entries(adapter, base, taken))
     if twice := [k for k, n in Counter(e.key for e in found).items() if n > 1]:
         raise ValueError(
             f"Adapter {adapter.name!r} cannot be written: {twice} would stand for several of its tensors. Put the "
@@ -72,7 +77,7 @@ def entries(adapter: Adapter, base: nn.Module) -> list[Entry]:
     return found
 
 
-def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
+def _entries(adapter: Adapter, base: nn.Module, taken: bool) -> Iterator[Entry]:
     prompts = {p.place.role: p.method for p in adapter.parts if isinstance(p.method, VirtualTokens)}
     if prompts:
         yield _prompt(adapter, prompts)
@@ -96,6 +101,8 @@ def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
             case PrefixTuning() as method if method.projection is not None:
                 yield _computed(method, f"{ROOT}{path}.P")
                 yield from _plain(adapter, part, path)
+            case LoraBias() as method:
+                yield _whole(f"{ROOT}{path}.lora_B.bias", method.delta)
             case BitFit() if not issubclass(method_for(adapter.config), BitFit):
                 layers = {p.place.path for p in adapter.parts if isinstance(p.method, method_for(adapter.config))}
                 inside = "base_layer." if part.place.path in layers else ""
@@ -108,9 +115,9 @@ def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
             case TrainableTokens() if isinstance(adapter.config, LoraConfig):
                 yield from _tokens_beside(adapter, part, path)
             case LoRA() as method if part.place.parameter:
-                yield from _of_parameter(adapter, part, method, path.rpartition(".")[0])
+                yield from _of_parameter(adapter, part, method, path.rpartition(".")[0], taken)
             case _:
-                yield from _plain(adapter, part, path)
+                yield from _plain(adapter, part, path, taken)
 
 
 def plain_path(base: nn.Module, path: str) -> str:
@@ -127,12 +134,32 @@ def plain_path(base: nn.Module, path: str) -> str:
 # ---- parameters under the path of their module -----------------------------------------------------------------------
 
 
-def _plain(adapter: Adapter, part: Part, path: str) -> Iterator[Entry]:
+def _plain(adapter: Adapter, part: Part, path: str, taken: bool = True) -> Iterator[Entry]:
     inside = [f"{n}." for n, m in part.method.named_modules() if isinstance(m, Progress | FromBase)]
+    factors = next((m for m in part.method.modules() if isinstance(m, LoRA)), None)
     for name, value in part.method.state_dict(keep_vars=True).items():
-        if name.startswith(tuple(inside)):
+        end = name.rpartition(".")[2]
+        if name.startswith(tuple(inside)) or end in part.method.left_out or (factors and end in ("A0", "B0")):
             continue
-        yield _whole(_key(adapter, part, path, name), value, _shape(part, name, value))
+        entry = _whole(_key(adapter, part, path, name), value, _shape(part, name, value))
+        yield entry if factors is None or not taken else _with_taken(entry, factors, end)
+
+
+def _with_taken(entry: Entry, method: LoRA, name: str) -> Entry:
+    """`entry` of A or B, with A0 or -B0 as further ranks where a start took them: a plain LoRA that says the same."""
+    if method.A0 is None or method.B0 is None or not method.keeps_taken or name not in ("A", "B"):
+        return entry
+    own, taken, sign = (method.A, method.A0, 1) if name == "A" else (method.B, method.B0, -1)
+    dim = method.B.dim() - (2 if name == "A" else 1)
+    ranks = [own.shape[dim], taken.shape[dim]]
+    shape = (*entry.shape[:dim], sum(ranks), *entry.shape[dim + 1 :])
+
+    def write(tensor: Tensor) -> None:
+        trained, frozen = tensor.split(ranks, dim)
+        entry.write(trained)
+        _copy(sign * frozen, taken)
+
+    return Entry(entry.key, shape, lambda: torch.cat([own.detach(), sign * taken], dim).reshape(shape), write)
 
 
 def _shape(part: Part, name: str, value: Tensor) -> tuple[int, ...]:
@@ -184,25 +211,34 @@ def _key(adapter: Adapter, part: Part, path: str, name: str) -> str:
     return ROOT + inside + name
 
 
-def _of_parameter(adapter: Adapter, part: Part, method: LoRA, path: str) -> Iterator[Entry]:
+def _of_parameter(adapter: Adapter, part: Part, method: LoRA, path: str, taken: bool) -> Iterator[Entry]:
     """The field keeps all experts' factors in two matrices, A [E R, I] and B [O, R E], each expert's ranks apart in B.
 
     It wraps a module once for each of its parameters, so that the last one is outermost.
     """
     here = [p.place.parameter for p in adapter.parts if p.place.module is part.place.module and p.place.parameter]
     inside = "base_layer." * (len(here) - 1 - here.index(part.place.parameter))
-    a, b = method.A, method.B
-    yield _whole(f"{ROOT}{path}.{inside}lora_A.weight", a, (a.numel() // a.shape[-1], a.shape[-1]))
+    a, b = _whole("", method.A), _whole("", method.B)
+    if taken:
+        a, b = _with_taken(a, method, "A"), _with_taken(b, method, "B")
+    rank, columns = a.shape[-2:]
+    yield Entry(
+        f"{ROOT}{path}.{inside}lora_A.weight",
+        (math.prod(a.shape) // columns, columns),
+        lambda: a.read().reshape(-1, columns),
+        lambda t: a.write(t.view(a.shape)),
+    )
     key = f"{ROOT}{path}.{inside}lora_B.weight"
-    if b.dim() == 2:
-        yield _whole(key, b)
+    if len(b.shape) == 2:
+        yield Entry(key, b.shape, b.read, b.write)
         return
-    experts, out, rank = b.shape
-
-    def write(tensor: Tensor) -> None:
-        _copy(tensor.view(out, rank, experts).permute(2, 0, 1), b)
-
-    yield Entry(key, (out, rank * experts), lambda: b.detach().permute(1, 2, 0).reshape(out, -1), write)
+    experts, out, _ = b.shape
+    yield Entry(
+        key,
+        (out, rank * experts),
+        lambda: b.read().permute(1, 2, 0).reshape(out, -1),
+        lambda t: b.write(t.view(out, rank, experts).permute(2, 0, 1)),
+    )
 
 
 def _kept(adapter: Adapter, part: Part, base: nn.Module) -> Iterator[Entry]:
@@ -254,6 +290,7 @@ def holds_biases(adapter: Adapter) -> bool:
     """Whether its file holds the base's biases with their changes, so that the base's own must be in place."""
     beside = not issubclass(method_for(adapter.config), BitFit)
     return beside and any(isinstance(p.method, BitFit) for p in adapter.parts)
+    return isinstance(adapter.config, LoraConfig) and any(type(p.method) is BitFit for p in adapter.parts)
 
 
 @torch.no_grad()

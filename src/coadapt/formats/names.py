@@ -7,6 +7,12 @@ SITES: Mapping[str, Mapping[str, str]] = {
     "LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
     "DORA": {"change.A": "lora_A.weight", "change.B": "lora_B.weight", "m": "lora_magnitude_vector"},
     "POLY": {"A": "poly_lora_A", "B": "poly_lora_B", "Z": "poly_router.module_logits"},
+    "ALORA": {"change.A": "lora_A.weight", "change.B": "lora_B.weight"},
+    "BD_LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
+    "KASA": {"A": "lora_A.weight", "B": "lora_B.weight", "d": "lora_diag"},
+    "LOFTQ": {"change.A": "lora_A.weight", "change.B": "lora_B.weight"},
+    "QA_LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
+    "VELORA": {"change.A": "lora_A.weight", "change.B": "lora_B.weight", "v": "lora_velora_embed"},
     "IA3": {"l": "ia3_l"},
     "TRAINABLE_TOKENS": {"rows": "trainable_tokens_delta"},
     "LOHA": {
@@ -56,6 +62,8 @@ SITES: Mapping[str, Mapping[str, str]] = {
 EMBEDDED: Mapping[str, Mapping[str, str]] = {
     "LORA": {"A": "lora_embedding_A", "B": "lora_embedding_B"},
     "DORA": {"change.A": "lora_embedding_A", "change.B": "lora_embedding_B"},
+    "KASA": {"A": "lora_embedding_A", "B": "lora_embedding_B"},
+    "LOFTQ": {"change.A": "lora_embedding_A", "change.B": "lora_embedding_B"},
     "HIRA": {"A": "hira_embedding_A", "B": "hira_embedding_B"},
     "OFT": {"Q": "oft_embedding_R.weight"},
     "COFT": {"Q": "oft_embedding_R.weight"},

@@ -56,6 +56,10 @@ class Verdict:
         return not self.reasons
 
 
+BECOME_LORA = ("LORA", "DORA", "IA3", "BD_LORA", "QA_LORA", "KASA", "LOFTQ", "VELORA")
+"""What `coadapt export` writes as a plain LoRA, exactly or as the best of a rank."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Program:
     """One program."""
@@ -91,7 +95,7 @@ class Program:
             rank = max(facts.ranks)
             room = next((room for room in VLLM_RANKS if room >= rank), None)
             return f"{export} --r {VLLM_RANKS[-1]}" if room is None else _vllm(facts, room)
-        becomes_lora = facts.kind in ("LORA", "DORA", "IA3") and not [*_beyond(facts, self.ends)]
+        becomes_lora = facts.kind in BECOME_LORA and not [*_beyond(facts, self.ends)]
         return export if becomes_lora else f"{export} --merged"
 
 
@@ -121,6 +125,8 @@ def _transformers(facts: Facts) -> Iterator[str]:
         yield "it puts adapters into layers, and takes no prompts or prefixes"
     if facts.kind == "POLY":
         yield "it hands no task_ids on"
+    if facts.kind == "ALORA":
+        yield "it does not look for the invocation, so the adapter is never active"
     if facts.kind == "DORA":
         yield f"transformers {TRANSFORMERS_VERSION} loads DoRA without its magnitudes"
 
@@ -136,6 +142,8 @@ def _beyond(facts: Facts, ends: bool = False) -> Iterator[str]:
     """What a LoRA can hold besides factors at linear layers; `ends`: at embedding and head they count as such."""
     if (bias := facts.config.get("bias", "none")) not in (None, "none"):
         yield f"biases were trained along (bias={bias})"
+    if facts.config.get("lora_bias"):
+        yield "B has biases (lora_bias)"
     if saved := facts.config.get("modules_to_save"):
         yield f"whole modules were trained along ({', '.join(saved)})"
     if facts.config.get("target_parameters"):

@@ -51,6 +51,13 @@ def fingerprint_in(folder: Path) -> str | None:
     return told.get("fingerprint") if isinstance(told, dict) else None
 
 
+def start_in(folder: Path) -> dict[str, Any] | None:
+    """What start the adapter in `folder` was asked for, where its configuration says it in other words."""
+    file = folder / PROVENANCE
+    told = read_json(file).get("asked_start") if file.is_file() else None
+    return told if isinstance(told, dict) else None
+
+
 def compare_bases(where: Path, theirs: str | None, ours: str) -> None:
     """Warns where the fingerprint in a folder is not that of the model at hand."""
     if theirs and theirs != ours:

@@ -226,6 +226,7 @@ def rates(run: RunConfig, view: PeftModel) -> dict[str, Rates]:
             warmup_steps=first(a.warmup_steps, run.warmup_steps),
             max_grad_norm=first(a.max_grad_norm, run.max_grad_norm),
             weight_decay=first(a.weight_decay, run.weight_decay),
+            loraplus_lr_ratio=a.loraplus_lr_ratio,
             start_step=a.start_step or 0,
             stop_step=a.stop_step,
         )

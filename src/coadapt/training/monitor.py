@@ -68,6 +68,7 @@ class Monitor:
         Raises:
             ValueError: a gradient is not finite. Nothing was changed yet.
         """
+        groups = _by_adapter(groups)
         self.figures = {group["name"]: {"learning_rate": float(group["lr"])} for group in groups}
         norms = {group["name"]: _gradient(group["params"]) for group in groups}
         if broken := [name for name, norm in norms.items() if not math.isfinite(norm)]:
@@ -108,7 +109,7 @@ class Monitor:
     @torch.no_grad()
     def after_step(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """The figures of a step that was measured; the copy is given up."""
-        for group in groups:
+        for group in _by_adapter(groups):
             name, params = group["name"], group["params"]
             if (before := self._copies.pop(name, None)) is None:
                 continue
@@ -149,6 +150,15 @@ class Monitor:
                 bound=found.bound,
             )
         return {"loss_spikes": count, **{f"gate/{name}": value for name, value in gate_values(self.view).items()}}
+
+
+def _by_adapter(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One group for each name: what LoRA+ splits is one adapter here, with the rate of its first part."""
+    found: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        one = found.setdefault(group["name"], {**group, "params": []})
+        one["params"] = [*one["params"], *group["params"]]
+    return list(found.values())
 
 
 def _gradient(params: Sequence[nn.Parameter]) -> Tensor:

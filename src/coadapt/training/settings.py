@@ -31,6 +31,8 @@ class AdapterSettings(BaseModel):
     """Its own clipping, else the run's."""
     weight_decay: float | None = Field(default=None, ge=0)
     """Its own weight decay, else the run's."""
+    loraplus_lr_ratio: float | None = Field(default=None, gt=0)
+    """How many times as fast as A a LoRA's B learns: LoRA+ (arXiv:2402.12354), whose paper has 16."""
     start_step: int | None = Field(default=None, ge=0)
     """The step at which it begins to train; until then it stands as it started. Left out: the first."""
     stop_step: int | None = Field(default=None, ge=1)

@@ -29,18 +29,22 @@ class Rates:
     max_grad_norm: float = 0.0
     """0: not clipped."""
     weight_decay: float = 0.0
+    loraplus_lr_ratio: float | None = None
+    """How many times as fast as A a LoRA's B learns."""
     start_step: int = 0
     """Its schedule begins there."""
     stop_step: int | None = None
     """And ends there; None: at the end of the run."""
 
     def group(self) -> dict[str, float]:
-        """The options of its optimiser group."""
+        """The options of its optimiser group, or groups."""
+        plus = {} if self.loraplus_lr_ratio is None else {"loraplus_lr_ratio": self.loraplus_lr_ratio}
         return {
             "lr": self.learning_rate,
             "weight_decay": self.weight_decay,
             "max_grad_norm": self.max_grad_norm,
             "warmup_steps": self.warmup_steps,
+            **plus,
         }
 
 
