@@ -43,7 +43,7 @@ class InvocationCall:
             goes_on = before[tokens].to(ids.device) if tokens in before else torch.zeros_like(start, dtype=torch.bool)
             found, at = start >= 0, torch.arange(ids.shape[1], device=ids.device)
             active = torch.where(found[:, None], at >= start[:, None], goes_on[:, None])  # (B, T)
-            frame.invoked[tokens] = (Seen(len(ids), ids.shape[1], past, active.float()), start)
+            frame.invoked[tokens] = (Seen(len(ids), ids.shape[1], past, mask=active.float()), start)
             now[tokens] = found | goes_on
         out = forward(*args, **kwargs) if self.inner is None else self.inner(frame, forward, args, kwargs)
         made = out.get("past_key_values") if isinstance(out, dict) else cache
