@@ -13,7 +13,10 @@ from coadapt import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    PveraConfig,
+    RandLoraConfig,
     TrainableTokensConfig,
+    VeraConfig,
 )
 from coadapt.config import PeftConfig
 
@@ -31,6 +34,9 @@ CASES: dict[str, PeftConfig] = {
     "p-tuning": PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8),
     "prefix": PrefixTuningConfig(num_virtual_tokens=3),
     "tokens": TrainableTokensConfig(token_indices=[3, 7, 20]),
+    "pvera": PveraConfig(r=5, init_weights=False),
+    "randlora": RandLoraConfig(r=6, randlora_alpha=1, init_weights=False),
+    "vera": VeraConfig(r=6, init_weights=False),
     "prompt": PromptTuningConfig(num_virtual_tokens=3),
 }
 """One per registered method; a test fails where one is missing."""
@@ -49,6 +55,7 @@ VARIANTS: dict[str, PeftConfig] = {
     "lokr-core": LoKrConfig(
         r=1, decompose_both=True, decompose_factor=3, use_effective_conv2d=True, init_weights=False
     ),
+    "vera-seed": VeraConfig(r=6, save_projection=False, init_weights=False),
     "dora-all-linear": LoraConfig(r=4, use_dora=True, target_modules="all-linear", init_lora_weights=False),
     "p-tuning-lstm": PromptEncoderConfig(
         num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=8

@@ -10,8 +10,10 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from cases import CASES, VARIANTS
-from coadapt import BottleneckConfig, PeftModel
+from coadapt import PeftModel
 from coadapt.config import PeftConfig, TargetedConfig
+from coadapt.core.method import METHODS, WeightMethod
+from coadapt.methods.bottleneck import Bottleneck
 from models import FAMILIES, MODELS, conv, ids, logits, plain, stir
 
 EVERY: dict[str, PeftConfig] = {**CASES, **VARIANTS}
@@ -30,7 +32,7 @@ _ENDS = {
     "plain": (["first", "second", "conv"], ["second"]),
     "conv": (["first", "second", "hidden"], ["hidden"]),
 }
-"""Targets in what is none of transformers' models, of methods at layers and of bottlenecks."""
+"""Targets in what is none of transformers' models, of methods that take convolutions and of those that do not."""
 
 few = settings(max_examples=12, deadline=None, derandomize=True)
 
@@ -62,8 +64,14 @@ def config_of(case: str, model: str) -> PeftConfig:
         return replace(config, target_modules=["embed"])
     usual = isinstance(config, TargetedConfig) and config.target_modules is None and case != "ln-tuning"
     if model in _ENDS and usual:
-        return replace(config, target_modules=_ENDS[model][isinstance(config, BottleneckConfig)])
+        return replace(config, target_modules=_ENDS[model][not _convolves(config)])
     return config
+
+
+def _convolves(config: PeftConfig) -> bool:
+    """Whether its method takes convolutions."""
+    method = METHODS[config.method]
+    return "conv" in method.kinds if issubclass(method, WeightMethod) else method is not Bottleneck
 
 
 def pairs(turn: int, cases: Iterable[str] = tuple(EVERY), models: Sequence[str] = tuple(MAKE)) -> Any:

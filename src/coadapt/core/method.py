@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from ..config import PeftConfig
+from ..config import BiasConfig, PeftConfig, RankedConfig
 from . import target
 from .layer import Layer
 from .roles import Place
@@ -134,7 +134,12 @@ class WeightMethod(Method):
 
     @classmethod
     def places(cls, config: Any, base: nn.Module) -> list[Place]:
-        return [Place(path, module) for path, module in target.layers(config, base)]
+        places = [Place(path, module) for path, module in target.layers(config, base)]
+        if isinstance(config, RankedConfig):
+            target.check_patterns(config, places, "rank_pattern", "alpha_pattern")
+        if isinstance(config, BiasConfig):
+            target.check_transposed(config, [place.module for place in places])
+        return places
 
     @abstractmethod
     def merge(self, weight: Tensor) -> Tensor:

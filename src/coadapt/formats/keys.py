@@ -99,6 +99,12 @@ def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
                 yield from _plain(adapter, part, path)
 
 
+def shared_keys(adapter: Adapter) -> Mapping[str, str]:
+    """The keys of what the sites of an adapter share, by their last parts, as far as the field has names for it."""
+    keys = names.SHARED.get(method_for(adapter.config).registered, {}).values()
+    return {key.rpartition(".")[2]: key for key in keys}
+
+
 def plain_path(base: nn.Module, path: str) -> str:
     """`path` without the names that come from wrapping a module (compiled, sharded, checkpointed)."""
     kept: list[str] = []

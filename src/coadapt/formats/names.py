@@ -25,8 +25,15 @@ SITES: Mapping[str, Mapping[str, str]] = {
         "T": "lokr_t2",
     },
     "LN_TUNING": {"weight": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"},
+    "VERA": {"b": "vera_lambda_b", "d": "vera_lambda_d"},
+    "PVERA": {"b": "pvera_lambda_b", "d": "pvera_lambda_d"},
+    "RANDLORA": {"L": "randlora_lambda", "G": "randlora_gamma"},
 }
 """Method -> parameter (or buffer) at a site -> what follows the path of the site."""
 
-SHARED: Mapping[str, Mapping[str, str]] = {}
+SHARED: Mapping[str, Mapping[str, str]] = {
+    "VERA": {"A": "base_model.vera_A", "B": "base_model.vera_B"},
+    "PVERA": {"A": "base_model.pvera_A", "B": "base_model.pvera_B"},
+    "RANDLORA": {"A": "base_model.randlora_A", "B": "base_model.randlora_B"},
+}
 """Method -> parameter (or buffer) of what all sites share -> the whole key in a file."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..config import LycorisConfig
 from ..core import target
 from ..core.layer import Layer
-from ..core.method import Place, WeightMethod, register
+from ..core.method import WeightMethod, register
 from .loha import thinned
 
 
@@ -75,12 +75,6 @@ class LoKr(WeightMethod):
             lycoris = config.init_weights == "lycoris"
             first = (self.D if full else self.Da) if lycoris else (self.Cb if both else self.C)
             nn.init.zeros_(first)
-
-    @classmethod
-    def places(cls, config: LoKrConfig, base: nn.Module) -> list[Place]:
-        places = super().places(config, base)
-        target.check_patterns(config, places, "rank_pattern", "alpha_pattern")
-        return places
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """C (l, m) and D (k, n, *K)."""
