@@ -4,6 +4,7 @@ from coadapt import (
     BitFitConfig,
     BottleneckConfig,
     FullCopyConfig,
+    GraloraConfig,
     IA3Config,
     InvertibleConfig,
     LNTuningConfig,
@@ -15,7 +16,10 @@ from coadapt import (
     PromptTuningConfig,
     PveraConfig,
     RandLoraConfig,
+    TinyLoraConfig,
     TrainableTokensConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
     VeraConfig,
 )
 from coadapt.config import PeftConfig
@@ -36,6 +40,10 @@ CASES: dict[str, PeftConfig] = {
     "tokens": TrainableTokensConfig(token_indices=[3, 7, 20]),
     "pvera": PveraConfig(r=5, init_weights=False),
     "randlora": RandLoraConfig(r=6, randlora_alpha=1, init_weights=False),
+    "gralora": GraloraConfig(r=4, gralora_k=2, hybrid_r=2, alpha=6, init_weights=False),
+    "tinylora": TinyLoraConfig(r=2, u=5, weight_tying=0.5, init_weights="uniform", init_v_bound=1.0),
+    "unilora": UniLoraConfig(r=3, theta_d_length=20, init_weights=False),
+    "vblora": VBLoRAConfig(r=3, num_vectors=6, vector_length=2, init_vector_bank_bound=0.5),
     "vera": VeraConfig(r=6, init_weights=False),
     "prompt": PromptTuningConfig(num_virtual_tokens=3),
 }
@@ -55,6 +63,7 @@ VARIANTS: dict[str, PeftConfig] = {
     "lokr-core": LoKrConfig(
         r=1, decompose_both=True, decompose_factor=3, use_effective_conv2d=True, init_weights=False
     ),
+    "unilora-saved": UniLoraConfig(r=3, theta_d_length=20, save_indices=True, init_weights=False),
     "vera-seed": VeraConfig(r=6, save_projection=False, init_weights=False),
     "dora-all-linear": LoraConfig(r=4, use_dora=True, target_modules="all-linear", init_lora_weights=False),
     "p-tuning-lstm": PromptEncoderConfig(

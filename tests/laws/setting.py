@@ -34,6 +34,9 @@ _ENDS = {
 }
 """Targets in what is none of transformers' models, of methods that take convolutions and of those that do not."""
 
+DIVIDES = {"gralora": "gralora_k", "vblora": "vector_length"}
+"""Cases with an option that must divide the sizes of all layers."""
+
 few = settings(max_examples=12, deadline=None, derandomize=True)
 
 
@@ -64,7 +67,8 @@ def config_of(case: str, model: str) -> PeftConfig:
         return replace(config, target_modules=["embed"])
     usual = isinstance(config, TargetedConfig) and config.target_modules is None and case != "ln-tuning"
     if model in _ENDS and usual:
-        return replace(config, target_modules=_ENDS[model][not _convolves(config)])
+        even = ["second", "hidden"] if model == "conv" and case in DIVIDES else _ENDS[model][not _convolves(config)]
+        return replace(config, target_modules=even)
     return config
 
 
@@ -157,6 +161,6 @@ def recompute(model: Any, reentrant: bool) -> None:
 
 
 __all__ = [
-    "EVERY", "MAKE", "WITHOUT_BIAS", "attach", "close", "config_of", "far", "few", "fits", "gradients",
+    "DIVIDES", "EVERY", "MAKE", "WITHOUT_BIAS", "attach", "close", "config_of", "far", "few", "fits", "gradients",
     "ids", "logits", "loss", "pairs", "recompute", "rest", "same_gradients", "stir", "view_on",
 ]  # fmt: skip

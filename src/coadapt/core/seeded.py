@@ -20,8 +20,8 @@ class Seeded(nn.Module):
             self.register_buffer(name, value, persistent=saved)
 
     def at(self, name: str, like: Tensor) -> Tensor:
-        """The tensor `name` on the device and in the dtype of `like`."""
+        """The tensor `name` on the device of `like`, and in its dtype unless it is one of whole numbers."""
         value = self.get_buffer(name)
         if value.is_meta and not like.is_meta:  # a base without values that has been given some
             value = self._buffers[name] = self.make()[name]
-        return value.to(like)
+        return value.to(like) if value.is_floating_point() else value.to(like.device)

@@ -74,7 +74,8 @@ def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
     elif adapter.shared is not None and not isinstance(adapter.shared, Reparametrization):
         known = names.SHARED.get(method_for(adapter.config).registered, {})
         for name, value in adapter.shared.state_dict(keep_vars=True).items():
-            yield _whole(known.get(name, f"{VIRTUAL_ROOT}{name}"), value)
+            first, dot, rest = name.partition(".")
+            yield _whole(known.get(first, f"{VIRTUAL_ROOT}{first}") + dot + rest, value)
     for part in adapter.parts:
         path = plain_path(base, part.place.path)
         match part.method:

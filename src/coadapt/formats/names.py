@@ -28,6 +28,20 @@ SITES: Mapping[str, Mapping[str, str]] = {
     "VERA": {"b": "vera_lambda_b", "d": "vera_lambda_d"},
     "PVERA": {"b": "pvera_lambda_b", "d": "pvera_lambda_d"},
     "RANDLORA": {"L": "randlora_lambda", "G": "randlora_gamma"},
+    "GRALORA": {
+        "A": "gralora_A",
+        "B": "gralora_B",
+        "A_all": "gralora_A_general.weight",
+        "B_all": "gralora_B_general.weight",
+    },
+    "VBLORA": {"zA": "vblora_logits_A", "zB": "vblora_logits_B"},
+    "UNILORA": {
+        "iA": "unilora_indices_A",
+        "iB": "unilora_indices_B",
+        "sA": "unilora_scales_A",
+        "sB": "unilora_scales_B",
+    },
+    "TINYLORA": {"A": "tinylora_A", "B": "tinylora_B", "projections.P": "tinylora_P"},
 }
 """Method -> parameter (or buffer) at a site -> what follows the path of the site."""
 
@@ -35,5 +49,8 @@ SHARED: Mapping[str, Mapping[str, str]] = {
     "VERA": {"A": "base_model.vera_A", "B": "base_model.vera_B"},
     "PVERA": {"A": "base_model.pvera_A", "B": "base_model.pvera_B"},
     "RANDLORA": {"A": "base_model.randlora_A", "B": "base_model.randlora_B"},
+    "VBLORA": {"V": "base_model.vblora_vector_bank"},
+    "UNILORA": {"theta": "base_model.unilora_theta_d"},
+    "TINYLORA": {"v": "base_model.tinylora_v"},
 }
-"""Method -> parameter (or buffer) of what all sites share -> the whole key in a file."""
+"""Method -> parameter (or buffer, or dict of them) of what all sites share -> the whole key in a file."""
