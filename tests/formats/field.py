@@ -30,6 +30,8 @@ class Case:
     options: dict[str, Any]
     theirs: dict[str, Any] | None = None
     """Options that the field's library needs besides, where it does not find them itself."""
+    own: dict[str, Any] | None = None
+    """Options that coadapt needs besides, to do as the field's library does."""
     wrong_gradients: str = ""
     """What is wrong with the field's own gradients, which are then not compared."""
 
@@ -37,12 +39,13 @@ class Case:
         return (MODELS | FAMILIES | {"plain": plain, "conv": conv})[self.model]()
 
     def ours(self) -> Any:
-        return getattr(coadapt, self.config)(**self.options)
+        return getattr(coadapt, self.config)(**{**self.options, **(self.own or {})})
 
     def field(self) -> Any:
         return getattr(peft, self.config)(**{**self.options, **(self.theirs or {})})
 
 
+BATCH = {"routing": "batch"}
 CORE = "with a core tensor, its backward multiplies the gradients of B1 and B2 by the other product's factors"
 """Of LoHa."""
 
@@ -158,6 +161,11 @@ CASES = {
     "llama-tinylora-seed": other("llama", "TinyLoraConfig", u=5, weight_tying=0.6, save_projection=False),
     "gpt2-tinylora": other("gpt2", "TinyLoraConfig", r=3, u=5, weight_tying=1.0, target_modules=["wpe", "c_attn"]),
     "t5-tinylora": other("t5", "TinyLoraConfig", u=5, target_modules=["q", "wo"]),
+    "llama-lily": replace(
+        other("llama", "LilyConfig", r=3, stride_A=2, target_modules=["q_proj", "v_proj"]), own=BATCH
+    ),
+    "llama-lily-regex": replace(other("llama", "LilyConfig", r=3, target_modules=r".*\.(q|o)_proj"), own=BATCH),
+    "t5-lily": replace(other("t5", "LilyConfig", r=3, num_B=3, target_modules=["q", "wo"]), own=BATCH),
     "llama-ptuning": other("llama", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),
     "gpt2-ptuning": other("gpt2", "PromptEncoderConfig", num_virtual_tokens=3),
     "t5-ptuning": other("t5", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),

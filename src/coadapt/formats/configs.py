@@ -23,7 +23,15 @@ PEFT_VERSION = "0.21.2"
 """Of the field's library whose layout is written."""
 READABLE = "readable_by_peft"
 """Written as false into a configuration that the field's library would get wrong."""
-_OURS = ("prompt_sites", "output_virtual_tokens", "prefix_sites", "prefix_type", "prefix_layout", "position_offset")
+_OURS = (
+    "prompt_sites",
+    "output_virtual_tokens",
+    "prefix_sites",
+    "prefix_type",
+    "prefix_layout",
+    "position_offset",
+    "routing",
+)
 _START = ("init_from", "init_seed", "init_lora_weights", "init_ia3_weights", "init_weights")
 _WITH_NULL = frozenset({"task_type", "base_model_name_or_path", "revision", "modules_to_save"})
 """Written also where they are None, since some readers ask for them."""
@@ -67,6 +75,8 @@ def _assumed(kind: Any, base: Any) -> dict[str, Any]:
     match kind:
         case "PREFIX_TUNING" if getattr(facts, "is_encoder_decoder", False):
             return {"prefix_layout": "peft"}
+        case "LILY":
+            return {"routing": "batch"}
         case "PROMPT_TUNING" | "P_TUNING" if [b.role for b in backbones(base)] == ["encoder"]:
             return {"output_virtual_tokens": True}
         case _:
@@ -125,7 +135,7 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
             moves = config.position_offset in (None, config.num_virtual_tokens)
             return as_theirs and moves and config.prefix_type == "joint"
         case _:
-            return method_for(config).registered in names.SITES
+            return as_theirs and method_for(config).registered in names.SITES
 
 
 def asked_targets(config: PeftConfig) -> str | None:

@@ -34,6 +34,7 @@ SITES: Mapping[str, Mapping[str, str]] = {
         "A_all": "gralora_A_general.weight",
         "B_all": "gralora_B_general.weight",
     },
+    "LILY": {"A": "lily_A.weight", "B": "lily_B.weight", "R": "lily_router.weight"},
     "VBLORA": {"zA": "vblora_logits_A", "zB": "vblora_logits_B"},
     "UNILORA": {
         "iA": "unilora_indices_A",
