@@ -3,6 +3,7 @@
 from coadapt import (
     BitFitConfig,
     BottleneckConfig,
+    FrodConfig,
     FullCopyConfig,
     GraloraConfig,
     IA3Config,
@@ -30,6 +31,7 @@ CASES: dict[str, PeftConfig] = {
     "bottleneck": BottleneckConfig(bottleneck_size=4, placement="houlsby"),
     "bitfit": BitFitConfig(),
     "dora": LoraConfig(r=4, use_dora=True, init_lora_weights=False),
+    "frod": FrodConfig(sparse_rate=0.1, init_weights=False),
     "full-copy": FullCopyConfig(target_modules=r".*(v_proj|c_proj|dense|SelfAttention\.v|value|second|fc1)"),
     "ia3": IA3Config(),
     "invertible": InvertibleConfig(),

@@ -16,6 +16,8 @@ from coadapt import PeftModel, get_peft_model
 from coadapt.formats.keys import entries
 from models import FAMILIES, MODELS, conv, ids, logits, plain, stir
 
+torch.sparse.check_sparse_tensor_invariants.disable()  # else torch warns that the field's FRoD does not say
+
 CAUSAL = {"task_type": "CAUSAL_LM"}
 SEQ2SEQ = {"task_type": "SEQ_2_SEQ_LM"}
 CLASSES = {"task_type": "SEQ_CLS"}
@@ -42,7 +44,8 @@ class Case:
         return getattr(coadapt, self.config)(**{**self.options, **(self.own or {})})
 
     def field(self) -> Any:
-        return getattr(peft, self.config)(**{**self.options, **(self.theirs or {})})
+        quiet = {"progressbar": False} if self.config == "FrodConfig" else {}
+        return getattr(peft, self.config)(**{**self.options, **quiet, **(self.theirs or {})})
 
 
 BATCH = {"routing": "batch"}
@@ -147,6 +150,10 @@ CASES = {
     ),
     "gpt2-randlora": other("gpt2", "RandLoraConfig", r=6, randlora_alpha=3, very_sparse=True),
     "t5-randlora": other("t5", "RandLoraConfig", r=6, target_modules=["q", "wo"]),
+    "llama-frod": other("llama", "FrodConfig", target_modules="all-linear"),
+    "llama-frod-seed": other("llama", "FrodConfig", sparse_rate=0.1, save_projection=False),
+    "gpt2-frod": other("gpt2", "FrodConfig", bias="frod_only"),
+    "t5-frod": other("t5", "FrodConfig", target_modules=["q", "wo"]),
     "llama-gralora": other("llama", "GraloraConfig", r=4, hybrid_r=2, target_modules="all-linear"),
     "gpt2-gralora": other("gpt2", "GraloraConfig", r=8, gralora_k=4, bias="all"),
     "t5-gralora": other("t5", "GraloraConfig", r=4, target_modules=["q", "wo"]),

@@ -269,7 +269,7 @@ class _Blank(TorchFunctionMode):
                 filled: Tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
                 with torch.no_grad():
                     return filled.zero_()
-            case "linalg_svd":
+            case "linalg_svd" if not kwargs.get("full_matrices", True):
                 weight = args[0].shape
                 sizes = (*weight[:-1], min(weight[-2:])), (min(weight[-2:]),), (min(weight[-2:]), weight[-1])
                 return tuple(args[0].new_zeros(size) for size in sizes)

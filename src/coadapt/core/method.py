@@ -126,9 +126,14 @@ class WeightMethod(Method):
 
     def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__()
-        if layer.kind.name not in self.kinds:
+        self.check(layer)
+
+    @classmethod
+    def check(cls, layer: Layer) -> None:
+        """Refuses a layer of another kind."""
+        if layer.kind.name not in cls.kinds:
             raise ValueError(
-                f"{type(self).__name__} adapts layers of these kinds: {', '.join(self.kinds)}; {layer.path!r} is a "
+                f"{cls.__name__} adapts layers of these kinds: {', '.join(cls.kinds)}; {layer.path!r} is a "
                 f"{type(layer.module).__name__} ({layer.kind.name}). Leave it out of target_modules."
             )
 

@@ -28,6 +28,7 @@ SITES: Mapping[str, Mapping[str, str]] = {
     "VERA": {"b": "vera_lambda_b", "d": "vera_lambda_d"},
     "PVERA": {"b": "pvera_lambda_b", "d": "pvera_lambda_d"},
     "RANDLORA": {"L": "randlora_lambda", "G": "randlora_gamma"},
+    "FROD": {"l": "frod_lambda_l", "s": "frod_lambda_s_values"},
     "GRALORA": {
         "A": "gralora_A",
         "B": "gralora_B",
@@ -50,6 +51,11 @@ SHARED: Mapping[str, Mapping[str, str]] = {
     "VERA": {"A": "base_model.vera_A", "B": "base_model.vera_B"},
     "PVERA": {"A": "base_model.pvera_A", "B": "base_model.pvera_B"},
     "RANDLORA": {"A": "base_model.randlora_A", "B": "base_model.randlora_B"},
+    "FROD": {
+        "V": "base_model.frod_V",
+        "entries": "base_model.frod_s_indices",
+        "sizes": "base_model.frod_s_size",
+    },
     "VBLORA": {"V": "base_model.vblora_vector_bank"},
     "UNILORA": {"theta": "base_model.unilora_theta_d"},
     "TINYLORA": {"v": "base_model.tinylora_v"},
