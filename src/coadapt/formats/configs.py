@@ -135,7 +135,9 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
             moves = config.position_offset in (None, config.num_virtual_tokens)
             return as_theirs and moves and config.prefix_type == "joint"
         case _:
-            return as_theirs and method_for(config).registered in names.SITES
+            name = method_for(config).registered
+            layers = {type(p.place.module).__name__ for p in adapter.parts if p.method.registered == name}
+            return as_theirs and name in names.SITES and not layers & set(names.NOT_THERE.get(name, ()))
 
 
 def asked_targets(config: PeftConfig) -> str | None:

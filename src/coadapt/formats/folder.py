@@ -284,7 +284,7 @@ def _is_the_bases(key: str, tensor: Tensor, base: nn.Module) -> bool:
 def _is_shared(key: str, tensor: Tensor, adapter: Adapter, tensors: Mapping[str, Tensor]) -> bool:
     """Whether a tensor is what all sites share over again, as the field writes it at each site for RandLoRA."""
     once = shared_keys(adapter).get(key.rpartition(".")[2])
-    return once in tensors and torch.equal(tensors[once], tensor)
+    return once is not None and once in tensors and torch.equal(tensors[once], tensor)
 
 
 def _keys_of_the_base(base: nn.Module) -> dict[str, nn.Parameter]:

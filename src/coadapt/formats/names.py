@@ -1,6 +1,6 @@
 """What the field's files call the parameters of each method; a method without a line keeps our own names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 SITES: Mapping[str, Mapping[str, str]] = {
     "LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
@@ -61,3 +61,18 @@ SHARED: Mapping[str, Mapping[str, str]] = {
     "TINYLORA": {"v": "base_model.tinylora_v"},
 }
 """Method -> parameter (or buffer, or dict of them) of what all sites share -> the whole key in a file."""
+
+NOT_THERE: Mapping[str, Sequence[str]] = {
+    "FROD": ("Conv1d", "Conv2d", "Conv3d"),
+    "GRALORA": ("Embedding", "Conv1d", "Conv2d", "Conv3d"),
+    "LOHA": ("Embedding", "Conv1D", "Conv3d"),
+    "LOKR": ("Embedding", "Conv1D", "Conv3d"),
+    "LILY": ("Conv1D",),
+    "PVERA": ("Embedding",),
+    "RANDLORA": ("Embedding", "Conv1d", "Conv2d", "Conv3d"),
+    "TINYLORA": ("Conv1d", "Conv2d", "Conv3d"),
+    "UNILORA": ("Embedding", "Conv1d", "Conv2d", "Conv3d"),
+    "VBLORA": ("Embedding", "Conv1d", "Conv2d", "Conv3d"),
+    "VERA": ("Embedding", "Conv1d", "Conv2d", "Conv3d"),
+}
+"""Method -> classes of layers at which the field's library does not take it, and coadapt does."""

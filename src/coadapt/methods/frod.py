@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..config import BiasConfig
 from ..core.layer import Layer
-from ..core.method import Companion, Place, WeightMethod, register
-from .bitfit import BitFit
+from ..core.method import Place, WeightMethod, register
+from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class Bases(nn.Module):
 
 
 @register(FrodConfig)
-class FRoD(WeightMethod):
+class FRoD(WithBiases, WeightMethod):
     """W' = W + U (S + diag(l - l0)) V^T, W = U diag(l0) V^T
 
     FRoD: Full-Rank Efficient Fine-Tuning with Rotational Degrees, AAAI 2026, doi:10.1609/aaai.v40i31.39813. U and l0
@@ -98,10 +98,6 @@ class FRoD(WeightMethod):
             cls.check(Layer(place.module, place.path))
         return Bases(config, places)
 
-    @classmethod
-    def companions(cls, config: FrodConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
-        return BitFit.beside(config, base, places)
-
     def basis(self) -> Tensor:
         """V (I, I)"""
         return self.bases[0].V.get_buffer(self.role)
@@ -115,7 +111,7 @@ class FRoD(WeightMethod):
             weight = _matrix(self.layer[0]).double().to(v.device)
             try:
                 u = torch.linalg.solve(v.double(), weight.mT).mT
-            except torch.linalg.LinAlgError:  # layers without an input of their own for some column of V
+            except RuntimeError:  # layers without an input of their own for some column of V
                 u = weight @ torch.linalg.pinv(v.double(), rtol=1e-6).mT
             lengths = torch.linalg.vector_norm(u, dim=0)
             self.U, self.l0 = torch.where(lengths > 1e-12, u / lengths, 0.0).to(v.dtype), lengths.to(v.dtype)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from ..config import BiasConfig
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
-from ..core.method import Companion, Place, register
-from .bitfit import BitFit
+from ..core.method import register
+from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class GraloraConfig(BiasConfig):
 
 
 @register(GraloraConfig)
-class GraLoRA(LowRankMethod):
+class GraLoRA(WithBiases, LowRankMethod):
     """W'_ij = W_ij + (alpha / r) B_ij A_ij for each of k x k blocks; with a LoRA beside them W' + (alpha / r) B A
 
     GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning, Jung et al. 2025, arXiv:2505.20355. All
@@ -69,10 +69,6 @@ class GraLoRA(LowRankMethod):
         if config.init_weights:
             for b in (self.B, self.B_all):
                 nn.init.zeros_(b) if b is not None else None
-
-    @classmethod
-    def companions(cls, config: GraloraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
-        return BitFit.beside(config, base, places)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         k, rank = len(self.A), self.A.shape[2] // len(self.A)

@@ -11,7 +11,7 @@ from ..core import target
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
 from ..core.method import Companion, Place, register
-from .bitfit import BitFit
+from .bitfit import WithBiases
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
 
 
@@ -63,7 +63,7 @@ class LoraConfig(RankedConfig):
 
 
 @register(LoraConfig)
-class LoRA(LowRankMethod):
+class LoRA(WithBiases, LowRankMethod):
     """W' = W + (alpha / r) B A
 
     LoRA: Low-Rank Adaptation of Large Language Models, Hu et al. 2021, arXiv:2106.09685.
@@ -111,7 +111,7 @@ class LoRA(LowRankMethod):
             for name, ids in named.items()
         ]
         beside = [Companion(TrainableTokens, own, TrainableTokens.places(own, base)) for own in found_tokens]
-        return [*BitFit.beside(config, base, places), *beside]
+        return [*super().companions(config, base, places), *beside]
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         return self.A, self.B, self.scale

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from ..config import BiasConfig
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod
-from ..core.method import Companion, Place, register
+from ..core.method import Place, register
 from ..core.seeded import Seeded
-from .bitfit import BitFit
+from .bitfit import WithBiases
 from .vera import largest, projections
 
 
@@ -43,7 +43,7 @@ class PveraConfig(BiasConfig):
 
 
 @register(PveraConfig)
-class PVeRA(LowRankMethod):
+class PVeRA(WithBiases, LowRankMethod):
     """y = base(x) + b * B z, z ~ N(m, exp(v)), [m; v] = d * A x; merged W' = W + diag(b) B diag(d_m) A_m
 
     PVeRA: Probabilistic Vector-Based Random Matrix Adaptation, 2025, arXiv:2512.07703. Draws while training, and takes
@@ -71,10 +71,6 @@ class PVeRA(LowRankMethod):
         shapes = (2 * config.r, in_features), (out_features, config.r)
         make = functools.partial(projections, config.projection_prng_key, *shapes)
         return Seeded(make, config.save_projection)
-
-    @classmethod
-    def companions(cls, config: Any, base: nn.Module, places: list[Place]) -> list[Companion]:
-        return BitFit.beside(config, base, places)
 
     def scaled(self) -> tuple[Tensor, Tensor]:
         """diag(d) A, (2 R, I), and diag(b) B, (O, R)."""

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from ..config import BiasConfig
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
-from ..core.method import Companion, Place, register
+from ..core.method import Place, register
 from ..core.seeded import Seeded
-from .bitfit import BitFit
+from .bitfit import WithBiases
 from .vera import largest
 
 
@@ -47,7 +47,7 @@ class RandLoraConfig(BiasConfig):
 
 
 @register(RandLoraConfig)
-class RandLoRA(LowRankMethod):
+class RandLoRA(WithBiases, LowRankMethod):
     """W' = W + (alpha / r) sum_n B_n diag(l_n) A diag(g_n), n = 1 ... min(O, I) / r, rounded up
 
     RandLoRA: Full-rank parameter-efficient fine-tuning of large models, Albert et al. 2025, arXiv:2502.00987. Where
@@ -74,10 +74,6 @@ class RandLoRA(LowRankMethod):
         sparsity = math.sqrt(least) if config.very_sparse else 3.0 if config.sparse else 0.0
         make = functools.partial(_bases, config.projection_prng_key, config.r, least, most, sparsity)
         return Seeded(make, config.save_projection)
-
-    @classmethod
-    def companions(cls, config: RandLoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
-        return BitFit.beside(config, base, places)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         bank: Any = self.bank[0]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from ..config import BiasConfig
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
-from ..core.method import Companion, Place, register
+from ..core.method import Place, register
 from ..core.seeded import Seeded
-from .bitfit import BitFit
+from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Vectors(nn.Module):
 
 
 @register(TinyLoraConfig)
-class TinyLoRA(LowRankMethod):
+class TinyLoRA(WithBiases, LowRankMethod):
     """W' = W + U S^1/2 (sum_i v_i P_i) S^1/2 V, with W = U S V cut to the r largest singular values
 
     Learning to Reason in 13 Parameters, Morris et al. 2026, arXiv:2602.04118. P are normal numbers of spread
@@ -88,14 +88,10 @@ class TinyLoRA(LowRankMethod):
     def shared(cls, config: TinyLoraConfig, base: nn.Module, places: list[Place]) -> Vectors:
         return Vectors(config, places)
 
-    @classmethod
-    def companions(cls, config: TinyLoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
-        return BitFit.beside(config, base, places)
-
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        vectors: Any = self.vectors[0]
-        inner = torch.einsum("i,ijk->jk", vectors.v[self.group].to(self.A), self.projections.at("P", self.A))  # (R, R)
-        a, b = (self.B.mT, self.A.mT @ inner.mT) if self.turned else (self.A, self.B @ inner)
+        vectors, (a, b) = self.vectors[0], (self.get_buffer("A"), self.get_buffer("B"))
+        inner = torch.einsum("i,ijk->jk", vectors.v[self.group].to(a), self.projections.at("P", a))  # (R, R)
+        a, b = (b.mT, a.mT @ inner.mT) if self.turned else (a, b @ inner)
         return a.reshape(-1, *self.shape), b, 1.0
 
 

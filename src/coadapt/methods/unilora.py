@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ..config import BiasConfig
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
-from ..core.method import Companion, Place, register
+from ..core.method import Place, register
 from ..core.seeded import Seeded
-from .bitfit import BitFit
+from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Theta(Seeded):
 
 
 @register(UniLoraConfig)
-class UniLoRA(LowRankMethod):
+class UniLoRA(WithBiases, LowRankMethod):
     """W' = W + B A, where all A and B of the model are P theta, and each row of P has one entry that is not 0
 
     Uni-LoRA: One Vector is All You Need, Li et al. 2025, arXiv:2506.00799. Each number is divided by the root of how
@@ -80,10 +80,6 @@ class UniLoRA(LowRankMethod):
     @classmethod
     def shared(cls, config: UniLoraConfig, base: nn.Module, places: list[Place]) -> Theta:
         return Theta(config, places)
-
-    @classmethod
-    def companions(cls, config: UniLoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
-        return BitFit.beside(config, base, places)
 
     def taken(self, everywhere: Tensor) -> list[Tensor]:
         """Which numbers A and B of this site take."""

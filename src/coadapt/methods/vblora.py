@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..config import BiasConfig
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
-from ..core.method import Companion, Place, register
-from .bitfit import BitFit
+from ..core.method import Place, register
+from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Bank(nn.Module):
 
 
 @register(VBLoRAConfig)
-class VBLoRA(LowRankMethod):
+class VBLoRA(WithBiases, LowRankMethod):
     """W' = W + B A, each piece of A and B sum_k softmax(top_k(z))_k v_k
 
     VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks, Li et al. 2024, arXiv:2405.15179. As published,
@@ -80,10 +80,6 @@ class VBLoRA(LowRankMethod):
     @classmethod
     def shared(cls, config: VBLoRAConfig, base: nn.Module, places: list[Place]) -> Bank:
         return Bank(config)
-
-    @classmethod
-    def companions(cls, config: VBLoRAConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
-        return BitFit.beside(config, base, places)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         a, b = self.mixed(self.zA), self.mixed(self.zB)  # (R, I/b, b) and (O/b, R, b)

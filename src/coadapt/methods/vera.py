@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ..config import BiasConfig
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
-from ..core.method import Companion, Place, register
+from ..core.method import Place, register
 from ..core.seeded import Seeded
-from .bitfit import BitFit
+from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class VeraConfig(BiasConfig):
 
 
 @register(VeraConfig)
-class VeRA(LowRankMethod):
+class VeRA(WithBiases, LowRankMethod):
     """W' = W + diag(b) B diag(d) A
 
     VeRA: Vector-based Random Matrix Adaptation, Kopiczko et al. 2023, arXiv:2310.11454. A and B are as large as the
@@ -65,10 +65,6 @@ class VeRA(LowRankMethod):
         shapes = (config.r, in_features), (out_features, config.r)
         make = functools.partial(projections, config.projection_prng_key, *shapes)
         return Seeded(make, config.save_projection)
-
-    @classmethod
-    def companions(cls, config: Any, base: nn.Module, places: list[Place]) -> list[Companion]:
-        return BitFit.beside(config, base, places)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         bank: Any = self.bank[0]
