@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BiasConfig
+from ..core import target
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
-from ..core.method import register
+from ..core.method import Place, register
 from .bitfit import WithBiases
 
 
@@ -54,11 +55,6 @@ class GraLoRA(WithBiases, LowRankMethod):
         super().__init__(config, layer, shared)
         out_features, self.shape, k, r = layer.shape[0], layer.shape[1:], config.gralora_k, config.r
         in_features = math.prod(self.shape)
-        if out_features % k or in_features % k:
-            raise ValueError(
-                f"GraLoRA: gralora_k={k} does not divide the {in_features} inputs and {out_features} outputs of "
-                f"{layer.path!r}. Pick a divisor of both, or leave the layer out of target_modules."
-            )
         self.scale = config.alpha / (r + config.hybrid_r)
         self.dropout = config.gralora_dropout
         self.widens = not is_plain(layer.module)
@@ -69,6 +65,12 @@ class GraLoRA(WithBiases, LowRankMethod):
         if config.init_weights:
             for b in (self.B, self.B_all):
                 nn.init.zeros_(b) if b is not None else None
+
+    @classmethod
+    def places(cls, config: GraloraConfig, base: nn.Module) -> list[Place]:
+        places = super().places(config, base)
+        target.check_divides(config, "gralora_k", places)
+        return places
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         k, rank = len(self.A), self.A.shape[2] // len(self.A)

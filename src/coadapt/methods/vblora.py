@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BiasConfig
+from ..core import target
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
 from ..core.method import Place, register
@@ -65,17 +66,18 @@ class VBLoRA(WithBiases, LowRankMethod):
     def __init__(self, config: VBLoRAConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
         sizes, self.shape, length = (layer.shape[0], math.prod(layer.shape[1:])), layer.shape[1:], config.vector_length
-        if any(size % length for size in sizes):
-            raise ValueError(
-                f"VBLoRA: vector_length={length} does not divide the {sizes[1]} inputs and {sizes[0]} outputs of "
-                f"{layer.path!r}. Pick a divisor of both, or leave the layer out of target_modules."
-            )
         self.bank = (shared,)  # in a tuple: it is the adapter's
         self.topk, self.dropout = config.topk, config.vblora_dropout
         self.widens = not is_plain(layer.module)
         pieces, std = [size // length for size in sizes], config.init_logits_std
         self.zA = nn.Parameter(torch.empty(config.r, pieces[1], config.num_vectors).normal_(0, std))  # (R, I/b, h)
         self.zB = nn.Parameter(torch.empty(pieces[0], config.r, config.num_vectors).normal_(0, std))  # (O/b, R, h)
+
+    @classmethod
+    def places(cls, config: VBLoRAConfig, base: nn.Module) -> list[Place]:
+        places = super().places(config, base)
+        target.check_divides(config, "vector_length", places)
+        return places
 
     @classmethod
     def shared(cls, config: VBLoRAConfig, base: nn.Module, places: list[Place]) -> Bank:
