@@ -14,6 +14,7 @@ from coadapt import PeftModel
 from coadapt.config import PeftConfig, TargetedConfig
 from coadapt.core.method import METHODS, WeightMethod
 from coadapt.methods.bottleneck import Bottleneck
+from coadapt.methods.lily import Lily
 from models import FAMILIES, MODELS, conv, ids, logits, plain, stir
 
 EVERY: dict[str, PeftConfig] = {**CASES, **VARIANTS}
@@ -75,7 +76,7 @@ def config_of(case: str, model: str) -> PeftConfig:
 def _convolves(config: PeftConfig) -> bool:
     """Whether its method takes convolutions."""
     method = METHODS[config.method]
-    return "conv" in method.kinds if issubclass(method, WeightMethod) else method is not Bottleneck
+    return "conv" in method.kinds if issubclass(method, WeightMethod) else method not in (Bottleneck, Lily)
 
 
 def pairs(turn: int, cases: Iterable[str] = tuple(EVERY), models: Sequence[str] = tuple(MAKE)) -> Any:
