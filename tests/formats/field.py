@@ -149,7 +149,7 @@ CASES = {
         "llama", "RandLoraConfig", r=6, randlora_alpha=12, sparse=True, save_projection=False
     ),
     "gpt2-randlora": other("gpt2", "RandLoraConfig", r=6, randlora_alpha=3, very_sparse=True),
-    "t5-randlora": other("t5", "RandLoraConfig", r=6, target_modules=["q", "wo"]),
+    "t5-randlora": other("t5", "RandLoraConfig", r=6, randlora_alpha=3, target_modules=["q", "wo"]),
     "llama-frod": other("llama", "FrodConfig", target_modules="all-linear"),
     "llama-frod-seed": other("llama", "FrodConfig", sparse_rate=0.1, save_projection=False),
     "gpt2-frod": other("gpt2", "FrodConfig", bias="frod_only"),
