@@ -116,7 +116,7 @@ def test_fields_that_are_not_read(folder: Path) -> None:
     said = json.loads(file.read_text("utf-8"))
     for change, parts in (
         ({"use_qalora": True}, ("use_qalora=True",)),
-        ({"peft_type": "LOHA"}, ("'LOHA'", "LORA")),
+        ({"peft_type": "LORB"}, ("'LORB'", "LORA")),
         ({"some_option": 3}, ("some_option=3",)),
     ):
         file.write_text(json.dumps(said | change), "utf-8")

@@ -289,6 +289,20 @@ class LycorisConfig(RankedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BiasConfig(TargetedConfig):
+    """Options of the methods that can train biases along."""
+
+    bias: str = "none"
+    """Biases to train along: "none", "<method>_only" ("vera_only", of the targeted layers), or "all"."""
+    fan_in_fan_out: bool = False
+    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.choice("bias", ("none", f"{str(self.kind).lower()}_only", "all"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class VirtualTokensConfig(PeftConfig):
     """Options of the methods that train virtual tokens: prompts, and prefixes. The checks are left out as a rule."""
 

@@ -19,6 +19,8 @@ from models import FAMILIES, MODELS, conv, ids, plain, stir
 
 torch.sparse.check_sparse_tensor_invariants.disable()  # or their SHiRA warns that nobody has said
 
+torch.sparse.check_sparse_tensor_invariants.disable()  # else torch warns that the field's FRoD does not say
+
 CAUSAL = {"task_type": "CAUSAL_LM"}
 SEQ2SEQ = {"task_type": "SEQ_2_SEQ_LM"}
 CLASSES = {"task_type": "SEQ_CLS"}
@@ -53,6 +55,8 @@ class Case:
     options: dict[str, Any]
     theirs: dict[str, Any] | None = None
     """Options that the field's library needs besides, where it does not find them itself."""
+    own: dict[str, Any] | None = None
+    """Options that coadapt needs besides, to do as the field's library does."""
     wrong_gradients: str = ""
     """What is wrong with the field's own gradients, which are then not compared."""
 
@@ -60,12 +64,14 @@ class Case:
         return (MODELS | FAMILIES | {"plain": plain, "conv": conv})[self.model]()
 
     def ours(self) -> Any:
-        return getattr(coadapt, self.config)(**_of(coadapt, self.options))
+        return getattr(coadapt, self.config)(**_of(coadapt, {**self.options, **(self.own or {})}))
 
     def field(self) -> Any:
-        return getattr(peft, self.config)(**_of(peft, {**self.options, **(self.theirs or {})}))
+        quiet = {"progressbar": False} if self.config == "FrodConfig" else {}
+        return getattr(peft, self.config)(**_of(peft, {**self.options, **quiet, **(self.theirs or {})}))
 
 
+BATCH = {"routing": "batch"}
 CORE = "with a core tensor, its backward multiplies the gradients of B1 and B2 by the other product's factors"
 """Of LoHa."""
 
@@ -230,6 +236,43 @@ CASES = {
         "t5", "PsoftConfig", r=4, psoft_orth=False, psoft_mag_b=False, psoft_svd="lowrank", random_seed=7
     ),
     "bert-psoft": other("bert", "PsoftConfig", r=4, ab_svd_init="pissa_init", target_modules=["query", "value"]),
+    "llama-vera": other("llama", "VeraConfig", r=8, target_modules="all-linear"),
+    "llama-vera-seed": other("llama", "VeraConfig", r=8, save_projection=False, projection_prng_key=3),
+    "gpt2-vera": other("gpt2", "VeraConfig", r=8, bias="vera_only"),
+    "t5-vera": other("t5", "VeraConfig", r=8, target_modules=["q", "wo"]),
+    "llama-pvera": other("llama", "PveraConfig", r=8, save_projection=False),
+    "gpt2-pvera": other("gpt2", "PveraConfig", r=8),
+    "t5-pvera": other("t5", "PveraConfig", r=8),
+    "llama-randlora": other("llama", "RandLoraConfig", r=6, randlora_alpha=12, target_modules="all-linear"),
+    "llama-randlora-seed": other("llama", "RandLoraConfig", r=6, randlora_alpha=12, save_projection=False),
+    "llama-randlora-sparse": other(
+        "llama", "RandLoraConfig", r=6, randlora_alpha=12, sparse=True, save_projection=False
+    ),
+    "gpt2-randlora": other("gpt2", "RandLoraConfig", r=6, randlora_alpha=3, very_sparse=True),
+    "t5-randlora": other("t5", "RandLoraConfig", r=6, randlora_alpha=3, target_modules=["q", "wo"]),
+    "llama-frod": other("llama", "FrodConfig", target_modules="all-linear"),
+    "llama-frod-seed": other("llama", "FrodConfig", sparse_rate=0.1, save_projection=False),
+    "gpt2-frod": other("gpt2", "FrodConfig", bias="frod_only"),
+    "t5-frod": other("t5", "FrodConfig", target_modules=["q", "wo"]),
+    "llama-gralora": other("llama", "GraloraConfig", r=4, hybrid_r=2, target_modules="all-linear"),
+    "gpt2-gralora": other("gpt2", "GraloraConfig", r=8, gralora_k=4, bias="all"),
+    "t5-gralora": other("t5", "GraloraConfig", r=4, target_modules=["q", "wo"]),
+    "llama-vblora": other("llama", "VBLoRAConfig", num_vectors=6, vector_length=8, target_modules="all-linear"),
+    "gpt2-vblora": other("gpt2", "VBLoRAConfig", num_vectors=6, vector_length=16, topk=3),
+    "t5-vblora": other("t5", "VBLoRAConfig", num_vectors=6, vector_length=4, target_modules=["q", "wo"]),
+    "llama-unilora": other("llama", "UniLoraConfig", theta_d_length=50, target_modules="all-linear"),
+    "llama-unilora-saved": other("llama", "UniLoraConfig", theta_d_length=50, save_indices=True),
+    "gpt2-unilora": other("gpt2", "UniLoraConfig", proj_seed=3),
+    "t5-unilora": other("t5", "UniLoraConfig", target_modules=["q", "wo"]),
+    "llama-tinylora": other("llama", "TinyLoraConfig", u=5, target_modules="all-linear"),
+    "llama-tinylora-seed": other("llama", "TinyLoraConfig", u=5, weight_tying=0.6, save_projection=False),
+    "gpt2-tinylora": other("gpt2", "TinyLoraConfig", r=3, u=5, weight_tying=1.0, target_modules=["wpe", "c_attn"]),
+    "t5-tinylora": other("t5", "TinyLoraConfig", u=5, target_modules=["q", "wo"]),
+    "llama-lily": replace(
+        other("llama", "LilyConfig", r=3, stride_A=2, target_modules=["q_proj", "v_proj"]), own=BATCH
+    ),
+    "llama-lily-regex": replace(other("llama", "LilyConfig", r=3, target_modules=r".*\.(q|o)_proj"), own=BATCH),
+    "t5-lily": replace(other("t5", "LilyConfig", r=3, num_B=3, target_modules=["q", "wo"]), own=BATCH),
     "llama-ptuning": other("llama", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),
     "gpt2-ptuning": other("gpt2", "PromptEncoderConfig", num_virtual_tokens=3),
     "t5-ptuning": other("t5", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),
@@ -311,7 +354,7 @@ def field_loaded(base: nn.Module, folder: Path) -> Any:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         model = peft.PeftModel.from_pretrained(base, folder).eval()
-    told = [str(w.message) for w in seen]
+    told = [str(w.message) for w in seen if "randlora_A.default" not in str(w.message)]  # misses what each layer shares
     assert not [t for t in told if "missing adapter keys" in t or "Unexpected keyword" in t], told
     return model
 
@@ -336,12 +379,16 @@ def field_gradients(model: Any) -> dict[str, Tensor]:
     values = {p: p.data for p in model.parameters() if p.requires_grad}
     for parameter in values:
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    stored = {
-        k: v.detach().clone() for k, v in peft.get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    stored = {k: v.detach().clone() for k, v in state.items() if not over_again(k)}
     for parameter, value in values.items():
         parameter.data = value
     return stored
+
+
+def over_again(key: str) -> bool:
+    """Whether the field's file holds by this key what it holds once already: RandLoRA's bases, at each site."""
+    return key.startswith("base_model.model.") and key.endswith(("randlora_A", "randlora_B"))
 
 
 def far(a: Tensor, b: Tensor) -> float:

@@ -132,7 +132,8 @@ NO: dict[str, tuple[dict[str, Any], set[str]]] = {
     "head": ({"modules_to_save": ["lm_head"]}, {"vLLM", "TGI", "llama.cpp", "Ollama"}),
     "classifier": ({"modules_to_save": ["score"]}, {"TGI", "llama.cpp", "Ollama"}),
     "dora": ({"use_dora": True}, {"transformers", "vLLM", "TGI", "llama.cpp", "Ollama"}),
-    "unknown": ({"peft_type": "LOHA"}, {"vLLM", "TGI", "llama.cpp", "Ollama"}),
+    "other": ({"peft_type": "LOHA"}, {"vLLM", "TGI", "llama.cpp", "Ollama"}),
+    "unknown": ({"peft_type": "LORB"}, ALL_BUT_MLX),
 }
 """Fields of the file -> the programs that refuse them or get them wrong (FORMATS, section 2)."""
 

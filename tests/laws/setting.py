@@ -10,9 +10,11 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from cases import CASES, VARIANTS
-from coadapt import BottleneckConfig, PeftModel
+from coadapt import PeftModel
 from coadapt.config import PeftConfig, TargetedConfig
-from coadapt.core.method import METHODS
+from coadapt.core.method import METHODS, WeightMethod
+from coadapt.methods.bottleneck import Bottleneck
+from coadapt.methods.lily import Lily
 from models import FAMILIES, MODELS, conv, ids, logits, plain, stir
 
 EVERY: dict[str, PeftConfig] = {**CASES, **VARIANTS}
@@ -33,7 +35,10 @@ _ENDS = {
     "plain": (["first", "second", "conv"], ["second"]),
     "conv": (["first", "second", "hidden"], ["hidden"]),
 }
-"""Targets in what is none of transformers' models, of methods at layers and of bottlenecks."""
+"""Targets in what is none of transformers' models, of methods that take convolutions and of those that do not."""
+
+DIVIDES = {"gralora": "gralora_k", "vblora": "vector_length"}
+"""Cases with an option that must divide the sizes of all layers."""
 
 LINEAR = ("bd-lora", "qa-lora", "velora")
 """Methods of these cases adapt nothing but linear layers."""
@@ -83,10 +88,15 @@ def config_of(case: str, model: str) -> PeftConfig:
         return replace(config, target_modules=["second"] if model == "plain" else ["hidden"])
     usual = isinstance(config, TargetedConfig) and config.target_modules is None and case != "ln-tuning"
     if model in _ENDS and usual:
-        kinds = getattr(METHODS[config.method], "kinds", ["conv"])
-        linear = isinstance(config, BottleneckConfig) or "conv" not in kinds
-        return replace(config, target_modules=_ENDS[model][linear])
+        even = ["second", "hidden"] if model == "conv" and case in DIVIDES else _ENDS[model][not _convolves(config)]
+        return replace(config, target_modules=even)
     return config
+
+
+def _convolves(config: PeftConfig) -> bool:
+    """Whether its method takes convolutions."""
+    method = METHODS[config.method]
+    return "conv" in method.kinds if issubclass(method, WeightMethod) else method not in (Bottleneck, Lily)
 
 
 def pairs(turn: int, cases: Iterable[str] = tuple(EVERY), models: Sequence[str] = tuple(MAKE)) -> Any:
@@ -172,6 +182,6 @@ def recompute(model: Any, reentrant: bool) -> None:
 
 
 __all__ = [
-    "EVERY", "MAKE", "WITHOUT_BIAS", "attach", "close", "config_of", "far", "few", "fits", "gradients",
+    "DIVIDES", "EVERY", "MAKE", "WITHOUT_BIAS", "attach", "close", "config_of", "far", "few", "fits", "gradients",
     "ids", "logits", "loss", "pairs", "recompute", "rest", "same_gradients", "stir", "view_on",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from coadapt import LoraConfig, PeftModel
 from coadapt.core.method import METHODS, WeightMethod
 from coadapt.methods.lora import LoRA
-from laws.setting import EVERY, close, far, stir
+from laws.setting import DIVIDES, EVERY, close, far, stir
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (2, 3, 6)),
@@ -107,6 +107,9 @@ def prepared(kind: str, case: str) -> tuple[PeftModel, Tensor]:
         options["token_indices"] = [1, 4]
     if case == "bd-lora":
         options["use_bdlora"]["target_modules_bd_a"] = ["layer"]
+    name, weight = DIVIDES.get(case), layer.get_parameter("weight")
+    if name is not None and any(size % options[name] for size in (len(weight), weight.numel() // len(weight))):
+        options[name] = 1
     if why := refusal(case, kind):
         with pytest.raises(ValueError, match=why):
             PeftModel(Holder(layer), type(EVERY[case])(target_modules=["layer"], **options))

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from ..config import PeftConfig
+from ..config import PeftConfig, RankedConfig
 from . import target
 from .layer import Layer
 from .roles import Place
@@ -142,15 +142,22 @@ class WeightMethod(Method):
     def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__()
         self.kind = layer.kind.name
-        if self.kind not in self.kinds:
+        self.check(layer)
+
+    @classmethod
+    def check(cls, layer: Layer) -> None:
+        """Refuses a layer of another kind."""
+        if layer.kind.name not in cls.kinds:
             raise ValueError(
-                f"{type(self).__name__} adapts layers of these kinds: {', '.join(self.kinds)}; {layer.path!r} is a "
-                f"{type(layer.module).__name__} ({self.kind}). Leave it out of target_modules."
+                f"{cls.__name__} adapts layers of these kinds: {', '.join(cls.kinds)}; {layer.path!r} is a "
+                f"{type(layer.module).__name__} ({layer.kind.name}). Leave it out of target_modules."
             )
 
     @classmethod
     def places(cls, config: Any, base: nn.Module) -> list[Place]:
         found = target.places(config, base)
+        if isinstance(config, RankedConfig):
+            target.check_patterns(config, found, "rank_pattern", "alpha_pattern")
         if hasattr(config, "fan_in_fan_out"):
             target.check_transposed(config, [place.module for place in found])
         return found

@@ -1,5 +1,6 @@
 """Which modules of a model become sites: by name, by regular expression, by layer."""
 
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from torch import nn
 from ..config import TargetedConfig, did_you_mean, nearest
 from . import parts
 from .bypass import bypassed
-from .layer import kind_of
+from .layer import Layer, kind_of
 from .mixture import Mixture, mixtures
 from .roles import Place, heads, linears, query_and_value
 
@@ -290,6 +291,18 @@ def check_patterns(config: TargetedConfig, places: Sequence[Place], *names: str)
                     f"{_who(config)}: {name} key {key!r} matches none of the {len(places)} targets, "
                     f"{places[0].path!r} among them."
                 )
+
+
+def check_divides(config: Any, name: str, places: Sequence[Place]) -> None:
+    """Refuses a field that does not divide the inputs and outputs of all places."""
+    size = getattr(config, name)
+    for place in places:
+        out, *rest = Layer(place.module, place.path).shape
+        if out % size or math.prod(rest) % size:
+            raise ValueError(
+                f"{_who(config)}: {name}={size} does not divide the {math.prod(rest)} inputs and {out} outputs of "
+                f"{place.path!r}. Pick a divisor of both, or leave the layer out of target_modules."
+            )
 
 
 def _fits(key: str, path: str) -> bool:

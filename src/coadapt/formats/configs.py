@@ -33,7 +33,15 @@ PEFT_VERSION = "0.21.2"
 """Of the field's library whose layout is written."""
 READABLE = "readable_by_peft"
 """Written as false into a configuration that the field's library would get wrong."""
-_OURS = ("prompt_sites", "output_virtual_tokens", "prefix_sites", "prefix_type", "prefix_layout", "position_offset")
+_OURS = (
+    "prompt_sites",
+    "output_virtual_tokens",
+    "prefix_sites",
+    "prefix_type",
+    "prefix_layout",
+    "position_offset",
+    "routing",
+)
 _START = ("init_from", "init_seed", "init_lora_weights", "init_ia3_weights", "init_weights")
 _WITH_NULL = frozenset({"task_type", "base_model_name_or_path", "revision", "modules_to_save"})
 """Written also where they are None, since some readers ask for them."""
@@ -79,6 +87,8 @@ def _assumed(kind: Any, base: Any) -> dict[str, Any]:
     match kind:
         case "PREFIX_TUNING" if getattr(facts, "is_encoder_decoder", False):
             return {"prefix_layout": "peft"}
+        case "LILY":
+            return {"routing": "batch"}
         case "MULTITASK_PROMPT_TUNING" if getattr(facts, "is_encoder_decoder", False):
             return {"prompt_sites": ["encoder", "decoder"]}
         case "PROMPT_TUNING" | "MULTITASK_PROMPT_TUNING" | "P_TUNING" if [b.role for b in backbones(base)] == [
@@ -239,7 +249,7 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
             takes = names.TAKES.get(method.registered)
             layers = [p.place.module for p in adapter.parts if isinstance(p.method, method)]
             known = takes is None or all(any(c.__name__ in takes for c in type(m).__mro__) for m in layers)
-            return method.registered in names.SITES and known
+            return as_theirs and method.registered in names.SITES and known
 
 
 def asked_targets(config: PeftConfig) -> str | None:

@@ -20,7 +20,7 @@ from . import checkpoint, files, vocabulary
 from .compositions import node_from_json, node_to_json
 from .configs import asked_start, asked_targets, described, takes_from_base, understood, with_start, without_start
 from .files import CHECKPOINT, COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, aside
-from .keys import ROOT, entries, holds_biases, present
+from .keys import ROOT, entries, holds_biases, present, shared_keys
 from .provenance import compare_bases, fingerprint_in, record, start_in
 
 __all__ = ["CONFIG", "Loaded", "aside", "load", "save"]
@@ -268,7 +268,7 @@ def _fill(adapter: Adapter, reader: _Reader, tensors: Mapping[str, Tensor], file
     known = {e.key: e for e in entries(adapter, reader.base, taken)}
     others = {k: t for k, t in tensors.items() if k not in known}
     done = vocabulary.taken(adapter, reader.base, others, reader.half, file)
-    done |= {k for k, t in others.items() if _is_the_bases(k, t, reader.base)}
+    done |= {k for k, t in others.items() if _is_the_bases(k, t, reader.base) or _is_shared(k, t, adapter, tensors)}
     used = {k: t for k, t in tensors.items() if k not in done}
     checkpoint.refuse_misfits(file, {k: e.shape for k, e in known.items()}, used)
     for key, tensor in used.items():
@@ -282,6 +282,12 @@ def _is_the_bases(key: str, tensor: Tensor, base: nn.Module) -> bool:
         return False
     half = min((weight.dtype, tensor.dtype), key=lambda d: d.itemsize)
     return torch.equal(weight.detach().cpu().to(half), tensor.to(half))
+
+
+def _is_shared(key: str, tensor: Tensor, adapter: Adapter, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor is what all sites share over again, as the field writes it at each site for RandLoRA."""
+    once = shared_keys(adapter).get(key.rpartition(".")[2])
+    return once is not None and once in tensors and torch.equal(tensors[once], tensor)
 
 
 def _keys_of_the_base(base: nn.Module) -> dict[str, nn.Parameter]:

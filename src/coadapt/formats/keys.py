@@ -90,7 +90,8 @@ def _entries(adapter: Adapter, base: nn.Module, taken: bool) -> Iterator[Entry]:
     elif adapter.shared is not None and not isinstance(adapter.shared, Reparametrization):
         known = names.SHARED.get(method_for(adapter.config).registered, {})
         for name, value in adapter.shared.state_dict(keep_vars=True).items():
-            yield _whole(known.get(name, f"{VIRTUAL_ROOT}{name}"), value)
+            first, dot, rest = name.partition(".")
+            yield _whole(known.get(first, f"{VIRTUAL_ROOT}{first}") + dot + rest, value)
     for part in adapter.parts:
         path = plain_path(base, part.place.path)
         match part.method:
@@ -118,6 +119,12 @@ def _entries(adapter: Adapter, base: nn.Module, taken: bool) -> Iterator[Entry]:
                 yield from _of_parameter(adapter, part, method, path.rpartition(".")[0], taken)
             case _:
                 yield from _plain(adapter, part, path, taken)
+
+
+def shared_keys(adapter: Adapter) -> Mapping[str, str]:
+    """The keys of what the sites of an adapter share, by their last parts, as far as the field has names for it."""
+    keys = names.SHARED.get(method_for(adapter.config).registered, {}).values()
+    return {key.rpartition(".")[2]: key for key in keys}
 
 
 def plain_path(base: nn.Module, path: str) -> str:

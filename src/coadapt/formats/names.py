@@ -56,6 +56,25 @@ SITES: Mapping[str, Mapping[str, str]] = {
     "C3A": {"w": "c3a_kernel"},
     "SHIRA": {"s": "shira_weight", "at": "shira_indices"},
     "ADALORA": {"A": "lora_A", "B": "lora_B", "E": "lora_E"},
+    "VERA": {"b": "vera_lambda_b", "d": "vera_lambda_d"},
+    "PVERA": {"b": "pvera_lambda_b", "d": "pvera_lambda_d"},
+    "RANDLORA": {"L": "randlora_lambda", "G": "randlora_gamma"},
+    "FROD": {"l": "frod_lambda_l", "s": "frod_lambda_s_values"},
+    "GRALORA": {
+        "A": "gralora_A",
+        "B": "gralora_B",
+        "A_all": "gralora_A_general.weight",
+        "B_all": "gralora_B_general.weight",
+    },
+    "LILY": {"A": "lily_A.weight", "B": "lily_B.weight", "R": "lily_router.weight"},
+    "VBLORA": {"zA": "vblora_logits_A", "zB": "vblora_logits_B"},
+    "UNILORA": {
+        "iA": "unilora_indices_A",
+        "iB": "unilora_indices_B",
+        "sA": "unilora_scales_A",
+        "sB": "unilora_scales_B",
+    },
+    "TINYLORA": {"A": "tinylora_A", "B": "tinylora_B", "projections.P": "tinylora_P"},
 }
 """Method -> parameter (or buffer) at a site, or the module that holds it -> what follows the path of the site."""
 
@@ -81,6 +100,17 @@ TAKES: Mapping[str, Sequence[str]] = {
     "BAT": ("Linear",),
     "HRA": ("Linear",),
     "ROAD": ("Linear",),
+    "FROD": ("Linear", "Conv1D"),
+    "GRALORA": ("Linear", "Conv1D"),
+    "LOHA": ("Linear", "Conv1d", "Conv2d"),
+    "LOKR": ("Linear", "Conv1d", "Conv2d"),
+    "LILY": ("Linear",),
+    "PVERA": ("Linear", "Conv1D"),
+    "RANDLORA": ("Linear", "Conv1D"),
+    "TINYLORA": ("Linear", "Conv1D", "Embedding"),
+    "UNILORA": ("Linear", "Conv1D"),
+    "VBLORA": ("Linear", "Conv1D"),
+    "VERA": ("Linear", "Conv1D"),
     "OFT": ("Linear", "Embedding"),
     "COFT": ("Linear", "Embedding"),
 }
@@ -88,8 +118,19 @@ TAKES: Mapping[str, Sequence[str]] = {
 
 SHARED: Mapping[str, Mapping[str, str]] = {
     "MULTITASK_PROMPT_TUNING": {"V": "prefix_task_rows"},
+    "VERA": {"A": "base_model.vera_A", "B": "base_model.vera_B"},
+    "PVERA": {"A": "base_model.pvera_A", "B": "base_model.pvera_B"},
+    "RANDLORA": {"A": "base_model.randlora_A", "B": "base_model.randlora_B"},
+    "FROD": {
+        "V": "base_model.frod_V",
+        "entries": "base_model.frod_s_indices",
+        "sizes": "base_model.frod_s_size",
+    },
+    "VBLORA": {"V": "base_model.vblora_vector_bank"},
+    "UNILORA": {"theta": "base_model.unilora_theta_d"},
+    "TINYLORA": {"v": "base_model.tinylora_v"},
 }
-"""Method -> parameter (or buffer) of what all sites share -> the whole key in a file."""
+"""Method -> parameter (or buffer, or dict of them) of what all sites share -> the whole key in a file."""
 
 OLDER: Mapping[str, str] = {"bone_block": "miss_block"}
 """Last parts of keys in older files -> what they are called now."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ..core.adapter import ModuleCopy
 from ..core.method import METHODS, WeightMethod
+from . import names
 from .configs import PEFT_VERSION, READABLE
 from .facts import Facts
 
@@ -127,6 +128,8 @@ def _transformers(facts: Facts) -> Iterator[str]:
         yield "it hands no task_ids on"
     if facts.kind == "ALORA":
         yield "it does not look for the invocation, so the adapter is never active"
+    if facts.kind in names.SHARED and facts.kind != "RANDLORA":  # whose bases it makes again
+        yield f"transformers {TRANSFORMERS_VERSION} loads nothing that layers share"
     if facts.kind == "DORA":
         yield f"transformers {TRANSFORMERS_VERSION} loads DoRA without its magnitudes"
 

@@ -41,19 +41,6 @@ class BitFit(WeightMethod):
     def places(cls, config: BitFitConfig, base: nn.Module) -> list[Place]:
         return [Place(p, m) for p, m in target.layers(config, base, roles.with_bias(base))]
 
-    @classmethod
-    def beside(cls, config: Any, base: nn.Module, places: list[Place]) -> list[Companion]:
-        """What the field `bias` of another method's configuration asks for: "none", "all", or "<method>_only"."""
-        if config.bias == "none":
-            return []
-        with_bias = set(roles.with_bias(base))
-        found = [Place(p, base.get_submodule(p)) for p in roles.with_bias(base)] if config.bias == "all" else places
-        found = [p for p in found if p.path in with_bias and kind_of(p.module) is not None]
-        if not found:
-            who = type(config).__name__
-            raise ValueError(f"{who}: bias={config.bias!r}, but none of the layers concerned has a bias.")
-        return [Companion(cls, BitFitConfig(), found)]
-
     def merge(self, weight: Tensor) -> Tensor:
         return weight
 
@@ -63,3 +50,19 @@ class BitFit(WeightMethod):
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         y = base(x)
         return y + base.along_channels(self.delta.to(y.dtype), y)
+
+
+class WithBiases:
+    """Mixed into a method whose configuration has a field `bias`: "none", "all", or "<method>_only"."""
+
+    @classmethod
+    def companions(cls, config: Any, base: nn.Module, places: list[Place]) -> list[Companion]:
+        if config.bias == "none":
+            return []
+        with_bias = set(roles.with_bias(base))
+        found = [Place(p, base.get_submodule(p)) for p in roles.with_bias(base)] if config.bias == "all" else places
+        found = [p for p in found if p.path in with_bias and kind_of(p.module) is not None]
+        if not found:
+            who = type(config).__name__
+            raise ValueError(f"{who}: bias={config.bias!r}, but none of the layers concerned has a bias.")
+        return [Companion(BitFit, BitFitConfig(), found)]

@@ -9,7 +9,7 @@ from ..config import LycorisConfig
 from ..core import target
 from ..core.layer import Known, Layer
 from ..core.lowrank import LowRankMethod, is_plain
-from ..core.method import Place, register
+from ..core.method import register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +56,6 @@ class LoHa(LowRankMethod):
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
         if config.init_weights:
             nn.init.zeros_(self.A2)
-
-    @classmethod
-    def places(cls, config: LoHaConfig, base: nn.Module) -> list[Place]:
-        places = super().places(config, base)
-        target.check_patterns(config, places, "rank_pattern", "alpha_pattern")
-        return places
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         (b1, a1), (b2, a2) = _two(self.B1, self.T1, self.A1), _two(self.B2, self.T2, self.A2)

@@ -1,5 +1,6 @@
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from ..config import LycorisConfig
 from ..core import target
 from ..core.layer import Layer
-from ..core.method import Place, WeightMethod, register
+from ..core.method import WeightMethod, register
 from .loha import thinned
 
 
@@ -79,22 +80,16 @@ class LoKr(WeightMethod):
                 nn.init.kaiming_uniform_(made, a=math.sqrt(5))
             self.register_parameter(name, made)
         if config.init_weights:
-            lycoris = config.init_weights == "lycoris"
-            first = ("D" if full else "Da") if lycoris else ("Cb" if both else "C")
+            first = ("D" if full else "Da") if config.init_weights == "lycoris" else ("Cb" if both else "C")
             nn.init.zeros_(self.get_parameter(first))
-
-    @classmethod
-    def places(cls, config: LoKrConfig, base: nn.Module) -> list[Place]:
-        places = super().places(config, base)
-        target.check_patterns(config, places, "rank_pattern", "alpha_pattern")
-        return places
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """C (l, m) and D (k, n, *K)."""
-        c = self.C if self.Cb is None else self.Cb @ self.Ca
-        if self.T is not None:
-            return c, torch.einsum("pq...,pk,qn->kn...", self.T, self.Db, self.Da)
-        return c, self.D if self.Db is None else (self.Db @ self.Da).view(self.inner)
+        own: Any = self
+        c = own.C if own.Cb is None else own.Cb @ own.Ca
+        if own.T is not None:
+            return c, torch.einsum("pq...,pk,qn->kn...", own.T, own.Db, own.Da)
+        return c, own.D if own.Db is None else (own.Db @ own.Da).view(self.inner)
 
     def change(self) -> Tensor:
         """(O, I, *K)"""

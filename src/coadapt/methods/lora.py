@@ -22,7 +22,7 @@ from ..lora_options import (
     Options,
     VeloraConfig,
 )
-from .bitfit import BitFit
+from .bitfit import WithBiases
 from .lora_bias import LoraBias
 from .trainable_tokens import TrainableTokens, TrainableTokensConfig
 
@@ -162,7 +162,7 @@ class LoraConfig(RankedConfig):
 
 
 @register(LoraConfig)
-class LoRA(LowRankMethod):
+class LoRA(WithBiases, LowRankMethod):
     """W' = W + (alpha / r) B A, or W + (alpha / r) (B A - B0 A0)
 
     LoRA: Low-Rank Adaptation of Large Language Models, Hu et al. 2021, arXiv:2106.09685. On an embedding A starts at
@@ -226,7 +226,7 @@ class LoRA(LowRankMethod):
         beside = [Companion(TrainableTokens, own, TrainableTokens.places(own, base)) for own in found_tokens]
         if config.lora_bias:
             beside.append(Companion(LoraBias, config, places))
-        return [*BitFit.beside(config, base, places), *beside]
+        return [*super().companions(config, base, places), *beside]
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         if self.waits and self.training and torch.is_grad_enabled():
