@@ -12,11 +12,14 @@ from coadapt import (
     InvertibleConfig,
     LNTuningConfig,
     LoraConfig,
+    OSFConfig,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     ShiraConfig,
+    SupertuningConfig,
     TrainableTokensConfig,
+    WaveFTConfig,
 )
 from coadapt.config import PeftConfig
 
@@ -33,6 +36,9 @@ CASES: dict[str, PeftConfig] = {
     "prefix": PrefixTuningConfig(num_virtual_tokens=3),
     "tokens": TrainableTokensConfig(token_indices=[3, 7, 20]),
     "prompt": PromptTuningConfig(num_virtual_tokens=3),
+    "waveft": WaveFTConfig(n_frequency=12, wavelet_family="db2", init_weights=False),
+    "osf": OSFConfig(effective_rank=0.4),
+    "supertuning": SupertuningConfig(sparsity=0.8),
     "adalora": AdaLoraConfig(total_step=9, init_r=4, target_r=2),
     "shira": ShiraConfig(r=1, init_weights=False),
     "c3a": C3AConfig(block_size=2),
@@ -57,5 +63,7 @@ VARIANTS: dict[str, PeftConfig] = {
     ),
     "prefix-projected": PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True),
     "prefix-decoupled": PrefixTuningConfig(num_virtual_tokens=3, prefix_type="decoupled"),
+    "supra": SupertuningConfig(sparsity=0.8, r=2, select_top=False, save_precomputed_indices=False),
+    "waveft-entries": WaveFTConfig(n_frequency=12, proportional_parameters=True, use_idwt=False, init_weights=False),
 }
 """Other forms of the same methods."""

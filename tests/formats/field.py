@@ -126,6 +126,21 @@ CASES = {
     "gpt2-adalora": other("gpt2", "AdaLoraConfig", total_step=9, init_r=4, target_r=2),
     "t5-adalora": other("t5", "AdaLoraConfig", total_step=9, init_r=4, target_modules=["q", "wi"], target_r=2),
     "plain-adalora": other("plain", "AdaLoraConfig", total_step=9, init_r=4, target_r=2, target_modules=["first"]),
+    "llama-supertuning": other("llama", "SupertuningConfig", sparsity=0.9, select_top=False),
+    "llama-supra": other("llama", "SupertuningConfig", sparsity=0.9, r=3, lora_alpha=5),
+    "t5-supertuning": other("t5", "SupertuningConfig", sparsity=0.9),
+    "t5-supra": other("t5", "SupertuningConfig", sparsity=0.9, r=2, target_modules=["q", "wi"]),
+    "llama-osf": other("llama", "OSFConfig", effective_rank=10, rank_pattern={"layers.1.*v_proj": 0.5}),
+    "t5-osf": other("t5", "OSFConfig", target_modules=["q", "wi", "wo"]),
+    "llama-waveft": other("llama", "WaveFTConfig", n_frequency=40, proportional_parameters=True),
+    "llama-waveft-long": other(
+        "llama", "WaveFTConfig", n_frequency=40, wavelet_family="db5", n_frequency_pattern={"v_proj": 7}
+    ),
+    "gpt2-waveft": other(
+        "gpt2", "WaveFTConfig", n_frequency=40, target_modules=["c_attn", "c_fc"], wavelet_family="db3"
+    ),
+    "t5-waveft": other("t5", "WaveFTConfig", n_frequency=40, random_loc_seed=5, use_idwt=False),
+    "plain-waveft": other("plain", "WaveFTConfig", n_frequency=40, target_modules=["first"], wavelet_family="db2"),
     "llama-ptuning": other("llama", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),
     "gpt2-ptuning": other("gpt2", "PromptEncoderConfig", num_virtual_tokens=3),
     "t5-ptuning": other("t5", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),

@@ -13,6 +13,14 @@ SITES: Mapping[str, Mapping[str, str]] = {
     "C3A": {"w": "c3a_kernel"},
     "SHIRA": {"s": "shira_weight", "at": "shira_indices"},
     "ADALORA": {"A": "lora_A", "B": "lora_B", "E": "lora_E"},
+    "SUPERTUNING": {
+        "s": "supertuning_values",
+        "where.at": "supertuning_indices",
+        "lora.A": "supertuning_lora_A.weight",
+        "lora.B": "supertuning_lora_B.weight",
+    },
+    "OSF": {"U": "osf_svd_params.U_low", "S": "osf_svd_params.S_low", "V": "osf_svd_params.V_low"},
+    "WAVEFT": {"c": "waveft_spectrum"},
 }
 """Method -> parameter (or buffer) at a site -> what follows the path of the site."""
 
