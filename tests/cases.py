@@ -2,6 +2,7 @@
 
 from coadapt import (
     AdaLoraConfig,
+    AdamssConfig,
     BeftConfig,
     BitFitConfig,
     BottleneckConfig,
@@ -36,6 +37,10 @@ CASES: dict[str, PeftConfig] = {
     "prefix": PrefixTuningConfig(num_virtual_tokens=3),
     "tokens": TrainableTokensConfig(token_indices=[3, 7, 20]),
     "prompt": PromptTuningConfig(num_virtual_tokens=3),
+    "adamss-asa": AdamssConfig(
+        r=8, num_subspaces=3, use_asa=True, asa_target_subspaces=1, init_warmup=1, final_warmup=5, mask_interval=2
+    ),
+    "adamss": AdamssConfig(r=8, num_subspaces=3),
     "waveft": WaveFTConfig(n_frequency=12, wavelet_family="db2", init_weights=False),
     "osf": OSFConfig(effective_rank=0.4),
     "supertuning": SupertuningConfig(sparsity=0.8),
@@ -65,5 +70,6 @@ VARIANTS: dict[str, PeftConfig] = {
     "prefix-decoupled": PrefixTuningConfig(num_virtual_tokens=3, prefix_type="decoupled"),
     "supra": SupertuningConfig(sparsity=0.8, r=2, select_top=False, save_precomputed_indices=False),
     "waveft-entries": WaveFTConfig(n_frequency=12, proportional_parameters=True, use_idwt=False, init_weights=False),
+    "adamss-ranks": AdamssConfig(r=8, num_subspaces=3, subspace_rank=2, use_dynamic_rank=True, init_weights=None),
 }
 """Other forms of the same methods."""

@@ -1,5 +1,6 @@
 """The field's library beside coadapt: the same configurations in both, its models, saved and loaded."""
 
+import importlib.util
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -162,6 +163,13 @@ CASES = {
     "llama-projected": prefix("llama", prefix_projection=True, encoder_hidden_size=20),
     "gpt2-projected": prefix("gpt2", prefix_projection=True),
 }
+if importlib.util.find_spec("sklearn") is not None:  # which theirs needs
+    CASES |= {
+        "llama-adamss": other("llama", "AdamssConfig", r=8, num_subspaces=3),
+        "llama-adamss-ranks": other("llama", "AdamssConfig", r=6, subspace_rank=2, use_dynamic_rank=True),
+        "bert-adamss": other("bert", "AdamssConfig", r=8, random_seed=2),
+        "t5-adamss": other("t5", "AdamssConfig", r=8, target_modules=["q", "wi"]),
+    }
 """That both libraries take with the same options; T5's prefix stands below."""
 
 

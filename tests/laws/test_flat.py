@@ -275,7 +275,7 @@ def test_a_new_adapter_is_drawn_all_the_same(case: str) -> None:
     config = replace(config_of(case, "llama"), init_seed=1)
     other = replace(config, init_seed=2)
     one, two = (PeftModel(llama(), c).get_adapter("default").weight for c in (config, other))
-    from_the_base = ("bitfit", "full-copy", "ia3", "ln-tuning", "osf", "supertuning", "tokens")
+    from_the_base = ("adamss", "adamss-asa", "bitfit", "full-copy", "ia3", "ln-tuning", "osf", "supertuning", "tokens")
     assert torch.equal(one, two) == (case in from_the_base)
 
 

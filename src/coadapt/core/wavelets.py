@@ -1,8 +1,10 @@
 """Orthogonal wavelets: their filters, and one level of the inverse transform."""
 
 import functools
+import importlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ def scaling_filter(name: str) -> tuple[float, ...]:
     if 1 <= order <= 20:
         return _daubechies(order)
     try:
-        import pywt
+        pywt: Any = importlib.import_module("pywt")
     except ImportError as error:
         raise ValueError(
             f"wavelet_family={name!r} is not one of db1 to db20; others need PyWavelets (pip install PyWavelets)."
@@ -50,5 +52,5 @@ def _daubechies(order: int) -> tuple[float, ...]:
         found = np.convolve(found, [1.0, -(z if abs(z) < 1 else 1 / z)])
     for _ in range(order):
         found = np.convolve(found, [1.0, 1.0])
-    real = found.real
+    real = np.real(found)
     return tuple(float(h) for h in real * (math.sqrt(2) / real.sum()))

@@ -13,6 +13,7 @@ from ..core.adapter import Adapter, ModuleCopy, Part
 from ..core.layer import kind_of
 from ..core.method import FromBase, Progress, Reparametrization, method_for
 from ..methods.adalora import AdaLoRA
+from ..methods.adamss import AdaMSS
 from ..methods.beft import BEFT
 from ..methods.bitfit import BitFit
 from ..methods.dora import DoRA
@@ -95,6 +96,8 @@ def _entries(adapter: Adapter, base: nn.Module) -> Iterator[Entry]:
                 yield from _tokens_beside(adapter, part, path)
             case LoRA() as method if part.place.parameter:
                 yield from _of_parameter(adapter, part, method, path.rpartition(".")[0])
+            case AdaMSS() as method:
+                yield from _grouped(method, f"{ROOT}{path}.")
             case _:
                 yield from _plain(adapter, part, path)
 
@@ -178,6 +181,20 @@ def _of_parameter(adapter: Adapter, part: Part, method: LoRA, path: str) -> Iter
         _copy(tensor.view(out, rank, experts).permute(2, 0, 1), b)
 
     yield Entry(key, (out, rank * experts), lambda: b.detach().permute(1, 2, 0).reshape(out, -1), write)
+
+
+def _grouped(method: AdaMSS, inside: str) -> Iterator[Entry]:
+    """The field has a matrix for each group of outputs; those that a group's rank leaves out are not there."""
+    yield _whole(f"{inside}adamss_newB", method.V)
+    for k, (rows, rank) in enumerate(method.subspaces()):
+        yield _whole(f"{inside}adamss_A.{k}", method.A[k, :rank])
+
+        def write(tensor: Tensor, rows: Tensor = rows, rank: int = rank) -> None:
+            with torch.no_grad():
+                method.B[rows, :rank] = tensor.to(method.B)
+
+        shape = len(rows), rank
+        yield Entry(f"{inside}adamss_B.{k}", shape, lambda r=rows, n=rank: method.B.detach()[r, :n].clone(), write)
 
 
 def _kept(adapter: Adapter, part: Part, base: nn.Module) -> Iterator[Entry]:
