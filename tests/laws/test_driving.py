@@ -241,6 +241,16 @@ def test_resumed_from_a_trainers_checkpoint(tmp_path: Path) -> None:
     assert all(map(torch.equal, values(again), values(whole)))
 
 
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_a_trainers_checkpoint_is_loaded_for_either(is_trainable: bool, tmp_path: Path) -> None:
+    view = fresh()
+    trainer(view, tmp_path, save_strategy="steps", save_steps=STEPS).train()
+    again = PeftModel.from_pretrained(llama(), tmp_path / f"checkpoint-{STEPS}", is_trainable=is_trainable)
+    assert all(map(torch.equal, values(again), values(view)))
+    assert all((method.importance is not None) == is_trainable for method in methods(again))
+    assert all(parameter.requires_grad == is_trainable for parameter in again.adapters.parameters())
+
+
 @pytest.mark.parametrize("stop", [3, 6, 8])
 def test_saved_and_loaded_in_between(stop: int, tmp_path: Path) -> None:
     """Before ranks fall, while they do, and when they do no more: with the optimiser's state it is one run."""

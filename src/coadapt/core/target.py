@@ -1,14 +1,15 @@
 """Which modules of a model become sites: by name, by regular expression, by layer."""
 
+import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
 
 from ..config import TargetedConfig, did_you_mean, nearest
-from .layer import kind_of
+from .layer import Layer, kind_of
 from .mixture import Mixture, mixtures
 from .roles import Place, bypassed, heads, linears, query_and_value
 
@@ -217,6 +218,14 @@ def check_transposed(config: Any, modules: Sequence[nn.Module]) -> None:
             f"{_who(config)}: fan_in_fan_out=True, but no target stores its weight transposed. Leave it out: it is "
             "found."
         )
+
+
+def matrices(places: Sequence[Place], kinds: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """(path, O, I K) of the places at layers of these kinds."""
+    for place in places:
+        layer = Layer(place.module, place.path)
+        if layer.kind.name in kinds:
+            yield place.path, layer.shape[0], math.prod(layer.shape[1:])
 
 
 def by_pattern(pattern: Mapping[str, V], path: str, default: V) -> V:

@@ -22,7 +22,7 @@ SITES: Mapping[str, Mapping[str, str]] = {
     "OSF": {"U": "osf_svd_params.U_low", "S": "osf_svd_params.S_low", "V": "osf_svd_params.V_low"},
     "WAVEFT": {"c": "waveft_spectrum"},
     "ADAMSS": {},
-    "ADAMSS_ASA": {},
+    "ASA": {},
 }
 """Method -> parameter (or buffer) at a site -> what follows the path of the site."""
 

@@ -50,7 +50,7 @@ class AdamssConfig(TargetedConfig):
 
     @property
     def method(self) -> str:
-        return "ADAMSS_ASA" if self.use_asa else "ADAMSS"
+        return "ASA" if self.use_asa else "ADAMSS"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,7 @@ from ..core.method import Driven, Place, register
 from .adamss import AdaMSS, AdamssConfig
 
 
-@register(AdamssConfig, variant="ADAMSS_ASA")
+@register(AdamssConfig, variant="ASA")
 class AdaMSSASA(Driven, AdaMSS):
     """[W', b'] = [W, b] + B A V as in AdaMSS, its groups frozen one after another
 
@@ -22,14 +22,14 @@ class AdaMSSASA(Driven, AdaMSS):
 
     def __init__(self, config: AdamssConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
-        self.importance = None if config.inference_mode else self._importance()
+        self.importance: Importance | None = self._importance()
         self._held: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def places(cls, config: AdamssConfig, base: nn.Module) -> list[Place]:
         found = super().places(config, base)
         every = sum(min(config.num_subspaces, Layer(p.module, p.path).shape[0]) for p in found)
-        if config.asa_target_subspaces >= every:
+        if config.use_asa and config.asa_target_subspaces >= every:
             raise ValueError(
                 f"AdamssConfig: use_asa has no effect: asa_target_subspaces={config.asa_target_subspaces} is not below "
                 f"the {every} groups of {len(found)} targets."

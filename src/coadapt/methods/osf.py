@@ -56,7 +56,7 @@ class OSF(LowRankMethod):
     arXiv:2504.07097. Gradients of U and V are projected off the vectors that stay in the backward itself, so they are
     so in any loop, whatever optimiser it has. The base keeps its weight: the start is taken off again. Convolution
     kernels are laid out as (O, I K). Use it where several tasks follow one another and the earlier ones must stay.
-    Parameters per site: r (O + I K + 1), r the singular values that train: large.
+    Parameters per site: r (O + I K + 1), with r singular values that train, half of all as a rule.
     """
 
     kinds = ("linear", "embedding", "conv")

@@ -44,12 +44,13 @@ class SupertuningConfig(TargetedConfig):
 
 @register(SupertuningConfig)
 class SuperTuning(AdditiveMethod):
-    """W' = W + S, or W + S + (alpha / r) B A, S zero but at the entries where |W| is largest
+    """W' = W + S, or W + S + (alpha / r) B A, S zero but at the largest entries of W
 
-    Super and Supra, 2026, arXiv:2607.09287: outliers of the weight matter most, so those are what trains; with `r` a
-    LoRA beside them. Which entries these are is found in the base's weight, whatever stands below in a Seq. Convolution
-    kernels count entry by entry. Use it where a fixed, small share of the weights themselves should train. Parameters
-    per site: (1 - sparsity) O I K, and r (O + I K) with `r`.
+    Supra-Tuning: Combining Outlier and Low-Rank Adaptation for Sparse and Efficient LLM Fine-Tuning, arXiv:2607.09287.
+    Large entries matter most, so those train (Super); with `r` a LoRA beside them (Supra). Entries are ranked by their
+    magnitude, as in peft; the paper also has calibrated scores. They are found in the base's weight, whatever stands
+    below in a Seq. Use it where a fixed, small share of the weights themselves should train.
+    Parameters per site: (1 - sparsity) O I K, and r (O + I K) with `r`.
     """
 
     def __init__(self, config: SupertuningConfig, layer: Layer, shared: nn.Module | None = None) -> None:

@@ -67,9 +67,7 @@ class WaveFT(AdditiveMethod):
         super().__init__(config, layer, shared)
         self.shape, self.scale = layer.shape, config.scaling
         n = target.by_pattern(config.n_frequency_pattern, layer.path, int(layer.role or config.n_frequency))
-        size = math.prod(self.shape)
-        check_count("WaveFTConfig", "n_frequency", n, size, layer.path)
-        self.where = Places(n, size, config.random_loc_seed)
+        self.where = Places(n, math.prod(self.shape), config.random_loc_seed)
         self.lowpass = scaling_filter(config.wavelet_family) if config.use_idwt else None
         self.c = nn.Parameter(torch.zeros(n) if config.init_weights else 0.01 * torch.randn(n))  # (N,)
 
@@ -79,9 +77,14 @@ class WaveFT(AdditiveMethod):
         target.check_patterns(config, ("n_frequency_pattern",), found)
         target.check_transposed(config, [place.module for place in found])
         if not config.proportional_parameters:
+            for path, out, ins in target.matrices(found, cls.kinds):
+                n = target.by_pattern(config.n_frequency_pattern, path, config.n_frequency)
+                check_count("WaveFTConfig", "n_frequency", n, out * ins, path)
             return found
         sizes = [math.prod(Layer(place.module, place.path).shape) for place in found]
         each = [config.n_frequency * len(found) * size / sum(sizes) for size in sizes]
+        for place, n, size in zip(found, each, sizes, strict=True):
+            check_count("WaveFTConfig", "n_frequency", round(n), size, place.path)
         return [Place(p.path, p.module, role=str(max(1, round(n)))) for p, n in zip(found, each, strict=True)]
 
     def change(self) -> Tensor:
