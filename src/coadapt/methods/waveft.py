@@ -81,11 +81,11 @@ class WaveFT(AdditiveMethod):
                 n = target.by_pattern(config.n_frequency_pattern, path, config.n_frequency)
                 check_count("WaveFTConfig", "n_frequency", n, out * ins, path)
             return found
-        sizes = [math.prod(Layer(place.module, place.path).shape) for place in found]
-        each = [config.n_frequency * len(found) * size / sum(sizes) for size in sizes]
-        for place, n, size in zip(found, each, sizes, strict=True):
-            check_count("WaveFTConfig", "n_frequency", round(n), size, place.path)
-        return [Place(p.path, p.module, role=str(max(1, round(n)))) for p, n in zip(found, each, strict=True)]
+        sizes = {path: out * ins for path, out, ins in target.matrices(found, cls.kinds)}
+        each = {p: config.n_frequency * len(sizes) * size / sum(sizes.values()) for p, size in sizes.items()}
+        for path, size in sizes.items():
+            check_count("WaveFTConfig", "n_frequency", round(each[path]), size, path)
+        return [Place(p.path, p.module, role=str(max(1, round(each.get(p.path, 1))))) for p in found]
 
     def change(self) -> Tensor:
         entries = self.where(self.c).view(self.shape[0], -1)  # (O, I)
