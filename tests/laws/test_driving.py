@@ -209,10 +209,12 @@ def test_coadapt_train_fills_in_the_length_and_drives(tmp_path: Path) -> None:
     """15 rows in batches of 4, two of them a step: two steps an epoch, five in two and a half."""
     base, rows = save_base(tmp_path / "base"), tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{a}+1=", "completion": f" {a + 1}"}) + "\n" for a in range(15)))
+    adalora = {"method": "adalora", "init_r": 4, "target_r": 2, "target_modules": ["q_proj", "v_proj"]}
+    adapters: Any = {"default": adalora}
     run = RunConfig(
         model=str(base),
         data=str(rows),
-        adapters={"default": {"method": "adalora", "init_r": 4, "target_r": 2, "target_modules": ["q_proj", "v_proj"]}},
+        adapters=adapters,
         num_train_epochs=2.5,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
