@@ -2,6 +2,7 @@
 
 from coadapt import (
     AdaLoraConfig,
+    AdamssConfig,
     AdapterPlusConfig,
     AdaptionPromptConfig,
     BeftConfig,
@@ -33,6 +34,7 @@ from coadapt import (
     MTLLoRAConfig,
     MultitaskPromptTuningConfig,
     OFTConfig,
+    OSFConfig,
     PeanutConfig,
     PolyConfig,
     PrefixTuningConfig,
@@ -44,11 +46,13 @@ from coadapt import (
     ReftConfig,
     RoadConfig,
     ShiraConfig,
+    SupertuningConfig,
     TinyLoraConfig,
     TrainableTokensConfig,
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
+    WaveFTConfig,
 )
 from coadapt.config import PeftConfig
 
@@ -104,6 +108,13 @@ CASES: dict[str, PeftConfig] = {
     "vblora": VBLoRAConfig(r=3, num_vectors=6, vector_length=2, init_vector_bank_bound=0.5),
     "vera": VeraConfig(r=6, init_weights=False),
     "prompt": PromptTuningConfig(num_virtual_tokens=3),
+    "adamss-asa": AdamssConfig(
+        r=8, num_subspaces=3, use_asa=True, asa_target_subspaces=1, init_warmup=1, final_warmup=5, mask_interval=2
+    ),
+    "adamss": AdamssConfig(r=8, num_subspaces=3),
+    "waveft": WaveFTConfig(n_frequency=12, wavelet_family="db2", init_weights=False),
+    "osf": OSFConfig(effective_rank=0.4),
+    "supertuning": SupertuningConfig(sparsity=0.8),
     "adalora": AdaLoraConfig(total_step=9, init_r=4, target_r=2),
     "shira": ShiraConfig(r=1, init_weights=False),
     "c3a": C3AConfig(block_size=2),
@@ -154,5 +165,8 @@ VARIANTS: dict[str, PeftConfig] = {
     ),
     "prefix-projected": PrefixTuningConfig(num_virtual_tokens=3, prefix_projection=True),
     "prefix-decoupled": PrefixTuningConfig(num_virtual_tokens=3, prefix_type="decoupled"),
+    "supra": SupertuningConfig(sparsity=0.8, r=2, select_top=False, save_precomputed_indices=False),
+    "waveft-entries": WaveFTConfig(n_frequency=12, proportional_parameters=True, use_idwt=False, init_weights=False),
+    "adamss-ranks": AdamssConfig(r=8, num_subspaces=3, subspace_rank=2, use_dynamic_rank=True, init_weights=None),
 }
 """Other forms of the same methods."""

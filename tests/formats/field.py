@@ -1,5 +1,6 @@
 """The field's library beside coadapt: the same configurations in both, its models, saved and loaded."""
 
+import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable
@@ -273,6 +274,21 @@ CASES = {
     ),
     "llama-lily-regex": replace(other("llama", "LilyConfig", r=3, target_modules=r".*\.(q|o)_proj"), own=BATCH),
     "t5-lily": replace(other("t5", "LilyConfig", r=3, num_B=3, target_modules=["q", "wo"]), own=BATCH),
+    "llama-supertuning": other("llama", "SupertuningConfig", sparsity=0.9, select_top=False),
+    "llama-supra": other("llama", "SupertuningConfig", sparsity=0.9, r=3, lora_alpha=5),
+    "t5-supertuning": other("t5", "SupertuningConfig", sparsity=0.9),
+    "t5-supra": other("t5", "SupertuningConfig", sparsity=0.9, r=2, target_modules=["q", "wi"]),
+    "llama-osf": other("llama", "OSFConfig", effective_rank=10, rank_pattern={"layers.1.*v_proj": 0.5}),
+    "t5-osf": other("t5", "OSFConfig", target_modules=["q", "wi", "wo"]),
+    "llama-waveft": other("llama", "WaveFTConfig", n_frequency=40, proportional_parameters=True),
+    "llama-waveft-long": other(
+        "llama", "WaveFTConfig", n_frequency=40, wavelet_family="db5", n_frequency_pattern={"v_proj": 7}
+    ),
+    "gpt2-waveft": other(
+        "gpt2", "WaveFTConfig", n_frequency=40, target_modules=["c_attn", "c_fc"], wavelet_family="db3"
+    ),
+    "t5-waveft": other("t5", "WaveFTConfig", n_frequency=40, random_loc_seed=5, use_idwt=False),
+    "plain-waveft": other("plain", "WaveFTConfig", n_frequency=40, target_modules=["first"], wavelet_family="db2"),
     "llama-ptuning": other("llama", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),
     "gpt2-ptuning": other("gpt2", "PromptEncoderConfig", num_virtual_tokens=3),
     "t5-ptuning": other("t5", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),
@@ -304,6 +320,13 @@ CASES = {
     "llama-projected": prefix("llama", prefix_projection=True, encoder_hidden_size=20),
     "gpt2-projected": prefix("gpt2", prefix_projection=True),
 }
+if importlib.util.find_spec("sklearn") is not None:  # which theirs needs
+    CASES |= {
+        "llama-adamss": other("llama", "AdamssConfig", r=8, num_subspaces=3),
+        "llama-adamss-ranks": other("llama", "AdamssConfig", r=6, subspace_rank=2, use_dynamic_rank=True),
+        "bert-adamss": other("bert", "AdamssConfig", r=8, random_seed=2),
+        "t5-adamss": other("t5", "AdamssConfig", r=8, target_modules=["q", "wi"]),
+    }
 """That both libraries take with the same options; T5's prefix stands below."""
 
 

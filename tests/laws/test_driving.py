@@ -209,10 +209,12 @@ def test_coadapt_train_fills_in_the_length_and_drives(tmp_path: Path) -> None:
     """15 rows in batches of 4, two of them a step: two steps an epoch, five in two and a half."""
     base, rows = save_base(tmp_path / "base"), tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{a}+1=", "completion": f" {a + 1}"}) + "\n" for a in range(15)))
+    adalora = {"method": "adalora", "init_r": 4, "target_r": 2, "target_modules": ["q_proj", "v_proj"]}
+    adapters: Any = {"default": adalora}
     run = RunConfig(
         model=str(base),
         data=str(rows),
-        adapters={"default": {"method": "adalora", "init_r": 4, "target_r": 2, "target_modules": ["q_proj", "v_proj"]}},
+        adapters=adapters,
         num_train_epochs=2.5,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
@@ -239,6 +241,16 @@ def test_resumed_from_a_trainers_checkpoint(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-5"))
     assert left(again) == 2 * len(methods(again))
     assert all(map(torch.equal, values(again), values(whole)))
+
+
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_a_trainers_checkpoint_is_loaded_for_either(is_trainable: bool, tmp_path: Path) -> None:
+    view = fresh()
+    trainer(view, tmp_path, save_strategy="steps", save_steps=STEPS).train()
+    again = PeftModel.from_pretrained(llama(), tmp_path / f"checkpoint-{STEPS}", is_trainable=is_trainable)
+    assert all(map(torch.equal, values(again), values(view)))
+    assert all((method.importance is not None) == is_trainable for method in methods(again))
+    assert all(parameter.requires_grad == is_trainable for parameter in again.adapters.parameters())
 
 
 @pytest.mark.parametrize("stop", [3, 6, 8])

@@ -279,7 +279,7 @@ class _Blank(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         match func.__name__:
-            case "randn":
+            case "randn" if kwargs.get("generator") is None:
                 return torch.zeros(*args, **kwargs)
             case "uniform_" | "normal_" | "kaiming_uniform_" if kwargs.get("generator") is None:
                 filled: Tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]

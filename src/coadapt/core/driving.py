@@ -75,6 +75,15 @@ def restore(adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
         value.copy_(tensors[name])
 
 
+def settle(adapter: Adapter) -> None:
+    """Freezes it, and gives up what only training needs."""
+    adapter.requires_grad_(False)
+    for module in list(adapter.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Progress):
+                setattr(module, name, None)
+
+
 def _trained(adapter: Adapter) -> list[nn.Parameter]:
     return [p for p in adapter.parameters() if p.requires_grad]
 

@@ -25,6 +25,12 @@ class Importance(Progress):
             mean.mul_(beta1).add_(sensitivity, alpha=1 - beta1)
             deviation.mul_(beta2).add_((sensitivity - mean).abs(), alpha=1 - beta2)
 
+    def forget(self) -> None:
+        """Begins anew."""
+        for name, buffer in self.named_buffers(recurse=False):
+            if name.startswith(("mean_", "deviation_")):
+                buffer.zero_()
+
     def of(self, name: str) -> Tensor:
         """(11): how much each entry matters, in the shape of the parameter."""
         return self.get_buffer(f"mean_{name}") * self.get_buffer(f"deviation_{name}")

@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -275,6 +275,14 @@ def among(config: TargetedConfig, field: str, paths: Sequence[str], usual: Seque
         ends = sorted({p.rpartition(".")[2] for p in paths})
         raise ValueError(f"{_who(config)}: {field} {idle} matches none of the targets, which are called {ends}.")
     return found
+
+
+def matrices(places: Sequence[Place], kinds: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """(path, O, I K) of the places at layers of these kinds."""
+    for place in places:
+        layer = Layer(place.module, place.path)
+        if layer.kind.name in kinds:
+            yield place.path, layer.shape[0], math.prod(layer.shape[1:])
 
 
 def matching(pattern: Mapping[str, Any], path: str, default: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig, check_name
+from ..core import driving
 from ..core.adapter import Adapter, build, replace_options
 from ..core.composition import Node, trained_gates
 from ..core.routing import prepare
@@ -109,6 +110,9 @@ def load(where: Path, base: nn.Module, fingerprint: str, is_trainable: bool, hal
     node = node_from_json(said["composition"])
     prepare(node, {a.name: a for a in adapters}, base)
     _fill(file, adapters, node, state)
+    for adapter in adapters:
+        if adapter.config.inference_mode:
+            driving.settle(adapter)
     for gate in trained_gates(node):
         gate.requires_grad_(is_trainable)
     return adapters, node

@@ -255,6 +255,8 @@ def _load_adapter(reader: _Reader, where: Path, name: str, config: PeftConfig | 
         checkpoint.refuse_misfits(where / TRAINING, {k: tuple(t.shape) for k, t in known.items()}, tensors_of_training)
         driving.restore(adapter, tensors_of_training)
     _fill(adapter, reader, tensors, where / WEIGHTS, taken=not again)
+    if not is_trainable:
+        driving.settle(adapter)
     return adapter
 
 

@@ -14,6 +14,7 @@ from ..core.adapter import Adapter, ModuleCopy, Part
 from ..core.layer import kind_of
 from ..core.method import FromBase, Progress, Reparametrization, method_for
 from ..methods.adalora import AdaLoRA
+from ..methods.adamss import AdaMSS
 from ..methods.adaption_prompt import AdaptionPrompt
 from ..methods.beft import BEFT
 from ..methods.bitfit import BitFit
@@ -117,6 +118,8 @@ def _entries(adapter: Adapter, base: nn.Module, taken: bool) -> Iterator[Entry]:
                 yield from _tokens_beside(adapter, part, path)
             case LoRA() as method if part.place.parameter:
                 yield from _of_parameter(adapter, part, method, path.rpartition(".")[0], taken)
+            case AdaMSS() as method:
+                yield from _grouped(method, f"{ROOT}{path}.")
             case _:
                 yield from _plain(adapter, part, path, taken)
 
@@ -246,6 +249,20 @@ def _of_parameter(adapter: Adapter, part: Part, method: LoRA, path: str, taken: 
         lambda: b.read().permute(1, 2, 0).reshape(out, -1),
         lambda t: b.write(t.view(out, rank, experts).permute(2, 0, 1)),
     )
+
+
+def _grouped(method: AdaMSS, inside: str) -> Iterator[Entry]:
+    """The field has a matrix for each group of outputs; those that a group's rank leaves out are not there."""
+    yield _whole(f"{inside}adamss_newB", method.V)
+    for k, (rows, rank) in enumerate(method.subspaces()):
+        yield _whole(f"{inside}adamss_A.{k}", method.A[k, :rank])
+
+        def write(tensor: Tensor, rows: Tensor = rows, rank: int = rank) -> None:
+            with torch.no_grad():
+                method.B[rows, :rank] = tensor.to(method.B)
+
+        shape = len(rows), rank
+        yield Entry(f"{inside}adamss_B.{k}", shape, lambda r=rows, n=rank: method.B.detach()[r, :n].clone(), write)
 
 
 def _kept(adapter: Adapter, part: Part, base: nn.Module) -> Iterator[Entry]:

@@ -75,6 +75,16 @@ SITES: Mapping[str, Mapping[str, str]] = {
         "sB": "unilora_scales_B",
     },
     "TINYLORA": {"A": "tinylora_A", "B": "tinylora_B", "projections.P": "tinylora_P"},
+    "SUPERTUNING": {
+        "s": "supertuning_values",
+        "where.at": "supertuning_indices",
+        "lora.A": "supertuning_lora_A.weight",
+        "lora.B": "supertuning_lora_B.weight",
+    },
+    "OSF": {"U": "osf_svd_params.U_low", "S": "osf_svd_params.S_low", "V": "osf_svd_params.V_low"},
+    "WAVEFT": {"c": "waveft_spectrum"},
+    "ADAMSS": {},
+    "ASA": {},
 }
 """Method -> parameter (or buffer) at a site, or the module that holds it -> what follows the path of the site."""
 

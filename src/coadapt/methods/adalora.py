@@ -72,7 +72,7 @@ class AdaLoraConfig(TargetedConfig):
 
 @register(AdaLoraConfig)
 class AdaLoRA(Driven, LowRankMethod):
-    """W' = W + (alpha / init_r) B diag(E) A, |E|_0 falling to the budget
+    """W' = W + (alpha / init_r) B diag(E) A, E with fewer and fewer entries
 
     Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, Zhang et al. 2023, arXiv:2303.10512. It drives
     itself: nothing has to be called after a step. Sensitivities are taken before the step, as in Algorithm 1, where
@@ -97,7 +97,7 @@ class AdaLoRA(Driven, LowRankMethod):
         self.A = nn.Parameter(spread * torch.randn(r, *in_dims))  # (R, I, *K)
         self.B = nn.Parameter(spread * torch.randn(out_features, r))  # (O, R)
         self.E = nn.Parameter(torch.zeros(r, 1) if config.init_lora_weights else torch.randn(r, 1))  # (R, 1)
-        self.importance = None if config.inference_mode else self._importance()
+        self.importance: Importance | None = self._importance()
 
     @classmethod
     def places(cls, config: AdaLoraConfig, base: nn.Module) -> list[Place]:

@@ -48,11 +48,6 @@ class C3A(AdditiveMethod):
         self.shape = layer.shape
         out, ins = self.shape[0], math.prod(self.shape[1:])
         b = self.size = target.matching(config.block_size_pattern, layer.path, config.block_size)
-        if out % b or ins % b:
-            raise ValueError(
-                f"C3AConfig: block_size={b} does not divide the {ins} inputs and {out} outputs of {layer.path!r}. Pick "
-                f"a divisor of {math.gcd(out, ins)}, for this layer by block_size_pattern."
-            )
         self.w = nn.Parameter(torch.zeros(out // b, ins // b, b))  # (O/b, I/b, b)
         match config.init_weights:
             case True:
@@ -68,6 +63,13 @@ class C3A(AdditiveMethod):
     def places(cls, config: C3AConfig, base: nn.Module) -> list[Place]:
         found = super().places(config, base)
         target.check_patterns(config, found, "block_size_pattern")
+        for path, out, ins in target.matrices(found, cls.kinds):
+            b = target.matching(config.block_size_pattern, path, config.block_size)
+            if out % b or ins % b:
+                raise ValueError(
+                    f"C3AConfig: block_size={b} does not divide the {ins} inputs and {out} outputs of {path!r}. Pick a "
+                    f"divisor of {math.gcd(out, ins)}, for this layer by block_size_pattern."
+                )
         return found
 
     def change(self) -> Tensor:

@@ -53,9 +53,7 @@ class FourierFT(AdditiveMethod):
         super().__init__(config, layer, shared)
         self.shape, self.scale = layer.shape, config.scaling
         n = target.matching(config.n_frequency_pattern, layer.path, config.n_frequency)
-        size = math.prod(self.shape)
-        check_count("FourierFTConfig", "n_frequency", n, size, layer.path)
-        self.where = Places(n, size, config.random_loc_seed)
+        self.where = Places(n, math.prod(self.shape), config.random_loc_seed)
         self.c = nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n))  # (N,)
 
     @classmethod
@@ -63,6 +61,9 @@ class FourierFT(AdditiveMethod):
         found = super().places(config, base)
         target.check_patterns(config, found, "n_frequency_pattern")
         target.check_transposed(config, [place.module for place in found])
+        for path, out, ins in target.matrices(found, cls.kinds):
+            n = target.matching(config.n_frequency_pattern, path, config.n_frequency)
+            check_count("FourierFTConfig", "n_frequency", n, out * ins, path)
         return found
 
     def change(self) -> Tensor:

@@ -38,10 +38,10 @@ class ShiraConfig(TargetedConfig):
 class SHiRA(AdditiveMethod):
     """W' = W + S, S zero but at r (O + I) chosen entries
 
-    Rapid Switching and Multi-Adapter Fusion via Sparse High Rank Adapters, Bhardwaj et al. 2024, arXiv:2406.13175.
-    Entries are chosen at random (SHiRA-Rand); the paper's choices by magnitude and gradient are not here, that by
-    magnitude is Super-Tuning's. Convolution kernels are laid out as (O, I K). Use it where many adapters are merged
-    and taken off again, or added up: few entries collide. Parameters per site: r (O + I).
+    Sparse High Rank Adapters, Bhardwaj et al. 2024, arXiv:2406.13175. Entries are chosen at random (SHiRA-Rand); the
+    paper's choices by magnitude and gradient are not here, that by magnitude is Super-Tuning's. Convolution kernels are
+    laid out as (O, I K). Use it where many adapters are merged and taken off again, or added up: few entries collide.
+    Parameters per site: r (O + I).
     """
 
     def __init__(self, config: ShiraConfig, layer: Layer, shared: nn.Module | None = None) -> None:
@@ -49,7 +49,6 @@ class SHiRA(AdditiveMethod):
         self.shape = layer.shape
         out, ins = self.shape[0], math.prod(self.shape[1:])
         n = config.r * (out + ins)
-        check_count("ShiraConfig", f"r={config.r}", n, out * ins, layer.path)
         places = drawn(n, out * ins, config.random_seed).sort().values
         self.at: Tensor
         self.register_buffer("at", torch.stack([places // ins, places % ins]).to(torch.int32))  # (2, N) rows, columns
@@ -59,6 +58,8 @@ class SHiRA(AdditiveMethod):
     def places(cls, config: ShiraConfig, base: nn.Module) -> list[Place]:
         found = super().places(config, base)
         target.check_transposed(config, [place.module for place in found])
+        for path, out, ins in target.matrices(found, cls.kinds):
+            check_count("ShiraConfig", f"r={config.r}", config.r * (out + ins), out * ins, path)
         return found
 
     def change(self) -> Tensor:
