@@ -12,6 +12,10 @@ README = Path(__file__).parent.parent / "README.md"
 START, END = "<!-- methods: made by tools/methods_table.py -->", "<!-- /methods -->"
 
 
+OPTIONS = {"DORA": "use_dora=True", "COFT": "coft=True", "BAT": 'init_weights="bat"'}
+"""What asks for a method that has no configuration of its own."""
+
+
 def place(method: type[Method]) -> str:
     """Which kind of call a method stands around."""
     kinds = {WeightMethod: "layers", AttentionMethod: "attention", InputMethod: "the input"}
@@ -21,7 +25,7 @@ def place(method: type[Method]) -> str:
 def configuration(name: str) -> str:
     """What builds a method, as one writes it."""
     config = METHODS[name].config_class.__name__
-    return f"`{config}`" if name in CONFIGS else f"`{config}(use_{name.lower()}=True)`"
+    return f"`{config}`" if name in CONFIGS else f"`{config}({OPTIONS[name]})`"
 
 
 def row(name: str) -> str:

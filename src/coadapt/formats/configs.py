@@ -13,6 +13,7 @@ from ..core.backbone import backbones
 from ..core.method import method_for
 from ..core.roles import HEADS, Place
 from ..core.target import suffix_match
+from ..methods.boft import BOFTConfig
 from ..methods.hira import HiraConfig
 from ..methods.ia3 import FEED_FORWARD, IA3Config
 from ..methods.lora import LoraConfig
@@ -129,7 +130,9 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
         case PrefixTuningConfig():
             moves = config.position_offset in (None, config.num_virtual_tokens)
             return as_theirs and moves and config.prefix_type == "joint"
-        case HiraConfig() if config.rank_pattern:  # which they do not read
+        case HiraConfig() if config.rank_pattern:  # which it does not read
+            return False
+        case BOFTConfig() if config.boft_n_butterfly_factor > 1:  # which it makes 1 where its CUDA code is not built
             return False
         case _:
             method = method_for(config)
