@@ -24,11 +24,9 @@ from models import stir
 from .field import field_logits, field_quietly, logits
 
 ON_LLAMA = {
-    name: config
-    for name, config in (CASES | VARIANTS).items()
-    if name not in ("bitfit", "lora-experts", "lora-bias", "boft-butterfly")
+    name: config for name, config in (CASES | VARIANTS).items() if name not in ("bitfit", "lora-experts", "lora-bias")
 }
-"""Those that have a place in a Llama; for butterflies peft needs a program of its own on a GPU."""
+"""Those that have a place in a Llama."""
 
 
 def judged(folder: Path, **base: Any) -> dict[str, Verdict]:

@@ -1,12 +1,22 @@
-"""OFT, HRA and RoAd against their papers' own slow ways, and what is promised of them: they rotate."""
+"""OFT, BOFT, HRA, RoAd and PSOFT against their papers' own slow ways, and what is promised of them: they rotate."""
 
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from coadapt import HRAConfig, LoraConfig, OFTConfig, PeftModel, RoadConfig, get_peft_model
+from coadapt import (
+    BOFTConfig,
+    HRAConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PsoftConfig,
+    RoadConfig,
+    get_peft_model,
+)
 from coadapt.config import PeftConfig
 from laws.setting import close, far
 from models import conv, ids, llama, logits, stir
@@ -28,9 +38,19 @@ def method_at(layer: nn.Module, config: PeftConfig) -> tuple[PeftModel, Any]:
     return view, view.get_adapter("default").parts[0].method
 
 
+def rotating(layer: nn.Module, config: PeftConfig) -> tuple[PeftModel, Any]:
+    """`method_at`, without what BOFT scales besides."""
+    view, method = method_at(layer, config)
+    if hasattr(method, "s"):
+        nn.init.ones_(method.s)
+    return view, method
+
+
 ROTATIONS: dict[str, PeftConfig] = {
     "oft": OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=["layer"]),
     "oft-shared": OFTConfig(oft_block_size=3, block_share=True, use_cayley_neumann=False, target_modules=["layer"]),
+    "boft": BOFTConfig(boft_block_size=4, target_modules=["layer"]),
+    "boft-butterfly": BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=3, target_modules=["layer"]),
     "hra": HRAConfig(r=5, target_modules=["layer"]),
     "hra-orthogonal": HRAConfig(r=4, apply_GS=True, target_modules=["layer"]),
 }
@@ -39,17 +59,17 @@ ROTATIONS: dict[str, PeftConfig] = {
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_it_is_a_rotation(name: str) -> None:
     """W' of the identity is R^T itself, and R R^T = I."""
-    _, method = method_at(nn.Linear(12, 12, bias=False), ROTATIONS[name])
+    _, method = rotating(nn.Linear(24, 24, bias=False), ROTATIONS[name])
     with torch.no_grad():
-        matrix = method.merge(torch.eye(12))
-    far(matrix, torch.eye(12))
-    close(matrix @ matrix.mT, torch.eye(12))
+        matrix = method.merge(torch.eye(24))
+    far(matrix, torch.eye(24))
+    close(matrix @ matrix.mT, torch.eye(24))
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_angles_between_neurons_stay(name: str) -> None:
-    layer = nn.Linear(12, 7)
-    _, method = method_at(layer, ROTATIONS[name])
+    layer = nn.Linear(24, 7)
+    _, method = rotating(layer, ROTATIONS[name])
     with torch.no_grad():
         changed = method.merge(layer.weight)
     far(changed, layer.weight)
@@ -84,6 +104,81 @@ def test_householder_reflections_one_by_one() -> None:
 def test_pairs_of_reflections_start_as_nothing(r: int) -> None:
     base = llama()
     close(logits(PeftModel(base, HRAConfig(r=r))), logits(base))
+
+
+@pytest.mark.parametrize("factors", [1, 2, 3])
+def test_butterflies_by_matrices(factors: int) -> None:
+    """Equation by equation: blocks of two halves each, of which those that are 2^(i - 1) apart come together."""
+    layer, size = nn.Linear(32, 5), 4
+    config = BOFTConfig(boft_block_size=size, boft_n_butterfly_factor=factors, target_modules=["layer"])
+    _, method = method_at(layer, config)
+    rotation = torch.eye(32)
+    for i in range(factors):
+        blocks = []
+        for a in method.A[i].detach():
+            q = (a - a.mT) / 2
+            blocks.append((torch.eye(size) - q) @ (torch.eye(size) + q).inverse())
+        order: list[int] = []
+        for start in range(0, 32, size * 2**i):
+            halves = [list(range(start + h, start + h + size // 2)) for h in range(0, size * 2**i, size // 2)]
+            order += [f for half in (*halves[::2], *halves[1::2]) for f in half]
+        permuted = torch.eye(32)[order]  # row j picks feature order[j]
+        rotation = permuted @ torch.block_diag(*blocks) @ permuted.mT @ rotation
+    expected = method.s.detach()[:, None] * (layer.weight.detach() @ rotation.mT)
+    close(method.merge(layer.weight).detach(), expected)
+
+
+def test_butterflies_let_blocks_see_others() -> None:
+    """With m rotations, a feature depends on 2^(m - 1) blocks."""
+    for factors in (1, 2, 3):
+        config = BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=factors, target_modules=["layer"])
+        _, method = method_at(nn.Linear(32, 5), config)
+        with torch.no_grad():
+            matrix = method.rotated(torch.eye(32), method.made())
+        assert int((matrix[0].abs() > 1e-7).sum()) == 4 * 2 ** (factors - 1)
+
+
+def test_a_butterfly_drops_blocks_of_one_rotation() -> None:
+    config = BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, boft_dropout=0.6, target_modules=["layer"])
+    _, method = method_at(nn.Linear(32, 5), config)
+    made = method.train().made().detach()
+    seen = set()
+    for _ in range(30):
+        left = (method.in_call(made) == 0).all(-1).all(-1)  # (m, b)
+        assert int(left.any(1).sum()) <= 1
+        seen.add(int(left.any(1).long().argmax()) if left.any() else -1)
+    assert {0, 1} <= seen
+    assert torch.equal(method.eval().in_call(made), made)
+
+
+@pytest.mark.parametrize("series", [False, True])
+def test_the_principal_subspace_is_rotated_and_nothing_else(series: bool) -> None:
+    """Without scales: the singular values stay, and so does what is orthogonal to the subspace."""
+    layer = nn.Linear(10, 8)
+    config = PsoftConfig(
+        r=3, psoft_mag_a=False, psoft_mag_b=False, use_cayley_neumann=series, target_modules=["layer"],
+        **({"num_cayley_neumann_terms": 20, "cayley_neumann_eps": 0.4} if series else {}),
+    )  # fmt: skip
+    _, method = method_at(layer, config)
+    with torch.no_grad():
+        changed = method.merge(layer.weight)
+    u, s, vh = torch.linalg.svd(layer.weight.detach())
+    far(changed, layer.weight)
+    close(changed @ vh[3:].mT, layer.weight.detach() @ vh[3:].mT, 1e-5)
+    inner = u[:, :3].mT @ changed @ vh[:3].mT / s[:3, None]  # the rotation, from the outputs' side
+    close(inner @ inner.mT, torch.eye(3), 1e-4)
+
+
+def test_subspaces_are_found_again_and_are_not_in_files(tmp_path: Any) -> None:
+    for how in ("full", "lowrank"):
+        view = get_peft_model(llama(), PsoftConfig(r=4, psoft_svd=how, random_seed=how == "lowrank"))
+        stir(view.adapters)
+        view.save_pretrained(tmp_path / how)
+        state = torch.get_rng_state()
+        again = PeftModel.from_pretrained(llama(), tmp_path / how)
+        assert torch.equal(torch.get_rng_state(), state)
+        close(logits(again), logits(view.eval()))
+        assert not [k for k in load_file(tmp_path / how / "adapter_model.safetensors") if "0" in k.rpartition(".")[2]]
 
 
 def test_pairs_of_features_turn_by_an_angle() -> None:
@@ -150,6 +245,10 @@ def test_the_constrained_form_stays_within_its_bound() -> None:
         ),
         (lambda: get_peft_model(llama(), HRAConfig(r=40)), "r=40 is more than the 32 features"),
         (lambda: get_peft_model(conv(), RoadConfig(target_modules=["first"])), "group_size=64 does not divide the 8"),
+        (lambda: get_peft_model(llama(), PsoftConfig(r=40, target_modules=["q_proj"])), "more than the 32 directions"),
+        (lambda: get_peft_model(llama(), BOFTConfig(boft_block_size=16, boft_n_butterfly_factor=3)), "multiple"),
+        (lambda: PsoftConfig(cayley_neumann_eps=0.5), "cayley_neumann_eps=0.5 has no effect"),
+        (lambda: BOFTConfig(boft_block_num=4), "give one of them"),
         (lambda: RoadConfig(group_size=3), "must be even"),
         (lambda: OFTConfig(r=4), "give one of them"),
         (lambda: OFTConfig(block_share=True, module_dropout=0.1), "there is only one"),

@@ -18,6 +18,7 @@ from ..core.roles import HEADS, Place
 from ..core.target import suffix_match
 from ..inits import named
 from ..methods.adaption_prompt import AdaptionPromptConfig
+from ..methods.boft import BOFTConfig
 from ..methods.cartridge import CartridgeConfig
 from ..methods.hira import HiraConfig
 from ..methods.ia3 import FEED_FORWARD, IA3Config
@@ -237,6 +238,8 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
             moves = config.position_offset in (None, config.num_virtual_tokens)
             one = isinstance(config, PrefixTuningConfig) or not adapter.two_stacks
             return as_theirs and moves and one and config.prefix_type == "joint"
+        case BOFTConfig() if config.boft_n_butterfly_factor > 1:  # which it makes 1 where its CUDA code is not built
+            return False
         case HiraConfig() if config.rank_pattern:  # which they do not read
             return False
         case AdaptionPromptConfig():

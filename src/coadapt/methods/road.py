@@ -45,7 +45,7 @@ class RoAd(WeightMethod):
 
     def __init__(self, config: RoadConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
-        outputs, self.variant, self.pairs = layer.shape[0], config.variant, config.group_size // 2
+        outputs, self.variant, self.apart = layer.shape[0], config.variant, config.group_size // 2
         if outputs % config.group_size:
             raise ValueError(
                 f"RoAd: group_size={config.group_size} does not divide the {outputs} outputs of {layer.path!r}. Pick "
@@ -59,7 +59,7 @@ class RoAd(WeightMethod):
 
     def columns(self) -> tuple[Tensor, Tensor]:
         """(O,) each: what each feature is multiplied by, and what its partner is."""
-        theta, alpha = (p.view(-1, self.pairs) for p in (self.theta, self.alpha))
+        theta, alpha = (p.view(-1, self.apart) for p in (self.theta, self.alpha))
         match self.variant:
             case "road_1":
                 cosines = sines = torch.arange(len(theta), device=theta.device).repeat_interleave(2)
@@ -72,7 +72,7 @@ class RoAd(WeightMethod):
 
     def partners(self, y: Tensor, dim: int) -> Tensor:
         """For each feature along `dim` the one that it is paired with, negative in first halves."""
-        first, second = y.unflatten(dim, (-1, 2, self.pairs)).unbind(dim + 1)
+        first, second = y.unflatten(dim, (-1, 2, self.apart)).unbind(dim + 1)
         return torch.stack([-second, first], dim + 1).flatten(dim, dim + 2)
 
     def merge(self, weight: Tensor) -> Tensor:
