@@ -26,6 +26,7 @@ _HOMES = {
     "TaskRouter": "core.routers",
     "TaskType": "config",
     "TokenRouter": "core.routers",
+    "XLoraRouter": "core.routers",
     "checkpoint": "core.frame",
     "estimate": "training.estimate",
     "export": "exporting",

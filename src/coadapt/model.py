@@ -17,6 +17,7 @@ from .core.composition import Node
 from .core.method import method_for
 from .core.view import View
 from .formats import checkpoint, folder
+from .methods.xlora import XLoraConfig
 from .verifying import Proof, verify
 
 
@@ -507,6 +508,14 @@ class BaseModel:
         return repr(self.__dict__["_view"].base)
 
 
+def _mixed_by_xlora(model: nn.Module, config: XLoraConfig, autocast: bool) -> PeftModel:
+    view = model if isinstance(model, PeftModel) else PeftModel(model)
+    for name, where in config.names().items():
+        view.load_adapter(where, name, config.use_trainable_adapters, autocast_adapter_dtype=autocast)
+    view.set_adapter(composition.Sum(*config.names(), weights=config.router()))
+    return view
+
+
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
@@ -526,6 +535,8 @@ def get_peft_model(
     Raises:
         TypeError, ValueError: the configuration or its name does not fit; nothing was changed.
     """
+    if isinstance(peft_config, XLoraConfig):
+        return _mixed_by_xlora(model, peft_config, autocast_adapter_dtype)
     if revision is not None:
         peft_config = replace_options(peft_config, revision=revision)
     if not isinstance(model, PeftModel):
