@@ -111,7 +111,7 @@ def test_what_is_refused(adapters: dict[str, str]) -> None:
     encoder = PeftModel(bert())
     for name in "ab":
         encoder.add_adapter(name, LoraConfig(r=2))
-    with pytest.raises(ValueError, match="at the layers of a causal model"):
+    with pytest.raises(ValueError, match="at layers of a causal model"):
         encoder.set_adapter(Sum("a", "b", weights=XLoraRouter(hidden_size=32)))
     with pytest.raises(ValueError, match="fewer than two"):
         XLoraConfig(hidden_size=32, adapters={"0": "there"})

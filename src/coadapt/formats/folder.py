@@ -167,8 +167,8 @@ def _refuse_xlora(where: Path) -> None:
     if files.read_json(where / CONFIG).get("peft_type") == "XLORA":
         raise ValueError(
             f"{where} is an X-LoRA of the field's library, whose folders lack the first layer of the network that "
-            "mixes the adapters: its trained mix is lost. Make a new one of the adapters themselves, XLoraConfig(adapters="
-            "{name: folder, ...}), and train it."
+            "mixes the adapters: its trained mix is lost. Make a new one of the adapters themselves, "
+            "XLoraConfig(adapters={name: folder, ...}), and train it."
         )
 
 
