@@ -26,6 +26,7 @@ _HOMES = {
     "TaskRouter": "core.routers",
     "TaskType": "config",
     "TokenRouter": "core.routers",
+    "XLoraRouter": "core.routers",
     "checkpoint": "core.frame",
     "create_loraplus_optimizer": "training.optimizers",
     "create_lorafa_optimizer": "training.optimizers",

@@ -18,6 +18,7 @@ from .core.method import method_for
 from .core.view import View
 from .formats import checkpoint, folder
 from .methods.lora import loras
+from .methods.xlora import XLoraConfig
 from .verifying import Proof, verify
 
 
@@ -530,6 +531,14 @@ def _groups(
     return [{"params": found, "name": name, **own, "lr": rate} for rate, found in groups.items() if found]
 
 
+def _mixed_by_xlora(model: nn.Module, config: XLoraConfig, autocast: bool) -> PeftModel:
+    view = model if isinstance(model, PeftModel) else PeftModel(model)
+    for name, where in config.names().items():
+        view.load_adapter(where, name, config.use_trainable_adapters, autocast_adapter_dtype=autocast)
+    view.set_adapter(composition.Sum(*config.names(), weights=config.router()))
+    return view
+
+
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
@@ -549,6 +558,8 @@ def get_peft_model(
     Raises:
         TypeError, ValueError: the configuration or its name does not fit; nothing was changed.
     """
+    if isinstance(peft_config, XLoraConfig):
+        return _mixed_by_xlora(model, peft_config, autocast_adapter_dtype)
     if revision is not None:
         peft_config = replace_options(peft_config, revision=revision)
     if not isinstance(model, PeftModel):

@@ -15,6 +15,7 @@ from torch import Tensor
 from coadapt import (
     Arrow,
     BottleneckConfig,
+    CompacterConfig,
     Fusion,
     Learned,
     LoraConfig,
@@ -77,6 +78,8 @@ def _varied(config: PeftConfig) -> st.SearchStrategy[PeftConfig]:
     match config:
         case LoraConfig():
             changes = {"r": st.integers(1, 5), "lora_alpha": st.integers(1, 9), "use_rslora": st.booleans()}
+        case CompacterConfig():
+            changes = {"phm_rank": st.integers(1, 2)} if config.factorized_phm_W else {}
         case BottleneckConfig():
             changes = {
                 "bottleneck_size": st.integers(1, 5),

@@ -37,6 +37,8 @@ class Frame:
         self._rows = None if rows is None or torch.compiler.is_compiling() else tuple(rows)
         self.tasks = tasks
         """(B,) the task of each row, for routers by task."""
+        self.first: Tensor | None = None
+        """(B, T, D) the last hidden states of the bare model, for routers that read those."""
         self.whole = False
         """Whether the states of virtual tokens are returned, whatever their methods say: for a loss that reads them."""
         self.kept: Any = None

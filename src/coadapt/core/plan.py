@@ -102,10 +102,12 @@ class Plan:
 
     def _note_tokens(self, base: nn.Module, counts: bool) -> None:
         """Routers average over real tokens, and some methods count them: they are noted where a stack is called."""
+        first = any(router.first_pass for node in self.nodes for router, _ in routers(node))
         pools = counts or any(router.pools for node in self.nodes for router, _ in routers(node))
         encoder: str | None = None
         for stack in stacks(base):
-            self.calls[stack.module] = SeenCall(stack.path, stack.module, encoder, self.calls.get(stack.module), pools)
+            inner = self.calls.get(stack.module)
+            self.calls[stack.module] = SeenCall(stack.path, stack.module, encoder, inner, pools, first)
             encoder = stack.path
 
     def _terms(self, methods: Mapping[str, Any]) -> list[tuple[Any, Gates]]:

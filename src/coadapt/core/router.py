@@ -31,6 +31,8 @@ class Router(Chooser):
     """What its constructor takes; written to files."""
     pools: ClassVar[bool] = False
     """Whether it needs to know the real tokens of a row."""
+    first_pass: ClassVar[bool] = False
+    """Whether it reads what the bare model makes of the call's tokens: the base runs twice."""
     by_token: ClassVar[bool] = False
     """Whether each token has gates of its own."""
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import did_you_mean
+from .frame import current
 from .gates import Reading, Spot, per_row, tasks_of_call
 from .pooling import counted, pooled
 from .router import Router, as_parameters, key_of, whole, yes_or_no
@@ -242,7 +243,115 @@ class Attending(nn.Module):
         return (self.key(changes) @ self.query(y)[..., None])[..., 0]
 
 
-ROUTERS: dict[str, type[Router]] = {r.name: r for r in (TokenRouter, PooledRouter, TaskRouter, Arrow, Fusion)}
+class XLoraRouter(Router):
+    """g = softmax(MLP(h)) with h the last hidden states of the bare model: one network for the whole model.
+
+    X-LoRA (arXiv 2402.07148): each call runs the base twice, first without adapters and without gradients. A cache
+    would need two; so `use_cache=False` in `generate`. Different from the field: dropout draws at each site anew.
+
+    Args:
+        hidden_size: D of the hidden states.
+        depth: layers of the MLP (ReLU). size: its width inside. dropout: of its inner states.
+        layerwise: each site has gates of its own. softmax: the gates add up to 1.
+        softmax_top_k: those that top_k keeps do. scale: all gates are multiplied by it.
+    """
+
+    name = "xlora_router"
+    options = (
+        "hidden_size", "depth", "size", "dropout", "layerwise", "softmax", "softmax_top_k", "top_k", "temperature",
+        "scale",
+    )  # fmt: skip
+    by_token = True
+    first_pass = True
+
+    def __init__(
+        self,
+        hidden_size: int,
+        depth: int = 1,
+        size: int = 2048,
+        dropout: float = 0.2,
+        layerwise: bool = False,
+        softmax: bool = True,
+        softmax_top_k: bool = False,
+        top_k: int | None = None,
+        temperature: float = 1.0,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__("softmax", top_k, temperature)
+        for option, value in {"hidden_size": hidden_size, "depth": depth, "size": size}.items():
+            whole(self, option, value)
+        for option, value in {"layerwise": layerwise, "softmax": softmax, "softmax_top_k": softmax_top_k}.items():
+            yes_or_no(self, option, value)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"XLoraRouter: dropout={dropout!r} must lie in [0, 1).")
+        if softmax_top_k and top_k is None:
+            raise ValueError("XLoraRouter: softmax_top_k has no effect without top_k.")
+        self.hidden_size, self.depth, self.size, self.dropout = hidden_size, depth, size, float(dropout)
+        self.layerwise, self.softmax, self.softmax_top_k, self.scale = layerwise, softmax, softmax_top_k, float(scale)
+        self.mlp: nn.Sequential | None = None
+
+    def _needed(self) -> dict[str, Any]:
+        return {"hidden_size": self.hidden_size}
+
+    def refuse(self, spot: Spot) -> None:
+        super().refuse(spot)
+        if spot.kind != "layer" or not spot.causal:
+            raise ValueError(
+                f"{self!r} weighs what adapters do at layers of a causal model, and {spot.path!r} is none."
+            )
+
+    def prepare(self, spots: Sequence[Spot]) -> None:
+        for spot in spots:
+            self.refuse(spot)
+        count = 1 + max(child for spot in spots for child in spot.children)
+        if self.layerwise and any(len(spot.children) < count for spot in spots):
+            raise ValueError(f"{self!r} has gates for each layer, so that all of its adapters must have the same ones.")
+        outputs = count * len(spots) if self.layerwise else count
+        found = {spot.site: spot.described() for spot in spots}
+        if self.mlp is not None and self.spots.keys() != found.keys():
+            raise ValueError(f"{self!r} was made for other sites. Make a new one for this composition.")
+        self.spots = found
+        if self.mlp is None:
+            inner: list[nn.Module] = []
+            width = self.hidden_size
+            for _ in range(self.depth - 1):
+                inner += [nn.Linear(width, self.size), nn.ReLU(), nn.Dropout(self.dropout)]
+                width = self.size
+            like = next((p for s in spots for m in s.methods.values() for p in m[0].parameters()), torch.empty(0))
+            wide = like.dtype if like.dtype == torch.float64 else torch.float32
+            self.mlp = nn.Sequential(*inner, nn.Linear(width, outputs)).to(device=like.device, dtype=wide)
+
+    def network(self, spot: Spot) -> nn.Module:
+        assert self.mlp is not None
+        return self.mlp
+
+    def _chosen(self, at: Reading) -> dict[int, Tensor | float]:
+        frame = current()
+        states = None if frame is None else frame.first
+        assert states is not None
+        scores = self.network(self.spots[at.site])(as_parameters(states, self.network(self.spots[at.site])))
+        shape = at.features.shape[:-1]
+        if scores.shape[:2] != shape and not (len(shape) == 1 and shape[0] == scores.shape[:2].numel()):
+            raise ValueError(
+                f"{self!r} has gates for {tuple(scores.shape[:2])} tokens, and {at.site!r} has {tuple(shape)}: leave "
+                "prompts out, and what has tokens of its own."
+            )
+        if self.layerwise:
+            scores = scores.unflatten(-1, (len(self.spots), -1))[..., list(self.spots).index(at.site), :]
+        gates = self.normalise(scores.reshape(*shape, -1))
+        return {child: gates[..., child] for child in self.spots[at.site].children}
+
+    def normalise(self, scores: Tensor) -> Tensor:
+        gates = (scores / self.temperature).softmax(-1) if self.softmax else scores
+        if self.top_k is not None:
+            kept = torch.zeros_like(gates, dtype=torch.bool).scatter(-1, gates.topk(self.top_k, dim=-1).indices, True)
+            lowest = gates.masked_fill(~kept, -torch.inf).softmax(-1) if self.softmax_top_k else gates
+            gates = lowest.masked_fill(~kept, 0)
+        return self.scale * gates
+
+
+_ALL = (TokenRouter, PooledRouter, TaskRouter, Arrow, Fusion, XLoraRouter)
+ROUTERS: dict[str, type[Router]] = {r.name: r for r in _ALL}
 """Every router by the name that it has in texts and files."""
 
 

@@ -156,11 +156,21 @@ def load(
     if (where / COMPOSITION).is_file():
         return _load_composition(reader, where, name, is_trainable)
     if (where / CONFIG).is_file():
+        _refuse_xlora(where)
         adapter = _load_adapter(reader, where, name or "default", config, is_trainable)
         return Loaded([adapter], adapter.name)
     if (where / CHECKPOINT).is_file():
         return Loaded(*checkpoint.load(where, base, fingerprint, is_trainable, half))
     raise _no_adapter(where)
+
+
+def _refuse_xlora(where: Path) -> None:
+    if files.read_json(where / CONFIG).get("peft_type") == "XLORA":
+        raise ValueError(
+            f"{where} is an X-LoRA of the field's library, whose folders lack the first layer of the network that "
+            "mixes the adapters: its trained mix is lost. Make a new one of the adapters themselves, "
+            "XLoraConfig(adapters={name: folder, ...}), and train it."
+        )
 
 
 def _no_adapter(where: Path) -> FileNotFoundError:

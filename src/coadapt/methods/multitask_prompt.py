@@ -88,6 +88,13 @@ class MultitaskPromptTuning(PromptTuning):
     def shared(cls, config: MultitaskPromptTuningConfig, base: nn.Module, places: list[Any]) -> nn.Module:
         return Rows(config.num_tasks, config.num_ranks, places[0].width)
 
+    @classmethod
+    def facts(cls, config: Any, base: Any) -> dict[str, Any]:
+        """Files of encoder-decoders mean both stacks where they do not say."""
+        found, sites = super().facts(config, base), [place.role for place in cls.places(config, base)]
+        part = found["num_transformer_submodules"] == 2 and len(sites) < 2
+        return {**found, "prompt_sites": sites} if part else found
+
     @torch.no_grad()
     def _start(self, config: MultitaskPromptTuningConfig, role: str) -> None:
         """From a file, whose tokens are the encoder's first where it has those of two stacks."""

@@ -1,0 +1,121 @@
+"""X-LoRA: gates, outputs and gradients of the field's, on the same adapters and network; files; what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from coadapt import LoraConfig, PeftModel, PromptTuningConfig, Sum, XLoraConfig, XLoraRouter, get_peft_model
+from formats.field import field_quietly
+from laws.setting import recompute
+from models import bert, ids, llama, logits, stir
+
+FORMS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "deep": {"xlora_depth": 3, "xlora_size": 16},
+    "layerwise": {"xlora_depth": 2, "xlora_size": 8, "layerwise_scalings": True},
+    "top-1": {"top_k_lora": 1, "softmax_temperature": 0.5},
+    "top-2-softmax": {"top_k_lora": 2, "enable_softmax": False, "enable_softmax_topk": True},
+    "raw": {"enable_softmax": False, "global_scaling_weight": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("experts")
+    for name in "012":
+        view = get_peft_model(llama(), LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM"))
+        stir(view.adapters, seed=int(name), by=0.3)
+        view.save_pretrained(root / name)
+    return {name: str(root / name) for name in "012"}
+
+
+def both(adapters: dict[str, str], **options: Any) -> tuple[PeftModel, Any]:
+    said: dict[str, Any] = {"hidden_size": 32, "adapters": adapters, **options}
+    base = llama(use_cache=False)
+    theirs = field_quietly(lambda: peft.get_peft_model(base, peft.XLoraConfig(task_type="CAUSAL_LM", **said))).eval()
+    ours = get_peft_model(llama(), XLoraConfig(**said)).eval()
+    router: Any = ours.composition.router  # type: ignore[union-attr]
+    linears = [m for m in theirs.base_model.internal_xlora_classifier.layers if isinstance(m, torch.nn.Linear)]
+    own = [m for m in router.mlp if isinstance(m, torch.nn.Linear)]
+    with torch.no_grad():
+        for layer, field in zip(own, linears, strict=True):
+            field.weight.normal_()
+            layer.weight.copy_(field.weight)
+            layer.bias.copy_(field.bias)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_and_gradients_are_the_fields(form: str, adapters: dict[str, str]) -> None:
+    ours, theirs = both(adapters, **FORMS[form])
+    made = []
+    for model in (ours, theirs):
+        out = model(input_ids=ids()).logits
+        (out * torch.linspace(-1, 1, out.shape[-1])).pow(2).sum().backward()
+        made.append(out.detach())
+    torch.testing.assert_close(made[0], made[1], rtol=1e-5, atol=1e-5)
+    assert float((made[0] - logits(llama())).abs().max()) > 1e-3
+    found = [p.grad for p in ours.parameters() if p.requires_grad]
+    field = [p.grad for p in theirs.base_model.internal_xlora_classifier.parameters()]
+    assert len(found) == len(field), "only the network trains"
+    for one, other in zip(found, field, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_it_generates_as_the_field_does(adapters: dict[str, str]) -> None:
+    ours, theirs = both(adapters, **FORMS["deep"])
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    tokens = ids(1)
+    mask = torch.ones_like(tokens)
+    expected = field_quietly(lambda: theirs.generate(input_ids=tokens, attention_mask=mask, **options))
+    assert torch.equal(ours.generate(tokens, attention_mask=mask, use_cache=False, **options), expected)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        ours.generate(tokens, attention_mask=mask, **options)
+
+
+def test_saved_and_loaded(adapters: dict[str, str], tmp_path: Path) -> None:
+    """The field's own folder loses the network's first layer, so that there is nothing to compare with."""
+    ours, theirs = both(adapters, **FORMS["layerwise"])
+    ours.save_pretrained(tmp_path / "ours")
+    again = PeftModel.from_pretrained(llama(), tmp_path / "ours")
+    torch.testing.assert_close(logits(again), logits(ours))
+    field_quietly(lambda: theirs.save_pretrained(tmp_path / "theirs"))
+    with pytest.raises(ValueError, match="lack the first layer"):
+        PeftModel.from_pretrained(llama(), tmp_path / "theirs")
+
+
+def test_under_checkpointing_gradients_are_the_same(adapters: dict[str, str]) -> None:
+    found: list[list[Any]] = []
+    for recomputes in (False, True):
+        view, _ = both(adapters, xlora_dropout_p=0.0)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            view.composition.router.mlp[0].weight.normal_()  # type: ignore[union-attr]
+        if recomputes:
+            recompute(view, reentrant=False)
+        view.train()(input_ids=ids(), labels=ids()).loss.backward()
+        found.append([p.grad for p in view.parameters() if p.requires_grad])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_is_refused(adapters: dict[str, str]) -> None:
+    view = get_peft_model(llama(), XLoraConfig(hidden_size=32, adapters=adapters))
+    view.add_adapter("prompt", PromptTuningConfig(num_virtual_tokens=2))
+    mixed = view.composition
+    with pytest.raises(ValueError, match="leave prompts out"):
+        view(input_ids=ids(), adapters=["prompt", mixed])
+    encoder = PeftModel(bert())
+    for name in "ab":
+        encoder.add_adapter(name, LoraConfig(r=2))
+    with pytest.raises(ValueError, match="at layers of a causal model"):
+        encoder.set_adapter(Sum("a", "b", weights=XLoraRouter(hidden_size=32)))
+    with pytest.raises(ValueError, match="fewer than two"):
+        XLoraConfig(hidden_size=32, adapters={"0": "there"})
+    with pytest.raises(ValueError, match="softmax_top_k has no effect"):
+        XLoraConfig(hidden_size=32, adapters=adapters, enable_softmax_topk=True)
+    with pytest.raises(ValueError, match="scaling_pass_value"):
+        XLoraConfig(hidden_size=32, adapters=adapters, scaling_pass_value=0.5)
