@@ -115,6 +115,7 @@ def _of_lora(config: LoraConfig) -> dict[str, Any]:
         "lora_alpha": _whole(config.lora_alpha),
         "alpha_pattern": {k: _whole(v) for k, v in config.alpha_pattern.items()},
         **{name: getattr(config, name) for name in _OF_DATA},
+        **({} if config.loftq_config else {"loftq_config": None}),
         **({} if config.alora_invocation_tokens is None else {"task_type": "CAUSAL_LM"}),  # the field asks for it
     }
 

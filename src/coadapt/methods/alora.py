@@ -1,6 +1,6 @@
 from torch import Tensor, nn
 
-from ..core.backbone import backbones
+from ..core.backbone import backbones, without_tokens
 from ..core.gates import Gate, Gates
 from ..core.invocation import active
 from ..core.layer import Layer, kind_of
@@ -37,7 +37,7 @@ class ALoRA(ModuleMethod):
     @classmethod
     def places(cls, config: LoraConfig, base: nn.Module) -> list[Place]:
         roles = [b.role for b in backbones(base)] if hasattr(base, "get_input_embeddings") else []
-        if roles != ["decoder"]:
+        if roles != ["decoder"] or without_tokens(base):
             raise ValueError(
                 f"LoraConfig: alora_invocation_tokens are looked for in the tokens of a causal language model, which "
                 f"{type(base).__name__} is not."

@@ -54,8 +54,7 @@ class BDLoRA(LoRA):
 
 
 def _options(config: LoraConfig) -> BdLoraConfig:
-    assert isinstance(config.use_bdlora, BdLoraConfig)
-    return config.use_bdlora
+    return BdLoraConfig.of(config.use_bdlora) or BdLoraConfig()
 
 
 def _last(path: str) -> str:

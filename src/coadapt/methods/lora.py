@@ -66,7 +66,7 @@ class LoraConfig(RankedConfig):
     """Options of "eva"."""
     corda_config: CordaConfig | Mapping[str, Any] | None = None
     """Options of "corda"."""
-    loftq_config: LoftQConfig | Mapping[str, Any] | None = None
+    loftq_config: LoftQConfig | Mapping[str, Any] | None = field(default_factory=dict)
     """Options of "loftq": train for a weight that is quantised, in the adapter (arXiv:2310.08659)."""
     lora_ga_config: LoraGAConfig | Mapping[str, Any] | None = None
     """Options of "lora_ga"."""
@@ -122,10 +122,13 @@ class LoraConfig(RankedConfig):
         self.choice("bias", ("none", "lora_only", "all"))
         self.positive("qalora_group_size")
         for name, options in _OPTIONS.items():
-            object.__setattr__(self, name, options.of(getattr(self, name)))
+            given = getattr(self, name)
+            if name == "loftq_config" and not given:  # by default it is empty, as in the field
+                given = {} if self.init_lora_weights == "loftq" else None
+                object.__setattr__(self, name, {})
+            if given is not None:
+                object.__setattr__(self, name, options.of(given))
         self._check_variants()
-        if self.init_lora_weights == "loftq" and self.loftq_config is None:
-            object.__setattr__(self, "loftq_config", LoftQConfig())
         if not known(self.init_lora_weights):
             self.choice("init_lora_weights", tuple(STARTS))
             raise ValueError("LoraConfig: init_lora_weights='pissa_niter_[n]' needs a number: 'pissa_niter_4'.")
@@ -145,7 +148,7 @@ class LoraConfig(RankedConfig):
                 "into an adapter of their own."
             )
         for start in ("eva", "corda", "lora_ga", "loftq"):
-            if getattr(self, f"{start}_config") is not None and self.init_lora_weights != start:
+            if isinstance(getattr(self, f"{start}_config"), Options) and self.init_lora_weights != start:
                 raise ValueError(f"LoraConfig: {start}_config has no effect without init_lora_weights={start!r}.")
         if self.qalora_group_size != 16 and not self.use_qalora:
             raise ValueError("LoraConfig: qalora_group_size has no effect without use_qalora=True.")
