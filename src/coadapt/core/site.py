@@ -91,6 +91,11 @@ def unmake(module: nn.Module) -> None:
     _set_class(module, plain_class(type(module)))
 
 
+def become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Gives `module` another class below its site, if it is one."""
+    _set_class(module, site_class(cls) if isinstance(module, Site) else cls)
+
+
 def plain_class(cls: type[Any]) -> type[Any]:
     if Site in cls.__bases__:
         return cls.__bases__[1]

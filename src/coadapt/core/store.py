@@ -1,16 +1,43 @@
-"""Reading and writing the weight of a layer, whatever holds it. Quantisers add a row from quant/."""
+"""Reading and writing the weight of a layer, whatever holds it. Quantisers are found by quant/, which adds to FINDERS.
 
+Nothing here multiplies by a quantised weight: the module's own call does, and no copy of it as floats is kept.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
+
+from .site import become, plain_class
 
 
 class Store(Protocol):
     """How one class of modules holds its weight."""
 
-    def read(self, module: nn.Module) -> Tensor: ...
+    packed: bool
+    """Whether that is something else than a parameter of floats."""
 
-    def write(self, module: nn.Module, weight: Tensor) -> None: ...
+    def read(self, module: nn.Module) -> Tensor:
+        """The weight as floats, in the order in which the module's class has it; a new tensor where it is packed."""
+        ...
+
+    def write(self, module: nn.Module, weight: Tensor) -> None:
+        """Holds another weight in the same way: what is packed is quantised anew. No tensor is written to in place."""
+        ...
+
+    def shape(self, module: nn.Module) -> tuple[int, ...]:
+        """Of what `read` gives."""
+        ...
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """Of what `read` gives."""
+        ...
+
+    def parts(self, module: nn.Module) -> tuple[Tensor, ...]:
+        """The tensors that hold the weight."""
+        ...
 
 
 def value(module: Any, name: str) -> Tensor:
@@ -26,6 +53,8 @@ def value(module: Any, name: str) -> Tensor:
 class Plain:
     """A weight that is a parameter of floats, as PyTorch's own layers have it."""
 
+    packed = False
+
     def read(self, module: nn.Module) -> Tensor:
         return value(module, "weight")
 
@@ -34,16 +63,120 @@ class Plain:
         old = module.get_parameter("weight")
         module.weight = nn.Parameter(weight.to(dtype=old.dtype, device=old.device).contiguous(), requires_grad=False)
 
+    def shape(self, module: nn.Module) -> tuple[int, ...]:
+        return tuple(module.get_parameter("weight").shape)
 
-STORES: dict[type[nn.Module], Store] = {}
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        return module.get_parameter("weight").dtype
+
+    def parts(self, module: nn.Module) -> tuple[Tensor, ...]:
+        return (module.get_parameter("weight"),)
+
+
+class Packed(ABC):
+    """A quantised weight. What a quantiser fills in: reading, quantising anew, and which tensors there are."""
+
+    packed = True
+    own: tuple[str, ...] = ()
+    """Attributes by which the module holds its weight, beside parameters and buffers."""
+
+    @abstractmethod
+    def read(self, module: Any) -> Tensor: ...
+
+    @abstractmethod
+    def write(self, module: Any, weight: Tensor) -> None: ...
+
+    @abstractmethod
+    def dtype(self, module: Any) -> torch.dtype: ...
+
+    @abstractmethod
+    def parts(self, module: Any) -> tuple[Tensor, ...]: ...
+
+    def shape(self, module: Any) -> tuple[int, ...]:
+        if isinstance(module, nn.Embedding):
+            return module.num_embeddings, module.embedding_dim
+        return module.out_features, module.in_features
+
+    def steady(self, module: Any) -> Callable[[], None] | None:
+        """Sees to it that calls leave the weight as it is and hand gradients on to their input; returns what undoes it."""
+        return None
+
+
+FINDERS: list[Callable[[nn.Module], Packed | None]] = []
 _PLAIN = Plain()
 
 
 def store_of(module: nn.Module) -> Store:
-    """The store of the first class in STORES that `module` is an instance of, else the plain one."""
-    return next((store for cls, store in STORES.items() if isinstance(module, cls)), _PLAIN)
+    """The store of a quantiser that knows `module`, else the plain one."""
+    return packed_store(module) or _PLAIN
+
+
+def packed_store(module: nn.Module) -> Packed | None:
+    """The store of a module whose weight is quantised, or None."""
+    if type(module.__dict__["_parameters"].get("weight")) is nn.Parameter:
+        return None  # at once for almost all: what quantisers hold has classes of their own, or another name
+    return next((found for find in FINDERS if (found := find(module)) is not None), None)
+
+
+def quantised(model: nn.Module) -> Iterator[tuple[str, nn.Module, Packed]]:
+    """Every module of `model` that holds a quantised weight, with its path and store."""
+    for path, module in model.named_modules():
+        if (store := packed_store(module)) is not None:
+            yield path, module, store
+
+
+def held(module: nn.Module) -> Iterator[Tensor]:
+    """The tensors of one module, without those inside of it, that hold its values."""
+    if (store := packed_store(module)) is not None:
+        yield from store.parts(module)
+    yield from (p for p in module.parameters(recurse=False) if store is None or p.is_floating_point())
 
 
 def stamp(tensor: Tensor) -> tuple[Any, ...] | None:
     """Differs once a tensor was written to in place, trains, or lies elsewhere; None where PyTorch counts no writes."""
     return None if tensor.is_inference() else (tensor._version, tensor.data_ptr(), tensor.requires_grad)
+
+
+# ---- forms: what a module consists of -------------------------------------------------------------------------------
+
+_OWN_LIFE = ("training", "forward", "_old_forward", "_hf_hook")
+"""What changes for other reasons, and stays as it is where a module takes another form."""
+
+
+def form_of(module: nn.Module) -> Any:
+    """A module of the same plain class that shares all tensors with `module`: a copy of what it consists of."""
+    cls = plain_class(type(module))
+    made = cls.__new__(cls)
+    made.__dict__ = {
+        k: v.copy() if k in ("_parameters", "_buffers", "_modules") else v for k, v in vars(module).items()
+    }
+    return made
+
+
+def take_form(module: nn.Module, form: nn.Module) -> None:
+    """Makes `module` what `form` is: its class, parameters and attributes. It stays the same object, and a site."""
+    own, new = vars(module), vars(form)
+    for name in (own.keys() | new.keys()) - set(_OWN_LIFE):
+        if name not in new:
+            del own[name]
+        elif name in ("_parameters", "_buffers", "_modules"):
+            own[name].clear()
+            own[name].update(new[name])
+        else:
+            own[name] = new[name]
+    become(module, type(form))
+
+
+def float_form(module: nn.Module, weight: Tensor, bias: Tensor | None) -> Any:
+    """PyTorch's own layer with this weight and bias, in the place of a quantised one."""
+    made, store = form_of(module), packed_store(module)
+    assert store is not None
+    for name in (*store.own, "weight", "bias", "extra_repr"):
+        made.__dict__.pop(name, None)
+    made.__dict__["_buffers"].clear()
+    made.__dict__["_parameters"].clear()
+    made.__class__ = nn.Embedding if isinstance(module, nn.Embedding) else nn.Linear
+    made.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if not isinstance(made, nn.Embedding):
+        made.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().to(weight), False))
+    return made
