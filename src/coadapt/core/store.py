@@ -3,6 +3,8 @@
 Nothing here multiplies by a quantised weight: the module's own call does, and no copy of it as floats is kept.
 """
 
+import functools
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -98,8 +100,48 @@ class Packed(ABC):
         return module.out_features, module.in_features
 
     def steady(self, module: Any) -> Callable[[], None] | None:
-        """Sees to it that calls leave the weight as it is and hand gradients on to their input; returns what undoes it."""
+        """Sees to it that calls leave the weight as it is, hand gradients on to their input, and keep no floats of it for
+        that. Returns what undoes it."""
         return None
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: Callable[..., Tensor], module: Any) -> Tensor:
+        ctx.module = module
+        return call(module, x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (g,) = gradients
+        return g @ store_of(ctx.module).read(ctx.module).to(g.dtype), None, None
+
+
+class Recomputing:
+    """Mixed into the class of a quantised linear layer that would keep its weight as floats for the backward, or has
+    none: the call is the module's own, and the backward reads the weight again."""
+
+
+@functools.cache
+def _recomputing(cls: type[Any]) -> type[Any]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+            return _Recomputed.apply(x, cls.forward, self)  # type: ignore[no-any-return]
+        return cls.forward(self, x)
+
+    body: dict[str, Any] = {"forward": forward, "__module__": cls.__module__, "_coadapt_below": cls}
+    made = types.new_class(cls.__name__, (Recomputing, cls), exec_body=lambda namespace: namespace.update(body))
+    made.__qualname__ = cls.__qualname__
+    return made
+
+
+def recompute(module: nn.Module) -> Callable[[], None]:
+    """Has a quantised linear layer read its weight again in the backward; returns what undoes that."""
+    cls = plain_class(type(module))
+    if not issubclass(cls, Recomputing):
+        become(module, _recomputing(cls))
+    below = vars(plain_class(type(module)))["_coadapt_below"]
+    return functools.partial(become, module, below)
 
 
 FINDERS: list[Callable[[nn.Module], Packed | None]] = []

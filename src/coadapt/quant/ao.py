@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.site import become, plain_class
-from ..core.store import Packed
+from ..core.store import Packed, recompute
 
 
 class TorchAO(Packed):
@@ -35,32 +34,8 @@ class TorchAO(Packed):
         return tuple(_inner(module.weight))
 
     def steady(self, module: Any) -> Callable[[], None] | None:
-        """Layers that quantise their input cut the gradient off there; it is made from the weight as it is read."""
-        weight = module.weight
-        rounds = any(getattr(weight, name, None) for name in ("act_quant_kwargs", "activation_quantization"))
-        if not rounds or type(module).forward is not nn.Linear.forward:
-            return None
-        become(module, Straight)
-        return lambda: become(module, nn.Linear) if plain_class(type(module)) is Straight else None
-
-
-class Straight(nn.Linear):
-    """A linear layer of torchao's as it is, with the gradient of its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Straight.apply(x, self)  # type: ignore[no-any-return]
-
-
-class _Straight(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, module: nn.Linear) -> Tensor:
-        ctx.module = module
-        return nn.Linear.forward(module, x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (g,) = gradients
-        return g @ _STORE.read(ctx.module).to(g.dtype), None
+        """Its product keeps the weight as floats for the backward; or has none, where it rounds its input as well."""
+        return recompute(module)
 
 
 def _inner(tensor: Any) -> list[Tensor]:

@@ -6,13 +6,14 @@ which the portable kernels keep; others put the words into an order of their own
 
 import sys
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.site import plain_class
-from ..core.store import Packed
+from ..core.store import Packed, recompute
 
 LANES = (0, 2, 4, 6, 1, 3, 5, 7)
 """AWQ in 4 bits: which of eight neighbouring columns lies in each place of a word, from its lowest bits."""
@@ -57,6 +58,10 @@ class Grid(Packed):
 
     def parts(self, module: Any) -> tuple[Tensor, ...]:
         return module.qweight, module.scales, module.qzeros
+
+    def steady(self, module: Any) -> Callable[[], None]:
+        """Its product keeps the weight as floats for the backward."""
+        return recompute(module)
 
     def _grid(self, module: Any) -> tuple[Tensor, Tensor]:
         """Scales and zero points, (I, O) each."""

@@ -1,6 +1,8 @@
 """HQQ: groups of 1 to 8 bits with a scale and a zero point that are fitted without data."""
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +28,14 @@ class HQQ(Packed):
 
     def parts(self, module: Any) -> tuple[Tensor, ...]:
         return module.W_q, *(v for v in module.meta.values() if isinstance(v, Tensor))
+
+    def steady(self, module: Any) -> Callable[[], None] | None:
+        """Its bias is no parameter, and still hangs on what it was made of."""
+        bias = module.bias
+        if bias is None or not bias.requires_grad:
+            return None
+        module.bias = bias.detach()
+        return functools.partial(setattr, module, "bias", bias)
 
 
 _HQQ = HQQ()
