@@ -30,6 +30,7 @@ _HOMES = {
     "estimate": "training.estimate",
     "export": "exporting",
     "get_peft_model": "model",
+    "prepare_model_for_kbit_training": "quant.preparing",
     "recommended": "training.recommend",
 }
 

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from . import quant as _quant  # noqa: F401   quantised bases are known from now on
+from . import quant as quant  # quantised bases are known from now on
 from .combining import Options, Report, combine
 from .combining.field import translated
 from .config import PeftConfig, check_name
@@ -17,6 +17,7 @@ from .core.adapter import build, replace_options, start_from
 from .core.composition import Node
 from .core.method import method_for
 from .core.repacking import MergeReport, dequantise
+from .core.store import count
 from .core.view import View
 from .formats import checkpoint, folder
 from .verifying import Proof, verify
@@ -35,6 +36,9 @@ class PeftModel(View):
     """
 
     _hf_peft_config_loaded = True  # what transformers' Trainer asks of a model with a frozen, quantised base
+
+    merge_report: MergeReport | None = None
+    """What the last merge into a quantised base lost; None where there was none."""
 
     def __init__(
         self,
@@ -269,8 +273,7 @@ class PeftModel(View):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(parameters that train, all parameters)"""
-        every = list(self.parameters())
-        return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
+        return sum(p.numel() for p in self.parameters() if p.requires_grad), count(self)
 
     def verify(self, batch: Any, loss: Callable[[Any], Tensor] | None = None, merge: bool = True) -> Proof:
         """Proves by one tiny step on `batch` that every adapter trains, and puts everything back.
@@ -331,7 +334,8 @@ class PeftModel(View):
             record.merged_by = id(self)
             self._plans.clear()
             self.set_adapter(node)
-            return self._merged.report
+            self.merge_report = self._merged.report
+            return self.merge_report
 
     def unmerge_adapter(self) -> None:
         """Puts the base's own weights back, bit for bit.
@@ -359,8 +363,8 @@ class PeftModel(View):
         """Merges a composition for good and gives the base back, without adapters.
 
         Args:
-            into: as in `merge_adapter`. Into the dequantised base (the default) the whole of it becomes a plain model of
-                floats, what is not adapted too; into the quantised one it stays what it was.
+            into: as in `merge_adapter`. Into the dequantised base (the default) all of it becomes a plain model of
+                floats, also what is not adapted; into the quantised one it stays what it was.
 
         Raises:
             TypeError: part of it is no change of weights (a prompt, a prefix, a bottleneck): it would be lost.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from coadapt import LoraConfig, PeftModel
 from coadapt.core.adapter import ModuleCopy
-from coadapt.core.method import AttentionMethod, InputMethod, WeightMethod
+from coadapt.core.method import WeightMethod
 from coadapt.core.store import quantised, store_of
 from laws.setting import EVERY, attach, close, far, fits, gradients, ids, logits, loss
 from quant.quantisers import QUANTISERS, as_floats, make
@@ -19,12 +19,13 @@ from quant.quantisers import QUANTISERS, as_floats, make
 CASES = [case for case in EVERY if fits(case, "llama")]
 
 
-def pairs(turn: int) -> Any:
-    """Each quantiser with one case, and each case with one quantiser, as `turn` says; the rest is `full`."""
+def pairs(turn: int, each_case: bool = False) -> Any:
+    """Each quantiser with one case, and if asked for each case with one quantiser; which, says `turn`. The rest is
+    `full`."""
     names, out = list(QUANTISERS), list[Any]()
     for i, name in enumerate(names):
         for j, case in enumerate(CASES):
-            quick = (i + turn) % len(CASES) == j % len(CASES) or (j + turn) % len(names) == i
+            quick = (i + turn) % len(CASES) == j or (each_case and (j + turn) % len(names) == i)
             out.append(pytest.param(name, case, marks=() if quick else pytest.mark.full))
     return pytest.mark.parametrize(("name", "case"), out)
 
@@ -34,7 +35,7 @@ def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).detach().norm() / other.detach().norm().clamp(min=1e-12))
 
 
-@pairs(0)
+@pairs(0, each_case=True)
 def test_as_on_the_dequantised_base(name: str, case: str) -> None:
     """Outputs and gradients of the adapter, and of what goes in, are those on the weights as plain floats."""
     within = QUANTISERS[name].within
@@ -44,24 +45,26 @@ def test_as_on_the_dequantised_base(name: str, case: str) -> None:
     plain.train()
     found = []
     for one in (view, plain):
-        entered = one.get_input_embeddings().register_forward_hook(lambda *a: a[2].requires_grad_())
-        kept: list[Tensor] = []
-        watched = one.get_input_embeddings().register_forward_hook(lambda *a, kept=kept: kept.append(a[2]))
-        value = loss(one)
-        kept[0].retain_grad() if kept[0].grad_fn is not None else None
-        value.backward()
-        found.append((logits(one), gradients(one), kept[0].grad))
-        entered.remove()
-        watched.remove()
+        entered: list[Tensor] = []
+
+        def enter(module: nn.Module, given: Any, y: Tensor, entered: list[Tensor] = entered) -> Tensor:
+            entered.append(y.requires_grad_())
+            y.retain_grad()
+            return y
+
+        hook = one.get_input_embeddings().register_forward_hook(enter)
+        loss(one).backward()
+        hook.remove()
+        found.append((logits(one), gradients(one), entered[0].grad))
     (y, ours, dx), (wanted, theirs, dwanted) = found
     assert apart(y, wanted) < within
     assert ours.keys() == theirs.keys()
     for key, gradient in ours.items():
         assert gradient is not None, key
-        assert apart(gradient, theirs[key]) < max(4 * within, 1e-4), key  # type: ignore[arg-type]
-    if dwanted is not None:
-        assert dx is not None, "no gradient came through"
-        assert apart(dx, dwanted) < max(4 * within, 1e-4)
+        assert apart(gradient, theirs[key]) < max(8 * within, 1e-4), key  # type: ignore[arg-type]
+    assert dx is not None, "no gradient came through"
+    assert dwanted is not None
+    assert apart(dx, dwanted) < max(8 * within, 1e-4)
 
 
 def mergeable(view: PeftModel) -> bool:
@@ -78,8 +81,8 @@ def same_tensors(one: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) -
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(tensors, other[path], strict=True)), path
 
 
-@pairs(1)
 @pytest.mark.parametrize("into", ["dequantised", "quantised"])
+@pairs(4)
 def test_merging_and_exact_unmerging(name: str, case: str, into: str) -> None:
     view = attach(make(name), "llama", case)
     before, plain, classes = packed(view), logits(view.base), {n: type(m) for n, m in view.base.named_modules()}
@@ -117,7 +120,7 @@ def test_merging_and_exact_unmerging(name: str, case: str, into: str) -> None:
     assert {n: type(m) for n, m in view.base.named_modules()} == classes
 
 
-@pairs(2)
+@pairs(8)
 def test_a_row_of_a_mixed_batch_is_that_row_alone(name: str, case: str) -> None:
     view = attach(make(name), "llama", case, "lora")
     tokens = ids(4)
@@ -129,7 +132,7 @@ def test_a_row_of_a_mixed_batch_is_that_row_alone(name: str, case: str) -> None:
     far(mixed[2], logits(view.base, tokens)[2])
 
 
-@pairs(3)
+@pairs(13)
 def test_saved_and_loaded(name: str, case: str, tmp_path: Path) -> None:
     """Also that the base is known again: another fingerprint would be a warning."""
     view = attach(make(name), "llama", case)
@@ -161,8 +164,8 @@ def test_copies(name: str) -> None:
     again.unmerge_adapter()
     view.unmerge_adapter()
     assert torch.equal(logits(again), logits(view))
-    if QUANTISERS[name].library in ("torchao", "gptqmodel"):
-        return  # their layers cannot be pickled by themselves (docs/limits.md)
+    if QUANTISERS[name].library == "torchao":
+        return  # its layers cannot be pickled by themselves (docs/limits.md)
     assert torch.equal(logits(pickle.loads(pickle.dumps(view))), y)
 
 
@@ -186,10 +189,9 @@ def test_no_weight_is_kept_as_floats(name: str) -> None:
             call(torch.randint(3, 30, (2, 5)))
         return len(floats)
 
-    embedded = view.get_input_embeddings().register_forward_hook(lambda *a: a[2].requires_grad_())
-    alone = count(view.base)
-    assert count(view) == alone == 0
-    embedded.remove()
+    hook = view.get_input_embeddings().register_forward_hook(lambda *a: a[2].requires_grad_())
+    assert count(view.base) == count(view) == 0
+    hook.remove()
 
 
 @pytest.mark.parametrize("name", QUANTISERS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer import Around
-from .store import Packed, float_form, form_of, packed_store, quantised, take_form
+from .store import Packed, float_form, form_of, packed_store, quantised, store_of, take_form
 
 INTO = ("dequantised", "quantised")
 """Which base a merge goes into, where that is quantised."""
@@ -59,14 +59,17 @@ class MergeReport:
         whole = math.hypot(*map(of, self.rows))
         return math.hypot(*(one or 0.0 for one in lost)) / whole if whole else 0.0
 
-    def __str__(self) -> str:
-        count = f"{len(self.rows)} quantised layer{'s' * (len(self.rows) != 1)}"
-        lines = [f"Merged into the {self.into} base: {count}."]
+    def told(self, done: str) -> str:
+        """As text, where the merge that was done is into the `done` base."""
+        lines = [f"Merged into the {done} base: {len(self.rows)} quantised layer{'s' * (len(self.rows) != 1)}."]
         for into in INTO:
             lost, off = self.lost(into), self.off(into)
-            told = "cannot be done" if lost is None or off is None else f"{lost:.1e} of the change, {off:.1e} of the weights"
-            lines.append(f"  {'lost so' if into == self.into else 'would be lost'} ({into}): {told}")
+            share = "" if lost is None or off is None else f"{lost:.1e} of the change, {off:.1e} of the weights"
+            lines.append(f"  {'lost so' if into == done else 'would be lost'} ({into}): {share or 'cannot be done'}")
         return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.told(self.into)
 
 
 def repacked(
@@ -117,6 +120,21 @@ def _with_bias(made: Any, given: Mapping[str, Tensor | None]) -> Any:
     return made
 
 
+@torch.no_grad()
+def apart(base: nn.Module, original: nn.Module, report: MergeReport) -> tuple[float, float]:
+    """How far the weights of `original` are from those of the quantised `base`, at the layers of a report.
+
+    Returns:
+        |original - base| / |wanted - base|, and / |wanted|, over all of these layers.
+    """
+    off = []
+    for row in report.rows:
+        module, other = base.get_submodule(row.path), original.get_submodule(row.path)
+        off.append(float((store_of(other).read(other).float() - store_of(module).read(module).float()).norm()))
+    changes, weights = math.hypot(*(r.change for r in report.rows)), math.hypot(*(r.weight for r in report.rows))
+    return (math.hypot(*off) / changes if changes else 0.0), (math.hypot(*off) / weights if weights else 0.0)
+
+
 def float_dtype(base: nn.Module) -> torch.dtype:
     """What a base that is quantised in part computes in: the dtype of its first floats, as a rule the embeddings'."""
     plain = (p for m in base.modules() if packed_store(m) is None for p in m.parameters(recurse=False))
@@ -125,7 +143,7 @@ def float_dtype(base: nn.Module) -> torch.dtype:
 
 @torch.no_grad()
 def dequantise(base: Any) -> None:
-    """Makes every quantised layer one of floats, and has the model and its configuration forget that there were some."""
+    """Makes every quantised layer one of floats; the model and its configuration forget that there were some."""
     dtype = float_dtype(base)
     for _, module, store in list(quantised(base)):
         take_form(module, float_form(module, store.read(module).to(dtype), getattr(module, "bias", None)))

@@ -4,6 +4,7 @@ Nothing here multiplies by a quantised weight: the module's own call does, and n
 """
 
 import functools
+import math
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .site import become, plain_class
+from .site import become, new, plain_class
 
 
 class Store(Protocol):
@@ -100,7 +101,7 @@ class Packed(ABC):
         return module.out_features, module.in_features
 
     def steady(self, module: Any) -> Callable[[], None] | None:
-        """Sees to it that calls leave the weight as it is, hand gradients on to their input, and keep no floats of it for
+        """Sees to it that calls leave the weight as it is, hand a gradient on to their input, and keep no floats for
         that. Returns what undoes it."""
         return None
 
@@ -129,7 +130,12 @@ def _recomputing(cls: type[Any]) -> type[Any]:
             return _Recomputed.apply(x, cls.forward, self)  # type: ignore[no-any-return]
         return cls.forward(self, x)
 
-    body: dict[str, Any] = {"forward": forward, "__module__": cls.__module__, "_coadapt_below": cls}
+    def reduce(self: Any, protocol: Any) -> Any:
+        """A copy is as its library has it, until a view has it steadied."""
+        return new, (cls,), dict(self.__dict__)
+
+    body: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__}
+    body["_coadapt_below"] = cls
     made = types.new_class(cls.__name__, (Recomputing, cls), exec_body=lambda namespace: namespace.update(body))
     made.__qualname__ = cls.__qualname__
     return made
@@ -167,6 +173,15 @@ def quantised(model: nn.Module) -> Iterator[tuple[str, nn.Module, Packed]]:
             yield path, module, store
 
 
+def count(model: nn.Module) -> int:
+    """How many numbers the weights of a model are; of quantised ones, those that they stand for."""
+    stored = sum(p.numel() for p in model.parameters())
+    for _, module, store in quantised(model):
+        kept = sum(p.numel() for name, p in module.named_parameters(recurse=False) if name != "bias")
+        stored += math.prod(store.shape(module)) - kept
+    return stored
+
+
 def held(module: nn.Module) -> Iterator[Tensor]:
     """The tensors of one module, without those inside of it, that hold its values."""
     if (store := packed_store(module)) is not None:
@@ -187,8 +202,7 @@ _OWN_LIFE = ("training", "forward", "_old_forward", "_hf_hook")
 
 def form_of(module: nn.Module) -> Any:
     """A module of the same plain class that shares all tensors with `module`: a copy of what it consists of."""
-    cls = plain_class(type(module))
-    made = cls.__new__(cls)
+    made = new(plain_class(type(module)))
     made.__dict__ = {
         k: v.copy() if k in ("_parameters", "_buffers", "_modules") else v for k, v in vars(module).items()
     }

@@ -1,4 +1,4 @@
-"""The quantisers: one file each. A file is read once its library is there and a module is asked about; none is imported.
+"""The quantisers, one file each, which is read once its library is loaded; none is imported here.
 
 Each has `store_for(module)`: the store of a module whose weight that library has quantised, or None.
 """

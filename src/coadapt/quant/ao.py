@@ -47,7 +47,7 @@ def _inner(tensor: Any) -> list[Tensor]:
 
 def _granularity(old: Any) -> Any:
     library: Any = sys.modules["torchao.quantization"]
-    rows, columns = tuple(old.block_size)[0], tuple(old.block_size)[-1]
+    rows, *_, columns = old.block_size
     if (rows, columns) == tuple(old.shape):
         return library.PerTensor()
     return library.PerRow() if columns == old.shape[-1] else library.PerGroup(columns)

@@ -90,7 +90,7 @@ class EightBit(Packed):
         return torch.float32
 
     def parts(self, module: Any) -> tuple[Tensor, ...]:
-        """The numbers (O, I) and the largest of each row (O,): at the parameter until the first call, then beside it."""
+        """The numbers (O, I) and the largest of each row (O,), which move from the parameter with the first call."""
         weight, state = module.weight, getattr(module, "state", None)
         if weight.SCB is not None:
             return weight.data if weight.CB is None else weight.CB, weight.SCB

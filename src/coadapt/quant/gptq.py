@@ -1,7 +1,7 @@
 """GPTQ and AWQ as gptqmodel holds them: numbers of few bits in words of 32, a scale and a zero point for each group.
 
-GPTQ, Frantar et al. 2022, arXiv:2210.17323; AWQ, Lin et al. 2023, arXiv:2306.00978. Read from the layout of their files,
-which the portable kernels keep; others put the words into an order of their own, and only calls of theirs work.
+GPTQ, Frantar et al. 2022, arXiv:2210.17323; AWQ, Lin et al. 2023, arXiv:2306.00978. Read from the layout of their
+files, which the portable kernels keep; others put the words into an order of their own: they can only be called.
 """
 
 import sys
