@@ -42,7 +42,7 @@ def test_qlora_from_training_to_a_merged_model(call: Call, base: Path, trained: 
         assert code == 0, said
         assert f"Merged into the {into} base: 14 quantised layers." in text
         assert f"lost so ({into}):" in text
-        assert ("other weights" in said) == (into == "original")
+        assert "other weights" not in said, "that is what was asked for, and it is measured"
         merged = AutoModelForCausalLM.from_pretrained(out)
         assert bool(list(quantised(merged))) == (into == "quantised")
         outputs[into] = merged

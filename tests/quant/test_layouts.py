@@ -1,4 +1,4 @@
-"""The layouts of GPTQ and AWQ, read number by number; what is quantised twice; and what scripts call before training."""
+"""The layouts of GPTQ and AWQ, read number by number; what is quantised twice; what scripts call before training."""
 
 import types
 from typing import Any

@@ -1,6 +1,7 @@
 """`coadapt merge`: an adapter becomes part of its base's weights."""
 
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ def _merged(ready: Any, into: str | None, other: Callable[[], Any]) -> Any:
     if report is None:
         raise click.UsageError("--into original: the base was not quantised for this adapter. Leave it out.")
     ready.model.unmerge_adapter()
-    view = other()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* was trained on a base with other weights")  # so it was asked
+        view = other()
     lost, off = apart(ready.model.get_base_model(), view.get_base_model(), report)
     click.echo(f"{report.told(ORIGINAL)}\n  lost so ({ORIGINAL}): {lost:.1e} of the change, {off:.1e} of the weights")
     return view.merge_and_unload()

@@ -116,7 +116,11 @@ def _again(store: Packed, module: nn.Module, wanted: Tensor, needed: bool) -> An
 def _with_bias(made: Any, given: Mapping[str, Tensor | None]) -> Any:
     if "bias" in given:
         bias = given["bias"]
-        made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        if isinstance(made, nn.Linear):
+            made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        else:  # of a library that writes it anew itself
+            made.__dict__.pop("bias", None)
+            made.__dict__["_buffers"]["bias"] = bias
     return made
 
 

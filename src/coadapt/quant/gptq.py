@@ -42,7 +42,8 @@ class Grid(Packed):
 
     def read(self, module: Any) -> Tensor:
         scales, zeros = self._grid(module)
-        return (scales * (self.numbers(module) - zeros)).T.contiguous()
+        weight = scales * (self.numbers(module) - zeros)  # in 16 bits, as the layer's own call makes it
+        return weight.T.float().contiguous()
 
     def write(self, module: Any, weight: Tensor) -> None:
         """Each number to the nearest on the grid that there is: it was fitted to data, so it stays."""
@@ -54,7 +55,7 @@ class Grid(Packed):
                 getattr(module, clear)()
 
     def dtype(self, module: Any) -> torch.dtype:
-        return module.scales.dtype
+        return torch.float32
 
     def parts(self, module: Any) -> tuple[Tensor, ...]:
         return module.qweight, module.scales, module.qzeros
