@@ -117,7 +117,7 @@ def _with_bias(made: Any, given: Mapping[str, Tensor | None]) -> Any:
     if "bias" in given:
         bias = given["bias"]
         if isinstance(made, nn.Linear):
-            made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+            made.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         else:  # of a library that writes it anew itself
             made.__dict__.pop("bias", None)
             made.__dict__["_buffers"]["bias"] = bias
