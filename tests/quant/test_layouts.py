@@ -1,6 +1,7 @@
 """The layouts of GPTQ and AWQ, read number by number; what is quantised twice; what scripts call before training."""
 
 import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,18 @@ from coadapt import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbi
 from coadapt.core.store import packed_store, quantised
 from coadapt.quant import gptq
 from laws.setting import gradients, ids, logits, loss
-from quant.quantisers import make
+from quant.quantisers import QUANTISERS, make
 from quant.test_laws import apart
+
+
+def test_the_page_has_a_row_for_each_quantiser() -> None:
+    """Written by tests/quant/page.py; what does not hold there is to be explained, and all of it does."""
+    page = (Path(__file__).parents[2] / "docs" / "quantised.md").read_text("utf-8")
+    rows = [line.split("|") for line in page.split("<!-- table")[1].split("<!-- end")[0].splitlines()[3:]]
+    assert [row[1].strip() for row in rows] == list(QUANTISERS)
+    for row in rows:
+        cells = [cell.strip() for cell in row[4:-1]]
+        assert all(cell == "yes" or len(set(cell.split(" of "))) == 1 for cell in cells), row
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
