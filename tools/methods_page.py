@@ -9,12 +9,24 @@ from pathlib import Path
 
 from coadapt.core.method import METHODS, AttentionMethod, InputMethod, Method, WeightMethod
 from coadapt.methods import CONFIGS
-from coadapt.training.options import FORMS
 
 ROOT = Path(__file__).parent.parent
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "methods.md"
 START, END = "<!-- methods: made by tools/methods_page.py -->", "<!-- /methods -->"
 TABLE, TABLE_END = "<!-- abilities: made by tools/methods_page.py --run -->", "<!-- /abilities -->"
+OPTIONS = {
+    "DORA": "use_dora=True",
+    "LOFTQ": 'init_lora_weights="loftq"',
+    "ALORA": "alora_invocation_tokens=[...]",
+    "BD_LORA": "use_bdlora={...}",
+    "QA_LORA": "use_qalora=True",
+    "KASA": "kasa_config={...}",
+    "VELORA": "velora_config={...}",
+    "COFT": "coft=True",
+    "BAT": 'init_weights="bat"',
+    "ASA": "use_asa=True",
+}
+"""What builds the methods that are another one with an option."""
 PLACES = {
     "layers": "At layers",
     "blocks, modules": "Around blocks and other modules",
@@ -32,8 +44,7 @@ def place(method: type[Method]) -> str:
 def configuration(name: str) -> str:
     """What builds a method, as one writes it."""
     config = METHODS[name].config_class.__name__
-    switch = FORMS.get(name.lower(), ("", f"use_{name.lower()}"))[1]
-    return f"{config}" if name in CONFIGS else f"{config}({switch}=True)"
+    return config if name in CONFIGS else f"{config}({OPTIONS[name]})"
 
 
 def parts(method: type[Method]) -> tuple[str, str, str, str]:

@@ -39,6 +39,7 @@ _HOMES = {
     "initialize_lora_eva_weights": "starts",
     "preprocess_corda": "starts",
     "preprocess_loraga": "starts",
+    "prepare_model_for_kbit_training": "quant.preparing",
     "recommended": "training.recommend",
 }
 

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from . import quant as quant  # quantised bases are known from now on
 from .combining import Options, Report, combine
 from .combining.field import translated
 from .config import PeftConfig, check_name
@@ -15,6 +16,8 @@ from .core import composition, merging
 from .core.adapter import build, replace_options, start_from
 from .core.composition import Node
 from .core.method import method_for
+from .core.repacking import MergeReport, dequantise
+from .core.store import count
 from .core.view import View
 from .formats import checkpoint, folder
 from .methods.lora import loras
@@ -35,6 +38,9 @@ class PeftModel(View):
     """
 
     _hf_peft_config_loaded = True  # what transformers' Trainer asks of a model with a frozen, quantised base
+
+    merge_report: MergeReport | None = None
+    """What the last merge into a quantised base lost; None where there was none."""
 
     def __init__(
         self,
@@ -273,8 +279,7 @@ class PeftModel(View):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(parameters that train, all parameters)"""
-        every = list(self.parameters())
-        return sum(p.numel() for p in every if p.requires_grad), sum(p.numel() for p in every)
+        return sum(p.numel() for p in self.parameters() if p.requires_grad), count(self)
 
     def verify(self, batch: Any, loss: Callable[[Any], Tensor] | None = None, merge: bool = True) -> Proof:
         """Proves by one tiny step on `batch` that every adapter trains, and puts everything back.
@@ -299,17 +304,29 @@ class PeftModel(View):
 
     # ---- merging -----------------------------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: Any = None, safe_merge: bool = True, keep_original: bool = True) -> None:
+    def merge_adapter(
+        self,
+        adapter_names: Any = None,
+        safe_merge: bool = True,
+        keep_original: bool = True,
+        into: str | None = None,
+    ) -> MergeReport | None:
         """Puts a composition (the active one) into the base's weights. Prompts and prefixes stay beside them.
 
         Args:
             adapter_names: what to merge, as in `set_adapter`; it becomes the active composition.
             safe_merge: taken as in the field; results are checked to be finite before anything is written either way.
-            keep_original: keep the base's own weights (on the CPU) for an exact `unmerge_adapter`.
+            keep_original: keep the base's own weights (on the CPU; quantised ones where they are) for an exact
+                `unmerge_adapter`.
+            into: of a quantised base only. "dequantised" (the default): what is adapted becomes layers of floats, which
+                hold the change but for their rounding. "quantised": it is quantised anew, which loses part of it.
+
+        Returns:
+            Of a quantised base what is lost, the one way and the other; it prints as such. None where it is floats.
 
         Raises:
             RuntimeError: something is merged already, or another view is in a call.
-            TypeError, ValueError: the composition cannot be merged; nothing was changed.
+            TypeError, ValueError: the composition cannot be merged, or `into` has no effect; nothing was changed.
         """
         record = self._record
         with record.lock:
@@ -319,10 +336,12 @@ class PeftModel(View):
                 raise RuntimeError(f"{len(busy)} view of this base is in a call right now; merge when it is done.")
             node = self.composition if adapter_names is None else self.checked(adapter_names)
             _ = record.fingerprint  # of the base as it is before
-            self._merged = merging.merge(self.base, self._names, node, keep_original)
+            self._merged = merging.merge(self.base, self._names, node, keep_original, into)
             record.merged_by = id(self)
             self._plans.clear()
             self.set_adapter(node)
+            self.merge_report = self._merged.report
+            return self.merge_report
 
     def unmerge_adapter(self) -> None:
         """Puts the base's own weights back, bit for bit.
@@ -341,17 +360,28 @@ class PeftModel(View):
         self._plans.clear()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Any = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: Any = None,
+        into: str | None = None,
     ) -> nn.Module:
         """Merges a composition for good and gives the base back, without adapters.
 
+        Args:
+            into: as in `merge_adapter`. Into the dequantised base (the default) all of it becomes a plain model of
+                floats, also what is not adapted; into the quantised one it stays what it was.
+
         Raises:
             TypeError: part of it is no change of weights (a prompt, a prefix, a bottleneck): it would be lost.
+            ValueError: something is merged already, and `into` says otherwise.
         """
         if self._merged is None:
             node = self.composition if adapter_names is None else self.checked(adapter_names)
             merging.refuse_beside(self._names, node)
-            self.merge_adapter(node, keep_original=False)
+            self.merge_adapter(node, keep_original=False, into=into)
+        elif into is not None and (self._merged.report is None or self._merged.report.into != into):
+            raise ValueError(f"into={into!r} comes too late: it is merged already. Call unmerge_adapter() first.")
         if self._merged is not None and self._merged.new_biases:
             warnings.warn(
                 f"{self._merged.new_biases} layers that had no bias have one now. {type(self.base).__name__} has "
@@ -359,6 +389,8 @@ class PeftModel(View):
                 stacklevel=2,
             )
         merging.untie(self.base)
+        if self._merged is not None and self._merged.report is not None and self._merged.report.into == "dequantised":
+            dequantise(self.base)
         self._merged = None
         return self._end()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .core import composition
 from .core.adapter import Adapter, ModuleCopy, Part
 from .core.method import AttentionMethod, InputMethod, WeightMethod
+from .core.store import packed_store
 from .core.view import View
 
 OUTPUT, GRADIENT, STEP, FROZEN, BASE, MERGED, SAVED = (
@@ -173,6 +174,8 @@ def _unmergeable(view: Any) -> str:
     other = [f"{n!r} is a {type(p.method).__name__}" for n, p in parts if p in kept and not _is_map(p)]
     if other:
         return f"{other[0]}, which is no change of weights"
+    if kept and any(packed_store(p.place.module) is not None for p in kept):
+        return "the base is quantised: its weights as floats may not fit, and merging tells by itself what it loses"
     return "" if kept else "nothing in it is a change of weights"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import BitsAndBytesConfig, EarlyStoppingCallback, TrainingArguments
 
 import coadapt.methods  # noqa: F401  makes the configurations known
 from coadapt.config import CONFIGS
@@ -177,7 +177,7 @@ def test_names_are_those_of_transformers_where_it_has_one() -> None:
     }
     ours |= {"method", "adapters", "composition", "gates_learning_rate", "overwrite_output_dir", "resume", "verify"}
     ours |= {"datasets", "mixing_temperature"}
-    ours |= set(signature(EarlyStoppingCallback).parameters)
+    ours |= set(signature(EarlyStoppingCallback).parameters) | set(signature(BitsAndBytesConfig).parameters)
     assert set(RunConfig.model_fields) - ours <= set(TrainingArguments.__dataclass_fields__)
     assert all(field.description for field in RunConfig.model_fields.values())
 

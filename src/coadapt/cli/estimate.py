@@ -10,9 +10,9 @@ from coadapt.cli.train import TrainCommand, read_settings, settings
 from coadapt.training.settings import PlannedRun
 
 SETTINGS = frozenset(
-    """model revision dtype task data dataset_config eval_data eval_split text_column prompt_column completion_column
-    label_column image_column prompt_separator completion_only_loss max_length method composition
-    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_strategy optim
+    """model revision dtype load_in_4bit load_in_8bit task data dataset_config eval_data eval_split text_column
+    prompt_column completion_column label_column image_column prompt_separator completion_only_loss max_length method
+    composition per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_strategy optim
     gradient_checkpointing bf16 fp16 use_cpu verify""".split()
 )
 """Those of a run that decide what it needs."""

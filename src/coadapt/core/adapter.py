@@ -20,6 +20,7 @@ from .method import AttentionMethod, Driven, InputMethod, Method, ModuleMethod, 
 from .parameter import ParameterLayer
 from .precision import linear
 from .roles import Place
+from .store import float_form, quantised, take_form
 
 
 class ModuleCopy(ModuleMethod):
@@ -43,8 +44,10 @@ class ModuleCopy(ModuleMethod):
 
 
 def _plain_copy(module: nn.Module) -> nn.Module:
-    """A copy of `module` with its values, and without the hooks by which accelerate moves them."""
+    """A copy of `module` with its values, as floats, and without the hooks by which accelerate moves them."""
     copied = copy.deepcopy(module)
+    for _, inside, store in list(quantised(copied)):
+        take_form(inside, float_form(inside, store.read(inside), getattr(inside, "bias", None)))
     if any(hasattr(m, "_hf_hook") for m in copied.modules()):
         from accelerate.hooks import remove_hook_from_module
 

@@ -4,7 +4,7 @@ import hashlib
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import site
 from .roles import HEADS, word_embeddings
-from .store import stamp, value
+from .store import held, packed_store, quantised, stamp, value
 from .tied import weights
 
 _BASES: "weakref.WeakKeyDictionary[nn.Module, Base]" = weakref.WeakKeyDictionary()
@@ -39,6 +39,8 @@ class Base:
         self.trained: list[nn.Parameter] = []
         self.counting: list[nn.Module] = []
         """Layers that kept running statistics before: those are part of the base, and frozen while views last."""
+        self.steadied: list[tuple[nn.Module, Callable[[], None]]] = []
+        """What undoes that quantised layers keep their layout while views last."""
         self._fingerprint = ""
         self._weights: list[Any] = []
         self.checkpointing = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
@@ -57,6 +59,8 @@ class Base:
                 self.trained = [p for p in self.model.parameters() if p.requires_grad]
                 self.model.requires_grad_(False)
                 self.counting = [m for m in statistics(self.model) if m.training]
+                found = [(module, store.steady(module)) for _, module, store in quantised(self.model)]
+                self.steadied = [(module, undo) for module, undo in found if undo is not None]
             self.views.add(view)
 
     def leave(self, view: int, modules: Iterable[nn.Module]) -> None:
@@ -71,6 +75,9 @@ class Base:
             if not self.views:
                 for parameter in self.trained:
                     parameter.requires_grad_(True)
+                for module, undo in self.steadied:
+                    if packed_store(module) is not None:
+                        undo()
                 if (model := self._model()) is not None:
                     for module in self.counting:
                         module.train(model.training)
@@ -100,7 +107,7 @@ class Base:
         into the weights, it is what it was before.
         """
         if self.merged_by is None or not self._fingerprint:
-            now = [(id(p), stamp(p)) for p in self.model.parameters()]
+            now = [(id(p), stamp(p)) for module in self.model.modules() for p in held(module)]
             if not self._fingerprint or now != self._weights:
                 self._fingerprint, self._weights = fingerprint(self.model), now
         return self._fingerprint
@@ -124,18 +131,35 @@ def fingerprint(model: nn.Module) -> str:
     vocabulary = {id(weight[m]) for m in word_embeddings(model)}
     named: dict[int, str] = {}
     for path, module in modules.items():
-        for name, parameter in module.named_parameters(path, recurse=False):
-            named.setdefault(id(weight[module] if name.rpartition(".")[2] == "weight" else parameter), name)
+        for name, tensor in _named(module):
+            which = weight[module] if name == "weight" and isinstance(tensor, nn.Parameter) else tensor
+            named.setdefault(id(which), f"{path}.{name}" if path else name)
     for which, name in sorted(named.items(), key=lambda item: item[1]):
         if name.partition(".")[0] in HEADS:  # new at each load; what was trained of it is in the adapter
             continue
         owner, _, last = name.rpartition(".")
-        parameter = value(modules[owner], last)
+        parameter = _floats(modules[owner], last)
         words = which in vocabulary  # whose size may change, and with it the last rows
         structure.update(f"{name}:{tuple(parameter.shape[1:] if words else parameter.shape)};".encode())
         if parameter.is_floating_point() and not parameter.is_meta and parameter.numel():
             values.update(_sample(parameter[:FIRST] if words else parameter))
     return f"{structure.hexdigest()[:16]}-{values.hexdigest()[:16]}"
+
+
+def _named(module: Any) -> list[tuple[str, Tensor]]:
+    """What a module holds itself, by name; a quantised layer has the names of one that is not."""
+    store = packed_store(module)
+    if store is None:
+        return list(module.named_parameters(recurse=False))
+    bias = getattr(module, "bias", None)
+    return [("weight", store.parts(module)[0]), *([] if bias is None else [("bias", bias)])]
+
+
+def _floats(module: Any, name: str) -> Tensor:
+    store = packed_store(module)
+    if store is None:
+        return value(module, name)
+    return store.read(module) if name == "weight" else module.bias
 
 
 def _sample(parameter: Tensor, count: int = 64) -> bytes:

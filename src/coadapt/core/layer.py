@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .precision import scaled, squares
 from .site import plain_class
-from .store import stamp, store_of, value
+from .store import packed_store, stamp, store_of, value
 
 
 def _linear(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     shapes = sys.modules.get("transformers.pytorch_utils")
     if shapes is not None and isinstance(module, shapes.Conv1D):
         return _CONV1D
-    if hasattr(module, "in_features") and hasattr(module, "weight"):
+    if hasattr(module, "in_features") and (hasattr(module, "weight") or packed_store(module) is not None):
         return LINEAR
     weight = getattr(module, "weight", None)
     plain = isinstance(weight, nn.Parameter) and weight.dim() == 1 and not hasattr(module, "track_running_stats")
@@ -106,7 +106,8 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 _SQUARES: MutableMapping[Tensor, tuple[Any, Tensor]] = WeakTensorKeyDictionary()
-"""Parameter -> where its values lay and how often they had been changed, and the squared lengths of its rows then."""
+"""A tensor of a weight -> where its values lay and how often they had been changed, and the squared lengths of its rows
+then."""
 
 
 class Layer:
@@ -137,7 +138,8 @@ class Layer:
     @property
     def shape(self) -> tuple[int, ...]:
         """(O, I, *K); (O,) for a norm."""
-        return tuple(self.kind.canonical(store_of(self.module).read(self.module)).shape)
+        stored = torch.empty(store_of(self.module).shape(self.module), device="meta")
+        return tuple(self.kind.canonical(stored).shape)
 
     @property
     def bias(self) -> Tensor | None:
@@ -165,13 +167,17 @@ class Layer:
 
     def squares(self) -> Tensor:
         """(O,) the squared length of each row of the weight; kept for as long as the weight is the same."""
-        weight, held = self.weight(), getattr(self.module, "weight", None)
-        if torch.compiler.is_compiling() or not isinstance(held, nn.Parameter) or (now := stamp(held)) is None:
-            return squares(weight)
-        state = weight.data_ptr(), now
-        if (known := _SQUARES.get(held)) is None or known[0] != state:
-            known = _SQUARES[held] = state, squares(weight)
+        parts = self._parts()
+        if torch.compiler.is_compiling() or None in (now := [stamp(part) for part in parts]):
+            return squares(self.weight())
+        if (known := _SQUARES.get(parts[0])) is None or known[0] != now:
+            known = _SQUARES[parts[0]] = now, squares(self.weight())
         return known[1]
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the weight, and where that lies if accelerate keeps it elsewhere."""
+        store = store_of(self.module)
+        return store.parts(self.module) if store.packed else (*store.parts(self.module), self.weight())
 
     def value(self, name: str) -> Tensor:
         """A parameter of the module, as it is stored; detached."""
@@ -200,8 +206,13 @@ class Layer:
 
     def like(self) -> Tensor:
         """A tensor of the module's device and floating dtype, for making parameters beside it."""
-        floats = (t for t in self.module.parameters() if t.is_floating_point())
-        return next(floats, torch.empty(0))
+        for module in self.module.modules():
+            if (store := packed_store(module)) is not None:
+                return torch.empty(0, dtype=store.dtype(module), device=store.parts(module)[0].device)
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_floating_point():
+                    return parameter
+        return torch.empty(0)
 
 
 class Around(Layer):

@@ -16,7 +16,8 @@ from .lowrank import LowRankMethod
 from .method import AttentionMethod, InputMethod, WeightMethod
 from .parameter import adapted
 from .precision import plus_product
-from .store import store_of
+from .repacking import INTO, Full, MergeReport, Repacked, float_dtype, repacked
+from .store import form_of, packed_store, store_of, take_form
 
 
 @dataclass
@@ -29,17 +30,35 @@ class Merged:
     kept: bool = True
     new_biases: int = 0
     """Layers that had no bias, and have one now."""
+    forms: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
+    """Quantised layers, and what they consisted of."""
+    report: MergeReport | None = None
+    """What became of quantised layers, where there are any."""
+
+
+Write = tuple[nn.Module, str, torch.Tensor | None]
+"""A module, the name of its weight or bias, and the new value."""
 
 
 @torch.no_grad()
-def merge(base: nn.Module, adapters: Mapping[str, Adapter], node: Node, keep_original: bool = True) -> Merged:
+def merge(
+    base: nn.Module,
+    adapters: Mapping[str, Adapter],
+    node: Node,
+    keep_original: bool = True,
+    into: str | None = None,
+) -> Merged:
     """Writes W' = node(W) into every layer of the base that `node` adapts; prompts and prefixes stay beside it.
 
     All new weights are made and checked before the first is written.
 
+    Args:
+        into: which base, where that is quantised: the "dequantised" one (the default: a layer becomes one of floats),
+            or the "quantised" one (it is quantised anew).
+
     Raises:
         TypeError: a method in `node` is not a map of weights.
-        ValueError: nothing to merge, a gate per row, or a result that is not finite.
+        ValueError: nothing to merge, a gate per row, a result that is not finite, or `into` without quantised layers.
     """
     sites: dict[tuple[nn.Module, str], dict[str, list[Part]]] = {}
     for name in names(node):
@@ -55,7 +74,7 @@ def merge(base: nn.Module, adapters: Mapping[str, Adapter], node: Node, keep_ori
             sites.setdefault(site, {}).setdefault(name, []).append(part)
     if not sites:
         raise ValueError(f"{node!r} adapts no weight, so there is nothing to merge.")
-    writes: list[tuple[nn.Module, str, torch.Tensor | None]] = []
+    writes: list[Write] = []
     for (module, parameter), parts in sites.items():
         if any(p.is_meta for p in module.parameters()):
             path = next(iter(parts.values()))[0].place.path
@@ -68,12 +87,48 @@ def merge(base: nn.Module, adapters: Mapping[str, Adapter], node: Node, keep_ori
             path = next(n for n, m in base.named_modules() if m is module)
             raise ValueError(f"Merging {node!r} gives a {name} of {path!r} that is not finite. Nothing was changed.")
     done = Merged(node, frozenset(module for module, _ in sites), kept=keep_original)
+    _repack(base, [w for w in writes if packed_store(w[0]) is not None], into, done)
+    done_with = {module for module, _ in done.forms}
+    _write([w for w in writes if w[0] not in done_with], done)
+    if keep_original:
+        _to_cpu(base, done)
+    else:
+        done.forms.clear()
+    return done
+
+
+def _repack(base: nn.Module, writes: Sequence[Write], into: str | None, done: Merged) -> None:
+    """Gives quantised layers their new forms, and notes the old ones."""
+    if into not in (None, *INTO):
+        raise ValueError(f"into={into!r} is not one of {', '.join(map(repr, INTO))}.")
+    if into is not None and not writes:
+        raise ValueError(
+            f"into={into!r} says which form of a quantised base to merge into, but none of the layers that "
+            f"{done.node!r} adapts is quantised. Leave it out."
+        )
+    if not writes:
+        return
+    into, dtype = into or INTO[0], float_dtype(base)
+    given: dict[nn.Module, dict[str, torch.Tensor | None]] = {}
+    for module, name, value in writes:
+        given.setdefault(module, {})[name] = value
+    paths = {module: path for path, module in base.named_modules()}
+    new = {module: repacked(module, paths[module], values, into, dtype) for module, values in given.items()}
+    for module, (form, _) in new.items():
+        done.forms.append((module, form_of(module)))
+        done.new_biases += getattr(module, "bias", None) is None and getattr(form, "bias", None) is not None
+        take_form(module, form)
+    rows: list[Repacked] = [row for _, row in new.values() if row is not None]
+    done.report = MergeReport(into=into, rows=rows)
+
+
+def _write(writes: Sequence[Write], done: Merged) -> None:
     made: dict[int, nn.Parameter] = {}
     for module, name, value in writes:
         old = getattr(module, name)
         if name == "bias" and old is None:
             done.new_biases += 1
-        if keep_original:
+        if done.kept:
             done.originals.append((module, name, old))
         tied = made.get(id(old))
         if tied is not None and value is not None and torch.equal(tied, value.to(tied)):
@@ -84,9 +139,6 @@ def merge(base: nn.Module, adapters: Mapping[str, Adapter], node: Node, keep_ori
             setattr(module, name, None if value is None else nn.Parameter(value, requires_grad=False))
         if isinstance(new := getattr(module, name), nn.Parameter):
             made.setdefault(id(old), new)
-    if keep_original:
-        _to_cpu(base, done)
-    return done
 
 
 def _is_finite(value: torch.Tensor) -> bool:
@@ -102,33 +154,30 @@ def unmerge(done: Merged) -> None:
         if old is not None and now is not None and old.device != now.device:
             old.data = old.data.to(now.device)
         setattr(module, name, old)
+    for module, form in done.forms:
+        device = Layer(module).like().device
+        take_form(module, form)
+        if Layer(module).like().device != device:
+            module.to(device)
 
 
-def _new_weights(
-    module: nn.Module, parts: Mapping[str, Sequence[Part]], node: Node
-) -> list[tuple[nn.Module, str, torch.Tensor | None]]:
+def _new_weights(module: nn.Module, parts: Mapping[str, Sequence[Part]], node: Node) -> list[Write]:
     path = next(iter(parts.values()))[0].place.path
     if any(isinstance(p.method, ModuleCopy) for found in parts.values() for p in found):
         return _copied(module, parts, node)
     methods = {name: [p.method for p in found] for name, found in parts.items()}
     low = {n: found[0] for n, found in methods.items() if len(found) == 1 and isinstance(found[0], LowRankMethod)}
+    plain = Layer(module, path)
+    plain = plain if packed_store(module) is None else Full(plain)
     if len(low) == len(methods):
-        changed = _plus_products(Layer(module, path), low, node)
-        return [(module, "weight", Layer(module, path).kind.canonical(changed))]
-    layer = around(node, Layer(module, path), methods)
+        changed = _plus_products(plain, low, node)
+        return [(module, "weight", plain.kind.canonical(changed))]
+    layer = around(node, plain, methods)
     stored = layer.kind.canonical(layer.weight())
-    out: list[tuple[nn.Module, str, torch.Tensor | None]] = [
-        (module, "weight", stored.to(Layer(module, path).like().dtype))
-    ]
+    out: list[Write] = [(module, "weight", stored.to(plain.like().dtype))]
     if layer.bias is not layer_bias(module):
         bias = layer.bias
-        out.append(
-            (
-                module,
-                "bias",
-                None if bias is None else bias.to(stored.device, Layer(module, path).like().dtype),
-            )
-        )
+        out.append((module, "bias", None if bias is None else bias.to(stored.device, plain.like().dtype)))
     return out
 
 
@@ -146,9 +195,7 @@ def _plus_products(layer: Layer, methods: Mapping[str, LowRankMethod], node: Nod
     return plus_product(weight.flatten(1), torch.cat(ups, dim=1), torch.cat(downs)).view(weight.shape)
 
 
-def _new_parameter(
-    module: nn.Module, name: str, parts: Mapping[str, Sequence[Part]], node: Node
-) -> list[tuple[nn.Module, str, torch.Tensor | None]]:
+def _new_parameter(module: nn.Module, name: str, parts: Mapping[str, Sequence[Part]], node: Node) -> list[Write]:
     path = next(iter(parts.values()))[0].place.path
     methods = {adapter: [p.method for p in found] for adapter, found in parts.items()}
     return [(module, name, adapted(node, module, path, name, methods))]
@@ -159,9 +206,7 @@ def layer_bias(module: nn.Module) -> torch.Tensor | None:
     return getattr(module, "bias", None)
 
 
-def _copied(
-    module: nn.Module, parts: Mapping[str, Sequence[Part]], node: Node
-) -> list[tuple[nn.Module, str, torch.Tensor | None]]:
+def _copied(module: nn.Module, parts: Mapping[str, Sequence[Part]], node: Node) -> list[Write]:
     found = [p for own in parts.values() for p in own]
     written = list(terms(node, parts.__contains__))
     if len(found) != 1 or [gate for _, gate in written] != [Gate()]:

@@ -31,7 +31,7 @@ def site_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     def reduce(self: Any, protocol: Any) -> Any:
         """A copied or pickled module is a plain one: what it is a site of is not copied along."""
-        return _new, (cls,), dict(self.__dict__)
+        return new, (vars(cls).get("_coadapt_below", cls),), dict(self.__dict__)
 
     setattr(forward, "__wrapped__", cls.forward)  # noqa: B010   signatures are read through it
     body: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce, "__module__": cls.__module__}
@@ -72,7 +72,8 @@ def _set_checkpoint(self: Any, function: Any) -> None:
     self.__dict__["_gradient_checkpointing_func"] = function
 
 
-def _new(cls: type[nn.Module]) -> nn.Module:
+def new(cls: type[nn.Module]) -> nn.Module:
+    """A bare module of a class, which pickle fills."""
     return cls.__new__(cls)
 
 
@@ -89,6 +90,11 @@ def unmake(module: nn.Module) -> None:
         TypeError: its class was changed since in a way that cannot be rebuilt without the site.
     """
     _set_class(module, plain_class(type(module)))
+
+
+def become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Gives `module` another class below its site, if it is one."""
+    _set_class(module, site_class(cls) if isinstance(module, Site) else cls)
 
 
 def plain_class(cls: type[Any]) -> type[Any]:

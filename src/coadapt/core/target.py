@@ -160,7 +160,8 @@ def parameters(config: Any, base: nn.Module) -> list[Place]:
     wanted = config.target_parameters
     if not wanted:
         return []
-    every = {name: name.rpartition(".") for name, p in base.named_parameters() if p.dim() in (2, 3)}
+    floats = {name: p for name, p in base.named_parameters() if p.is_floating_point()}  # not what is quantised
+    every = {name: name.rpartition(".") for name, p in floats.items() if p.dim() in (2, 3)}
     raw = {n: (owner, end) for n, (owner, _, end) in every.items() if kind_of(base.get_submodule(owner)) is None}
     if missing := [name for name in wanted if not any(suffix_match(path, name) for path in raw)]:
         layer = [path for path in every if any(suffix_match(path, name) for name in missing)]

@@ -10,6 +10,7 @@ from ..core import merging
 from ..core.adapter import ModuleCopy
 from ..core.composition import Node, names
 from ..core.method import AttentionMethod, InputMethod, WeightMethod
+from ..core.store import quantised
 from ..model import PeftModel
 from .plain import is_new_bias
 
@@ -36,6 +37,11 @@ def refuse_unmergeable(view: PeftModel, node: Node, new_biases: bool) -> None:
     Args:
         new_biases: whether what is written has room for biases at layers that have none.
     """
+    if found := [path for path, _, _ in quantised(view.base)]:
+        raise ValueError(
+            f"The base is quantised ({found[0]!r} and {len(found) - 1} other layers), and a merged model is written in "
+            "floats. Make it one first: model.merge_and_unload(), coadapt merge."
+        )
     adapters = {name: view.get_adapter(name) for name in names(node)}
     for name, adapter in adapters.items():
         for part in adapter.parts:
@@ -50,9 +56,9 @@ def refuse_unmergeable(view: PeftModel, node: Node, new_biases: bool) -> None:
                     "which cannot be merged into weights, nor be a LoRA. Name the others (adapters=, --adapters), or "
                     "serve it with coadapt."
                 )
-    if not new_biases and (found := is_new_bias(view.base, adapters, node)):
+    if not new_biases and (biases := is_new_bias(view.base, adapters, node)):
         raise ValueError(
-            f"The composition gives biases to layers that have none, {found[0]!r} among them; a "
+            f"The composition gives biases to layers that have none, {biases[0]!r} among them; a "
             f"{type(view.base).__name__} that is loaded again would lose them. Name the others (adapters=, --adapters)."
         )
 

@@ -21,11 +21,13 @@ import coadapt.methods  # noqa: F401  makes the configurations known
 from coadapt.config import CONFIGS, PeftConfig, TaskType
 from coadapt.core.adapter import train_head
 from coadapt.core.roles import word_embeddings
+from coadapt.core.store import quantised
 from coadapt.data.images import need_pillow
 from coadapt.data.tokens import pad_token
 from coadapt.model import PeftModel, get_peft_model
 from coadapt.training.folder import AUTO_NAMES
 from coadapt.training.options import method_named
+from coadapt.training.quantisation import quantised_loading
 from coadapt.training.settings import AdapterSettings, RunConfig, Task
 from coadapt.training.trainer import Rates
 
@@ -135,9 +137,18 @@ def load_base(
     dtype: str = "auto",
     revision: str | None = None,
     classes: Sequence[str] = (),
+    quantisation: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
 ) -> nn.Module:
-    """The model as it is saved, with a head for `classes` where there are any."""
+    """The model as it is saved, with a head for `classes` where there are any.
+
+    Args:
+        quantisation: fields of transformers' BitsAndBytesConfig, by which it is quantised as it is loaded.
+        device: where it is quantised, and stays; left out, transformers chooses.
+    """
     options: dict[str, Any] = {"dtype": dtype, "revision": revision}
+    if quantisation:
+        options |= quantised_loading(model, quantisation, dtype=dtype, revision=revision, device=device)
     if classes:
         names = dict(enumerate(classes))
         options |= {"num_labels": len(names), "id2label": names, "label2id": {v: k for k, v in names.items()}}
@@ -145,7 +156,10 @@ def load_base(
             options["pad_token_id"] = pad_token(processor)
         else:  # image classifiers come with a head for the classes that they were pretrained on
             options["ignore_mismatched_sizes"] = True
-    return getattr(transformers, AUTO_NAMES[task]).from_pretrained(model, **options)
+    base: nn.Module = getattr(transformers, AUTO_NAMES[task]).from_pretrained(model, **options)
+    for _, module, store in quantised(base):
+        store.steady(module)  # as below a view: also where it is asked by itself
+    return base
 
 
 def check_vocabulary(base: nn.Module, rows: Any, processor: Processor) -> None:

@@ -264,7 +264,7 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _refuse(run: RunConfig, config: PreTrainedConfig) -> None:
-    if getattr(config, "quantization_config", None) is not None:
+    if run.quantisation or getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"model={run.model!r} is quantised, and what its layers hold is known only to the library that makes them: "
             "estimate does not forecast it (docs/limits.md)."

@@ -68,17 +68,26 @@ def _configs(adapter: Path) -> list[Mapping[str, Any]]:
 
 
 def load(
-    model: str | None, adapter: Path | None, adapters: str | None = None, *, device: torch.device | None = None
+    model: str | None,
+    adapter: Path | None,
+    adapters: str | None = None,
+    *,
+    device: torch.device | None = None,
+    quantised: bool = True,
 ) -> Ready:
     """The base (the adapter's own where `model` is None), with the adapter folder, of which `adapters` is active.
 
     Both are put on `device`; None: on the best one that there is.
 
+    Args:
+        quantised: a base that was quantised for the training is quantised now, too.
+
     Raises:
         ValueError: no base is named, or the folder does not fit it.
         FileNotFoundError: there is no such folder.
     """
-    ready, device = load_bare(model, adapter), best() if device is None else device
+    device = best() if device is None else device
+    ready = load_bare(model, adapter, quantised=quantised, device=device)
     if adapter is None:
         return replace(ready, model=ready.model.to(device))
     _grow(ready.model, adapter)
@@ -98,7 +107,9 @@ def _grow(base: Any, adapter: Path) -> None:
         base.resize_token_embeddings(needed, mean_resizing=False)
 
 
-def load_bare(model: str | None, adapter: Path | None) -> Ready:
+def load_bare(
+    model: str | None, adapter: Path | None, *, quantised: bool = True, device: torch.device | None = None
+) -> Ready:
     """As `load`, with nothing attached yet: the base that the adapter folder is for.
 
     Raises:
@@ -122,7 +133,14 @@ def load_bare(model: str | None, adapter: Path | None) -> Ready:
     how: dict[str, Any] = {"processor": processor, "framing": framing, "trained": "prompt" in told, "task": task}
     if adapter is None:
         return Ready(model=load_base(name, task, processor).eval(), **how)
-    base = load_base(name, task, processor, classes=told.get("data", {}).get("classes", ()))
+    base = load_base(
+        name,
+        task,
+        processor,
+        classes=told.get("data", {}).get("classes", ()),
+        quantisation=told.get("quantisation") if quantised else None,
+        device=device,
+    )
     return Ready(model=base.eval(), **how)
 
 

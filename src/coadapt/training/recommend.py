@@ -6,6 +6,7 @@ from torch import nn
 
 import coadapt.methods  # noqa: F401  makes the configurations known
 from coadapt.config import CONFIGS, PeftConfig
+from coadapt.core.store import count
 from coadapt.model import PeftModel
 from coadapt.training.options import default_options, default_rate, method_named
 from coadapt.training.settings import RunConfig
@@ -72,4 +73,4 @@ def parameters(model: nn.Module) -> int:
     if not isinstance(model, nn.Module):
         raise TypeError(f"recommended: model must be a torch model or None, not a {type(model).__name__}.")
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return sum(p.numel() for p in base.parameters())
+    return count(base)

@@ -54,7 +54,8 @@ def finish(
         figures = _figures(trainer, log, material, best_step)
         folder.write_card(out, run, figures, material.framing and material.framing.style, material.classes)
         base = {"name": run.model, "fingerprint": fingerprint(view.get_base_model())}
-        folder.write_provenance(out, **material.facts(), base=base, figures=figures)
+        how = {"quantisation": run.quantisation} if run.quantisation else {}
+        folder.write_provenance(out, **material.facts(), **how, base=base, figures=figures)
         view.save_pretrained(out)  # last: where an adapter is found, all that belongs to it is there
     return Outcome(
         folder=out,

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from coadapt.data.prepare import CLASSIFYING
 from coadapt.data.tokens import IGNORED
 from coadapt.model import PeftModel
-from coadapt.training import folder, processes
+from coadapt.training import folder, machine, processes
 from coadapt.training.assemble import (
     adapter_config,
     attach,
@@ -93,7 +93,14 @@ def _attached(
         for name, a in run.adapters.items()
     }
     base = load_base(
-        run.model, task, material.processor, dtype=run.dtype, revision=run.revision, classes=material.classes
+        run.model,
+        task,
+        material.processor,
+        dtype=run.dtype,
+        revision=run.revision,
+        classes=material.classes,
+        quantisation=run.quantisation,
+        device=machine.chosen(run.use_cpu),
     )
     for part in material.parts.values():
         check_vocabulary(base, part.made.train, material.processor)

@@ -80,6 +80,16 @@ class RunConfig(BaseModel):
     """Revision of the base on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type that the base is loaded in; adapters are float32. auto: as it was saved."""
+    load_in_4bit: bool = False
+    """Quantise the base to 4 bits as it is loaded: QLoRA (bitsandbytes; docs/quantised.md)."""
+    load_in_8bit: bool = False
+    """Quantise the base to 8 bits as it is loaded."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] | None = None
+    """Which 16 values 4 bits stand for; left out, nf4, as in QLoRA."""
+    bnb_4bit_use_double_quant: bool = False
+    """Quantise the scales of the blocks, too: 0.4 bits less for each weight."""
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type that layers of 4 bits multiply in; left out, the one that the base is loaded in."""
     task: Task | None = None
     """Left out, it is found from the model and the data."""
     data: str | None = None
@@ -227,6 +237,10 @@ class RunConfig(BaseModel):
     def _fitting(self) -> Self:
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other")
+        if idle := [name for name, value in self if name.startswith("bnb_4bit_") and value and not self.load_in_4bit]:
+            raise ValueError(f"{', '.join(idle)} has no effect without load_in_4bit")
         check_datasets(self)
         check_adapters(self)
         if self.resume and self.overwrite_output_dir:
@@ -260,6 +274,14 @@ class RunConfig(BaseModel):
                 f"eval_strategy={self.eval_strategy}, eval_steps={self.eval_steps}: leave the first two out"
             )
         return self
+
+    @property
+    def quantisation(self) -> dict[str, Any]:
+        """How the base is quantised as it is loaded, by the names of transformers' configuration; empty: not at all."""
+        if self.load_in_8bit:
+            return {"load_in_8bit": True}
+        chosen = {name: value for name, value in self if name.startswith("bnb_4bit_") and value}
+        return {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **chosen} if self.load_in_4bit else {}
 
     @property
     def sources(self) -> dict[str, DatasetSettings]:

@@ -43,8 +43,7 @@ GONE = {
     "save_safetensors": "files are always safetensors",
     "group_by_length": "rows are not sorted by length",
     "tokenizer": "the model's own tokenizer is used",
-    "load_in_4bit": "quantised bases are not there yet",
-    "quantization_bit": "quantised bases are not there yet",
+    "quantization_bit": "say load_in_4bit: true, or load_in_8bit: true",
 }
 """Names that other programs know and that have no meaning here."""
 

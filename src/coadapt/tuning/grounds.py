@@ -11,6 +11,7 @@ from torch import nn
 from coadapt.data.prepare import CLASSIFYING
 from coadapt.evaluation.metrics import Metric, chosen
 from coadapt.formats.files import aside
+from coadapt.training import machine
 from coadapt.training.assemble import adapter_config, attach, load_base
 from coadapt.training.datasets import starts_from
 from coadapt.training.material import Material, gather
@@ -107,7 +108,14 @@ def known_of(runs: Mapping[str, RunConfig], score: str | None) -> tuple[dict[str
     lengths = [m.first.made.max_length for m in materials.values()]
     common = {"task": first.task, "max_length": min((n for n in lengths if n is not None), default=None)}
     base = load_base(
-        run.model, first.task, first.processor, dtype=run.dtype, revision=run.revision, classes=first.classes
+        run.model,
+        first.task,
+        first.processor,
+        dtype=run.dtype,
+        revision=run.revision,
+        classes=first.classes,
+        quantisation=run.quantisation,
+        device=machine.chosen(run.use_cpu),
     )
     size, found = parameters(base), dict[str, Known]()
     for name, one in runs.items():
