@@ -14,6 +14,7 @@ from .gates import Gate
 from .layer import Layer, kind_of
 from .lowrank import LowRankMethod
 from .method import AttentionMethod, InputMethod, WeightMethod
+from .modes import evaluating
 from .parameter import adapted
 from .precision import plus_product
 from .repacking import INTO, Full, MergeReport, Repacked, float_dtype, repacked
@@ -75,13 +76,14 @@ def merge(
     if not sites:
         raise ValueError(f"{node!r} adapts no weight, so there is nothing to merge.")
     writes: list[Write] = []
-    for (module, parameter), parts in sites.items():
-        if any(p.is_meta for p in module.parameters()):
-            path = next(iter(parts.values()))[0].place.path
-            raise ValueError(
-                f"{path!r} has no values here (meta device, or offloaded), so nothing can be merged into it."
-            )
-        writes += _new_parameter(module, parameter, parts, node) if parameter else _new_weights(module, parts, node)
+    with evaluating(*(adapters[name] for name in names(node))):  # some draw while they train
+        for (module, parameter), parts in sites.items():
+            if any(p.is_meta for p in module.parameters()):
+                path = next(iter(parts.values()))[0].place.path
+                raise ValueError(
+                    f"{path!r} has no values here (meta device, or offloaded), so nothing can be merged into it."
+                )
+            writes += _new_parameter(module, parameter, parts, node) if parameter else _new_weights(module, parts, node)
     for module, name, value in writes:
         if value is not None and not _is_finite(value):
             path = next(n for n, m in base.named_modules() if m is module)
