@@ -21,13 +21,15 @@ def encoder(tmp_path: Path, tokenizer: Any) -> Any:
         tmp_path / "bert"
     )
     tokenizer.save_pretrained(tmp_path / "bert")
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
     words = Transformer(str(tmp_path / "bert"))
-    return st.SentenceTransformer(modules=[words, Pooling(words.get_word_embedding_dimension())], device="cpu")
+    return st.SentenceTransformer(modules=[words, Pooling(words.get_embedding_dimension())], device="cpu")
 
 
 def test_an_adapter_is_trained_and_loaded_again(encoder: Any, arguments: Callable[..., Any], tmp_path: Path) -> None:
+    from sentence_transformers.sentence_transformer import losses
+
     texts = ["aa", "bcd", "z1"]
     before = encoder.encode(texts)
     config = peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="FEATURE_EXTRACTION")
@@ -38,12 +40,12 @@ def test_an_adapter_is_trained_and_loaded_again(encoder: Any, arguments: Callabl
         model=encoder,
         args=arguments(st.SentenceTransformerTrainingArguments, max_steps=8),
         train_dataset=data,
-        loss=st.losses.MultipleNegativesRankingLoss(encoder),
+        loss=losses.MultipleNegativesRankingLoss(encoder),
     )
     weights = {n: p.clone() for n, p in encoder.named_parameters()}
     trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    assert sum(losses[4:]) < sum(losses[:4])
+    course = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert sum(course[4:]) < sum(course[:4])
     changed = {n for n, p in encoder.named_parameters() if not torch.equal(p, weights[n])}
     assert changed and all("peft_adapters" in n for n in changed)
     after = encoder.encode(texts)

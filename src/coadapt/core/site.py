@@ -12,7 +12,7 @@ from .frame import Carried, current, refuse_lost_frame
 
 
 ENTRANCE = "_coadapt_entrance"
-"""Attribute of modules that are called as the base's own: the view whose call a call of such a module is."""
+"""Attribute of modules that are called as the base's own: what makes a call of such a module one of a view."""
 
 
 class Site:
@@ -27,10 +27,10 @@ def site_class(cls: type[nn.Module]) -> type[nn.Module]:
         frame = current()
         if frame is None:
             refuse_lost_frame()
-            view = self.__dict__.get(ENTRANCE)
-            if view is None:
+            entrance = self.__dict__.get(ENTRANCE)
+            if entrance is None:
                 return cls.forward(self, *args, **kwargs)
-            with view.running(None, None, args, kwargs):
+            with entrance.running(None, None, args, kwargs):
                 return forward(self, *args, **kwargs)
         call = frame.calls.get(self)
         if call is None:

@@ -35,7 +35,8 @@ MultitaskPromptTuningInit = StrEnum(
 _owners: dict[int, tuple["weakref.ref[Adapter]", "weakref.ref[nn.Module]"]] = {}
 """id of a configuration -> the adapter it was injected as, and its model: what a file says is found there."""
 _OF_THE_HUB = frozenset(
-    "cache_dir commit_hash force_download local_dir local_files_only proxies repo_type revision token user_agent".split()
+    "cache_dir commit_hash force_download local_dir local_files_only proxies repo_type revision token trust_remote_code "
+    "user_agent".split()
 )
 
 

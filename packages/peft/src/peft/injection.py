@@ -1,13 +1,16 @@
 """Adapters in place: plain calls of a model, and of its parts, are calls of a view of it."""
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from coadapt.config import PeftConfig, TargetedConfig, VirtualTokensConfig
 from coadapt.core.adapter import Adapter, attribute, replace_options
-from coadapt.core.composition import Sum
+from coadapt.core.composition import Sum, names
+from coadapt.core.frame import current, go_on_with
 from coadapt.core.site import ENTRANCE
 from coadapt.formats.keys import ROOT, Entry, entries
 
@@ -89,6 +92,11 @@ class BaseTunerLayer(nn.Module):
     r: Mapping[str, int]
 
 
+class _Calls(threading.local):
+    def __init__(self) -> None:
+        self.frames: list[Any] = []
+
+
 class Injected(BaseTunerLayer):
     """The adapters of a model, and the verbs by which transformers and diffusers steer them."""
 
@@ -98,6 +106,17 @@ class Injected(BaseTunerLayer):
         self._active: list[str] = []
         self._weights: dict[str, float] = {}
         self._enabled = True
+        self._calls = _Calls()
+
+    @contextmanager
+    def running(self, adapters: Any, rows: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Context: a call of the model, or of a part of it, is one of the view. The arguments are as in the view's."""
+        with self.view.running(adapters, rows, args, kwargs):
+            self._calls.frames.append(current())
+            try:
+                yield
+            finally:
+                self._calls.frames.pop()
 
     # ---- attaching ---------------------------------------------------------------------------------------------------
 
@@ -117,7 +136,7 @@ class Injected(BaseTunerLayer):
         view._record.attach(more)
         held += more
         for module in more:
-            module.__dict__[ENTRANCE] = view
+            module.__dict__[ENTRANCE] = self
         self.add_module(attribute(name), Stored(adapter, model))
         self._weights[name] = 1.0
         if not self._active:
@@ -179,9 +198,14 @@ class Injected(BaseTunerLayer):
         self._use()
 
     def _use(self) -> None:
-        names = self._active if self._enabled else []
-        weights = [self._weights[name] for name in names]
-        self.view.set_adapter(Sum(*names, weights=weights) if weights != [1.0] else names[0])
+        used = self._active if self._enabled else []
+        weights = [self._weights[name] for name in used]
+        self.view.set_adapter(Sum(*used, weights=weights) if weights != [1.0] else used[0])
+        frames = self._calls.frames
+        if frames and current() is frames[-1]:  # diffusers sets scales inside of a model's forward
+            with self.view.running(None, None, (), {}):
+                frames[-1] = current()
+            go_on_with(frames[-1])
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Puts what is active, or these, into the model's weights."""
@@ -199,6 +223,11 @@ class Injected(BaseTunerLayer):
     def merged(self) -> bool:
         """Whether adapters are merged into the weights."""
         return self.view._merged is not None
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The names of what is merged into the weights."""
+        return names(self.view.composition) if self.merged else []
 
     @property
     def active_adapters(self) -> list[str]:
