@@ -9,8 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from tiny import llama
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789?!. "
@@ -52,4 +52,3 @@ def arguments(tmp_path: Path) -> Callable[..., Any]:
         return kind(output_dir=str(tmp_path / "run"), **{**usual, **quiet, **options})
 
     return made
-

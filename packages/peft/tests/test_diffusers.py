@@ -33,7 +33,9 @@ def pipe(tokenizer: Any) -> Any:
         **blocks,
     )
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=48, max_position_embeddings=16, bos_token_id=1, eos_token_id=2, **sizes))
+    text = CLIPTextModel(
+        CLIPTextConfig(vocab_size=48, max_position_embeddings=16, bos_token_id=1, eos_token_id=2, **sizes)
+    )
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -65,7 +67,9 @@ def picture(pipe: Any, **options: Any) -> Tensor:
 def stored(pipe: Any, folder: Path, r: int = 4, text: bool = True, seed: int = 1) -> Path:
     """A folder of LoRA weights as diffusers writes them, of adapters that are taken off again."""
     torch.manual_seed(seed)
-    parts = {"unet": (pipe.unet, LAYERS)} | ({"text_encoder": (pipe.text_encoder, ["q_proj", "v_proj"])} if text else {})
+    parts = {"unet": (pipe.unet, LAYERS)} | (
+        {"text_encoder": (pipe.text_encoder, ["q_proj", "v_proj"])} if text else {}
+    )
     states = {}
     for name, (module, targets) in parts.items():
         module.add_adapter(peft.LoraConfig(r=r, lora_alpha=r, target_modules=targets, init_lora_weights=False))
@@ -84,7 +88,9 @@ def test_weights_are_loaded_scaled_fused_and_taken_off(pipe: Any, tmp_path: Path
     pipe.load_lora_weights(str(folder))
     adapted = picture(pipe)
     assert not torch.allclose(adapted, plain, atol=1e-3)
-    tensors = {k.removeprefix("unet."): t for k, t in load_file(next(folder.glob("*.safetensors"))).items() if "unet" in k}
+    tensors = {
+        k.removeprefix("unet."): t for k, t in load_file(next(folder.glob("*.safetensors"))).items() if "unet" in k
+    }
     layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     x = torch.randn(2, 3, layer.in_features)
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

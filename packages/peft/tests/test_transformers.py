@@ -131,7 +131,7 @@ def test_several_adapters_are_switched_summed_and_taken_away(model: Any, ids: Te
 def test_prompts_and_copies_are_refused(model: Any) -> None:
     import copy
 
-    with pytest.raises(ValueError, match="cannot be injected|needs a call of the whole model"):
+    with pytest.raises(ValueError, match="needs a call of the whole model"):
         model.add_adapter(peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
     model = llama()
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]))

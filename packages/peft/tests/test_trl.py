@@ -34,9 +34,7 @@ def asked(preferred: bool = False) -> Dataset:
 def test_sft(model: Any, tokenizer: Any, arguments: Callable[..., Any], tmp_path: Path, config: Any) -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
     args = arguments(SFTConfig, max_steps=8, save_strategy="steps", save_steps=4)
-    trainer = SFTTrainer(
-        model=model, args=args, train_dataset=asked(), processing_class=tokenizer, peft_config=config
-    )
+    trainer = SFTTrainer(model=model, args=args, train_dataset=asked(), processing_class=tokenizer, peft_config=config)
     assert isinstance(trainer.model, peft.PeftModel)
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
@@ -45,8 +43,10 @@ def test_sft(model: Any, tokenizer: Any, arguments: Callable[..., Any], tmp_path
     assert base is model and all(torch.equal(base.state_dict()[k], v) for k, v in before.items())
     folder = tmp_path / "run" / "checkpoint-8"
     assert (folder / "adapter_config.json").is_file() and not (folder / "model.safetensors").exists()
-    assert all(key.startswith("base_model.") or key == "prompt_embeddings"
-               for key in load_file(folder / "adapter_model.safetensors"))
+    assert all(
+        key.startswith("base_model.") or key == "prompt_embeddings"
+        for key in load_file(folder / "adapter_model.safetensors")
+    )
     again = peft.PeftModel.from_pretrained(llama(), folder)
     tokens = tokenizer("abc", return_tensors="pt").input_ids
     torch.testing.assert_close(again(tokens).logits, trainer.model.eval()(tokens).logits)

@@ -10,7 +10,6 @@ from torch import nn
 
 from .frame import Carried, current, refuse_lost_frame
 
-
 ENTRANCE = "_coadapt_entrance"
 """Attribute of modules that are called as the base's own: what makes a call of such a module one of a view."""
 

@@ -24,9 +24,7 @@ PromptLearningConfig = VirtualTokensConfig
 PEFT_TYPE_TO_CONFIG_MAPPING = {coadapt.PeftType(kind): cls for kind, cls in CONFIGS.items() if kind.isupper()}
 
 PromptTuningInit = StrEnum("PromptTuningInit", [(n, n) for n in ("TEXT", "SAMPLE_VOCAB", "RANDOM")])
-PromptEncoderReparameterizationType = StrEnum(
-    "PromptEncoderReparameterizationType", [(n, n) for n in ("MLP", "LSTM")]
-)
+PromptEncoderReparameterizationType = StrEnum("PromptEncoderReparameterizationType", [(n, n) for n in ("MLP", "LSTM")])
 MultitaskPromptTuningInit = StrEnum(
     "MultitaskPromptTuningInit",
     [(n, n) for n in ("TEXT", "RANDOM", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")],
@@ -35,9 +33,8 @@ MultitaskPromptTuningInit = StrEnum(
 _owners: dict[int, tuple["weakref.ref[Adapter]", "weakref.ref[nn.Module]"]] = {}
 """id of a configuration -> the adapter it was injected as, and its model: what a file says is found there."""
 _OF_THE_HUB = frozenset(
-    "cache_dir commit_hash force_download local_dir local_files_only proxies repo_type revision token trust_remote_code "
-    "user_agent".split()
-)
+    "cache_dir commit_hash force_download local_dir local_files_only proxies repo_type revision token".split()
+) | {"trust_remote_code", "user_agent"}
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:

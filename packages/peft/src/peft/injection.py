@@ -315,5 +315,3 @@ def _placed(config: PeftConfig, state: Mapping[str, Tensor]) -> PeftConfig:
     mark = f".{str(config.peft_type).lower()}_"
     paths = list(dict.fromkeys(key.removeprefix(ROOT).partition(mark)[0] for key in state if mark in key))
     return replace_options(config, target_modules=paths) if paths else config
-
-

@@ -71,7 +71,9 @@ def set_peft_model_state_dict(
     """
     adapter, _, known = _entries(model, adapter_name)
     root = "" if isinstance(model, coadapt.model.PeftModel) else ROOT
-    given = {present(key if key.startswith("base_model.") else root + key): t for key, t in peft_model_state_dict.items()}
+    given = {
+        present(key if key.startswith("base_model.") else root + key): t for key, t in peft_model_state_dict.items()
+    }
     wrong = {key for key in given.keys() & known.keys() if tuple(given[key].shape) != tuple(known[key].shape)}
     if wrong and not ignore_mismatched_sizes:
         told = "; ".join(f"{k} is {tuple(given[k].shape)}, needed {tuple(known[k].shape)}" for k in sorted(wrong))
@@ -94,7 +96,9 @@ def get_base_model_state_dict(model: coadapt.model.PeftModel) -> dict[str, Tenso
     return model.get_base_model().state_dict()
 
 
-def set_base_model_state_dict(model: coadapt.model.PeftModel, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
+def set_base_model_state_dict(
+    model: coadapt.model.PeftModel, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> Any:
     """Loads the base's own state."""
     return model.get_base_model().load_state_dict(state_dict, strict=strict)
 

@@ -198,5 +198,3 @@ class AutoPeftModel:
         if task not in cls._BY_TASK:
             raise ValueError(f"{folder} does not say which task it is for; use AutoPeftModelForCausalLM, say.")
         return cls._BY_TASK[task].from_pretrained(folder, **kwargs)
-
-

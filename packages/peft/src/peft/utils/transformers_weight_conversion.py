@@ -12,7 +12,7 @@ from ..configs import INJECTED
 
 
 class _OfAdapter(WeightRenaming):
-    """"model.layers.0.q_proj.lora_A.weight" -> "peft_adapters.default.model/layers/0/q_proj/lora_A/weight"."""
+    """ "model.layers.0.q_proj.lora_A.weight" -> "peft_adapters.default.model/layers/0/q_proj/lora_A/weight"."""
 
     __slots__ = ("adapter_name", "earlier")
 
