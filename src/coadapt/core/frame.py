@@ -95,7 +95,7 @@ class entered:
         _active.frame, _active.carried = self.before
 
 
-def go_on_with(frame: Frame) -> None:
+def go_on_with(frame: Frame | None) -> None:
     """Makes `frame` the current one for the rest of the call that is running."""
     _active.frame = frame
 

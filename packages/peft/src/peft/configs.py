@@ -93,8 +93,9 @@ def _write(self: PeftConfig, save_directory: str | Path, **options: Any) -> None
     """Writes `adapter_config.json`; of an adapter that is injected, with what was found in the model."""
     if used := {k for k, v in options.items() if v}:
         raise TypeError(f"PeftConfig.save_pretrained has no option {', '.join(sorted(used))}.")
-    adapter, model = (found() for found in _owners.get(id(self), (lambda: None, lambda: None)))
     said = self.to_dict() | {"peft_version": PEFT_VERSION}
+    owner = _owners.get(id(self))
+    adapter, model = (None, None) if owner is None else (owner[0](), owner[1]())
     if adapter is not None and model is not None:
         with without_injected(model):
             said = described(adapter, model)

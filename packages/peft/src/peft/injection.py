@@ -27,6 +27,8 @@ class Stored(nn.Module):
     Those keys have "/" for "."; a parameter that is set by such a name is written into the adapter.
     """
 
+    adapter: Adapter
+
     def __init__(self, adapter: Adapter, model: nn.Module) -> None:
         super().__init__()
         self.__dict__.update(adapter=adapter, _model=model)
@@ -94,11 +96,13 @@ class BaseTunerLayer(nn.Module):
 
 class _Calls(threading.local):
     def __init__(self) -> None:
-        self.frames: list[Any] = []
+        self.frames: list[Any] = []  # of frames: those that are running, innermost last
 
 
 class Injected(BaseTunerLayer):
     """The adapters of a model, and the verbs by which transformers and diffusers steer them."""
+
+    view: PeftModel
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -122,7 +126,7 @@ class Injected(BaseTunerLayer):
 
     def add(self, config: PeftConfig, name: str) -> None:
         """Attaches an adapter, and lets every module that holds one of its sites be called as it is."""
-        view: PeftModel = self.view
+        view = self.view
         model = view.base
         with without_injected(model):
             view.add_adapter(name, config)
@@ -160,7 +164,7 @@ class Injected(BaseTunerLayer):
 
     def get_base_layer(self) -> None:
         """Takes all adapters off: nothing stays in this module's place."""
-        view: PeftModel = self.view
+        view = self.view
         for module in view._sites.get(_ENTRANCES, ()):
             module.__dict__.pop(ENTRANCE, None)
         model = view.unload()

@@ -86,8 +86,10 @@ class PeftModel(coadapt.model.PeftModel):
         file = Path(model_id, subfolder or "", CONFIG)
         if cls is PeftModel and (config is not None or file.is_file()):
             made = _class_for(read_json(file).get("task_type") if config is None else config.task_type)
-        load: Any = super(PeftModel, made).from_pretrained
-        return load(model, model_id, adapter_name, is_trainable, config, autocast_adapter_dtype, subfolder, **kwargs)
+        above: Any = super(PeftModel, made)
+        return above.from_pretrained(
+            model, model_id, adapter_name, is_trainable, config, autocast_adapter_dtype, subfolder, **kwargs
+        )
 
     @property
     def active_peft_config(self) -> coadapt.PeftConfig:
