@@ -48,6 +48,13 @@ def injected_as(config: PeftConfig, adapter: Adapter, model: nn.Module) -> None:
     weakref.finalize(adapter, _owners.pop, id(config), None)
 
 
+def injected_into(config: PeftConfig) -> nn.Module:
+    """The model into which a configuration was injected."""
+    model = _owners[id(config)][1]()
+    assert model is not None
+    return model
+
+
 def _assign(self: PeftConfig, name: str, value: Any) -> None:
     """Sets a field, and checks the whole anew: a value that is refused leaves it as it was."""
     known = [f.name for f in fields(self)]

@@ -35,27 +35,31 @@ class Stored(nn.Module):
         self._hold()
 
     def _hold(self) -> None:
+        self.__dict__["_entries"] = None
         for name, value in self.adapter.named_parameters():
             self._parameters[name.replace(".", "/")] = value
 
-    def _stored(self) -> dict[str, Entry]:
-        found = entries(self.adapter, self.__dict__["_model"])
-        return {entry.key.removeprefix(ROOT).replace(".", "/"): entry for entry in found}
+    def stored(self) -> Mapping[str, Entry]:
+        """What the adapter's file holds, by its keys with "/" for "."."""
+        if self.__dict__["_entries"] is None:
+            found = entries(self.adapter, self.__dict__["_model"])
+            self.__dict__["_entries"] = {e.key.removeprefix(ROOT).replace(".", "/"): e for e in found}
+        return self.__dict__["_entries"]
 
     def __getattr__(self, name: str) -> Any:
-        if "/" in name and name not in self._parameters and (entry := self._stored().get(name)) is not None:
+        if "/" in name and name not in self._parameters and (entry := self.stored().get(name)) is not None:
             return entry.read()
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if "/" in name and (entry := self._stored().get(name)) is not None:
+        if "/" in name and (entry := self.stored().get(name)) is not None:
             entry.write(value.detach())
         else:
             super().__setattr__(name, value)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         destination = {} if destination is None else destination
-        destination.update((prefix + name, entry.read()) for name, entry in self._stored().items())
+        destination.update((prefix + name, entry.read()) for name, entry in self.stored().items())
         return destination
 
     def _load_from_state_dict(
@@ -68,7 +72,7 @@ class Stored(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        known = {prefix + name: entry for name, entry in self._stored().items()}
+        known = {prefix + name: entry for name, entry in self.stored().items()}
         missing_keys += [key for key in known if key not in state_dict]
         for key in state_dict.keys() & known.keys():
             if state_dict[key].shape != known[key].shape:
@@ -143,8 +147,13 @@ class Injected(BaseTunerLayer):
             module.__dict__[ENTRANCE] = self
         self.add_module(attribute(name), Stored(adapter, model))
         self._weights[name] = 1.0
-        if not self._active:
-            self.set_adapter(name)
+        self.set_adapter(name)
+
+    def of(self, attribute_name: str) -> Stored:
+        """What holds an adapter, by its name as an attribute."""
+        found = self._modules[attribute_name]
+        assert isinstance(found, Stored)
+        return found
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes an adapter away; with the last one the model is as it was."""
@@ -280,6 +289,7 @@ def inject_adapter_in_model(
     """Puts an adapter into a model, which is adapted from then on wherever it, or a part of it, is called.
 
     Its weights, its keys and the classes of its layers stay as they are; the adapter's parameters are the model's, too.
+    The new adapter is the one that is active, as there.
 
     Args:
         low_cpu_mem_usage: taken as there; parameters are made on their device at once either way.
