@@ -99,3 +99,46 @@ def test_dpo_of_an_adapter_takes_a_copy_of_it_as_its_reference(
     reference, trained = (peft.get_peft_model_state_dict(view, adapter_name=n) for n in ("ref", "default"))
     assert all(torch.equal(reference[key], before[key]) for key in before)
     assert any(not torch.equal(trained[key], before[key]) for key in before)
+
+
+def with_reward(arguments: Callable[..., Any], tokenizer: Any, config: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+    from trl import RewardConfig, RewardTrainer
+
+    facts = {k: v for k, v in llama().config.to_dict().items() if k not in ("id2label", "label2id")}
+    model = LlamaForSequenceClassification(LlamaConfig(**facts, num_labels=1))
+    data = Dataset.from_list([{"prompt": "a", "chosen": "ab", "rejected": "az"}] * 4)
+    args = arguments(RewardConfig)
+    return RewardTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=config)
+
+
+def with_kto(arguments: Callable[..., Any], tokenizer: Any, config: Any) -> Any:
+    from trl import KTOConfig, KTOTrainer
+
+    data = Dataset.from_list([{"prompt": "a", "completion": "ab", "label": i % 2 == 0} for i in range(4)])
+    args = arguments(KTOConfig)
+    return KTOTrainer(model=llama(), args=args, train_dataset=data, processing_class=tokenizer, peft_config=config)
+
+
+def with_grpo(arguments: Callable[..., Any], tokenizer: Any, config: Any) -> Any:
+    from trl import GRPOConfig, GRPOTrainer
+
+    return GRPOTrainer(
+        model=llama(),
+        args=arguments(GRPOConfig, num_generations=2, max_completion_length=6, beta=0.1),
+        reward_funcs=lambda completions, **_: [float(len(set(c))) for c in completions],
+        train_dataset=Dataset.from_list([{"prompt": "ab"}] * 4),
+        processing_class=tokenizer,
+        peft_config=config,
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:trl", "ignore::FutureWarning:trl")
+@pytest.mark.parametrize("made", [with_reward, with_kto, with_grpo])
+def test_other_trainers_train_the_adapter_alone(arguments: Callable[..., Any], tokenizer: Any, made: Any) -> None:
+    task = "SEQ_CLS" if made is with_reward else "CAUSAL_LM"
+    trainer = made(arguments, tokenizer, peft.LoraConfig(**{**LORA, "task_type": task}))
+    before = {n: p.clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
+    assert any("lora" in n for n in changed) and all(n.startswith("adapters.") for n in changed)
