@@ -91,6 +91,19 @@ def test_merge_makes_a_plain_model_with_the_adapter_s_logits(
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_a_streamed_merge_writes_the_same_files(call: Call, base: Path, trained: Path, tmp_path: Path) -> None:
+    asked = ("merge", "--adapter", trained, "--adapters", "lora")
+    assert call(*asked, "--out", tmp_path / "memory")[0] == 0
+    code, said, _ = call(*asked, "--out", tmp_path / "stream", "--stream")
+    assert code == 0 and "One weight at a time" in said
+    names = sorted(p.name for p in (tmp_path / "memory").iterdir())
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+    assert sorted(p.name for p in (tmp_path / "stream").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "memory" / name).read_bytes() == (tmp_path / "stream" / name).read_bytes(), name
+    assert call(*asked, "--out", tmp_path / "other", "--stream", "--use-cpu")[0] == 2
+
+
 def test_show_counts_what_there_is(call: Call, base: Path, trained: Path) -> None:
     view = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), trained)
     numbers = {name: view.get_adapter(name).weight.numel() for name in ("prompt", "lora")}

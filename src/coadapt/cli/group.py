@@ -23,6 +23,7 @@ VERBS = {
     "verify": "Try one step with an adapter: does everything train?",
     "combine": "Make one adapter out of several.",
     "export": "Write an adapter for vLLM, llama.cpp, Ollama, MLX, ONNX …",
+    "convert": "Read an adapter of another program, and write it for a third.",
     "show": "What an adapter folder, or a model, is made of.",
     "doctor": "What this machine has, and what of it works.",
     "completion": "The script that lets a shell complete coadapt.",

@@ -1,6 +1,7 @@
 """`coadapt merge`: an adapter becomes part of its base's weights."""
 
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -38,26 +39,57 @@ def _merged(ready: Any, into: str | None, other: Callable[[], Any]) -> Any:
     return view.merge_and_unload()
 
 
-def _invoke(model: str | None, adapter: Path, adapters: str | None, out: Path, use_cpu: bool, into: str | None) -> int:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise click.UsageError(f"--out {out} is there already and not empty. Choose another folder.")
-    from coadapt.cli.output import quiet
-    from coadapt.formats.files import PROVENANCE
+def _streamed(model: str | None, adapter: Path, adapters: str | None, aside: Path) -> Any:
+    """Merges into `aside` without ever holding the base; gives what turns text into tokens."""
+    from coadapt.exporting.streaming import merge_to
     from coadapt.model import PeftModel
-    from coadapt.training.load import asking, load
+    from coadapt.training.load import load
     from coadapt.training.machine import chosen
 
-    quiet()
+    with tempfile.TemporaryDirectory(prefix=".coadapt-", dir=aside.parent) as waiting:
+        ready = load(model, adapter, adapters, device=chosen(True), on_disk=Path(waiting))
+        assert isinstance(ready.model, PeftModel)
+        largest = merge_to(ready.model, aside)
+    click.echo(f"One weight at a time; the largest takes {largest / 1e6:.1f} MB.")
+    return ready.processor
+
+
+def _in_memory(
+    model: str | None, adapter: Path, adapters: str | None, aside: Path, use_cpu: bool, into: str | None
+) -> Any:
+    from coadapt.model import PeftModel
+    from coadapt.training.load import load
+    from coadapt.training.machine import chosen
+
     ready = load(model, adapter, adapters, device=chosen(use_cpu))
     assert isinstance(ready.model, PeftModel)
     merged = _merged(ready, into, lambda: load(model, adapter, adapters, device=chosen(use_cpu), quantised=False).model)
+    merged.save_pretrained(aside)
+    return ready.processor
+
+
+def _invoke(
+    model: str | None, adapter: Path, adapters: str | None, out: Path, use_cpu: bool, into: str | None, stream: bool
+) -> int:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise click.UsageError(f"--out {out} is there already and not empty. Choose another folder.")
+    if stream and (into or use_cpu):
+        raise click.UsageError("--stream merges on the CPU, into a base that is not quantised: leave out the others.")
+    from coadapt.cli.output import quiet
+    from coadapt.formats.files import PROVENANCE
+    from coadapt.training.load import asking
+
+    quiet()
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".coadapt-writing.{out.name}")  # always the same: remains of a killed process go with it
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        merged.save_pretrained(aside)
-        ready.processor.save_pretrained(aside)
+        if stream:
+            processor = _streamed(model, adapter, adapters, aside)
+        else:
+            processor = _in_memory(model, adapter, adapters, aside, use_cpu, into)
+        processor.save_pretrained(aside)
         if (adapter / PROVENANCE).is_file():  # it says how prompts were put in training
             shutil.copy(adapter / PROVENANCE, aside)
         if out.exists():
@@ -67,7 +99,7 @@ def _invoke(model: str | None, adapter: Path, adapters: str | None, out: Path, u
         shutil.rmtree(aside, ignore_errors=True)
     size = sum(f.stat().st_size for f in out.iterdir())
     click.echo(f"Merged into {out} ({size / 1e6:.1f} MB). It is a model of its own now:")
-    click.echo(f"  coadapt generate --model {out} {asking(ready.processor)}")
+    click.echo(f"  coadapt generate --model {out} {asking(processor)}")
     return 0
 
 
@@ -98,6 +130,11 @@ command = click.Command(
             ["--into"],
             type=click.Choice(["dequantised", "quantised", ORIGINAL]),
             help="Of a base that was quantised for the training: which one to merge into.  [dequantised]",
+        ),
+        click.Option(
+            ["--stream"],
+            is_flag=True,
+            help="One weight at a time, from file to file: for a base that is larger than memory. Writes the same.",
         ),
         click.Option(["--use-cpu"], is_flag=True, help="Do not use a GPU even if there is one."),
     ],

@@ -20,7 +20,7 @@ from .method import AttentionMethod, Driven, InputMethod, Method, ModuleMethod, 
 from .parameter import ParameterLayer
 from .precision import linear
 from .roles import Place
-from .store import float_form, quantised, take_form
+from .store import float_form, quantised, take_form, value
 
 
 class ModuleCopy(ModuleMethod):
@@ -46,6 +46,9 @@ class ModuleCopy(ModuleMethod):
 def _plain_copy(module: nn.Module) -> nn.Module:
     """A copy of `module` with its values, as floats, and without the hooks by which accelerate moves them."""
     copied = copy.deepcopy(module)
+    for one, other in zip(module.modules(), copied.modules(), strict=True):  # values that accelerate keeps elsewhere
+        for name in [n for n, p in one.named_parameters(recurse=False) if p.is_meta]:
+            other.register_parameter(name, nn.Parameter(value(one, name)))
     for _, inside, store in list(quantised(copied)):
         take_form(inside, float_form(inside, store.read(inside), getattr(inside, "bias", None)))
     if any(hasattr(m, "_hf_hook") for m in copied.modules()):

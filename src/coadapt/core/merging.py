@@ -41,6 +41,47 @@ Write = tuple[nn.Module, str, torch.Tensor | None]
 """A module, the name of its weight or bias, and the new value."""
 
 
+Changed = Mapping[tuple[nn.Module, str], Mapping[str, Sequence[Part]]]
+"""Each module whose weights change, with "" or the name of a parameter -> what each adapter has there."""
+
+
+def changed(adapters: Mapping[str, Adapter], node: Node) -> Changed:
+    """What `node` changes of the base's weights.
+
+    Raises:
+        TypeError: a method in `node` is not a map of weights.
+        ValueError: there is nothing to merge.
+    """
+    sites: dict[tuple[nn.Module, str], dict[str, list[Part]]] = {}
+    for name in names(node):
+        for part in adapters[name].parts:
+            if isinstance(part.method, AttentionMethod | InputMethod):
+                continue
+            if not isinstance(part.method, WeightMethod | ModuleCopy):
+                raise TypeError(
+                    f"Adapter {name!r} cannot be merged: {type(part.method).__name__} at {part.place.path!r} is no map "
+                    "of weights. Nothing was changed."
+                )
+            site = (part.place.module, part.place.parameter)
+            sites.setdefault(site, {}).setdefault(name, []).append(part)
+    if not sites:
+        raise ValueError(f"{node!r} adapts no weight, so there is nothing to merge.")
+    return sites
+
+
+def new_values(module: nn.Module, parameter: str, parts: Mapping[str, Sequence[Part]], node: Node) -> list[Write]:
+    """All that `node` makes of the weights at one place of `changed`; nothing is written."""
+    return _new_parameter(module, parameter, parts, node) if parameter else _new_weights(module, parts, node)
+
+
+def check_finite(writes: Sequence[Write], base: nn.Module, node: Node) -> None:
+    """Raises ValueError where a new weight or bias has an infinity, or is not a number."""
+    for module, name, value in writes:
+        if value is not None and not _is_finite(value):
+            path = next(n for n, m in base.named_modules() if m is module)
+            raise ValueError(f"Merging {node!r} gives a {name} of {path!r} that is not finite. Nothing was changed.")
+
+
 @torch.no_grad()
 def merge(
     base: nn.Module,
@@ -61,20 +102,7 @@ def merge(
         TypeError: a method in `node` is not a map of weights.
         ValueError: nothing to merge, a gate per row, a result that is not finite, or `into` without quantised layers.
     """
-    sites: dict[tuple[nn.Module, str], dict[str, list[Part]]] = {}
-    for name in names(node):
-        for part in adapters[name].parts:
-            if isinstance(part.method, AttentionMethod | InputMethod):
-                continue
-            if not isinstance(part.method, WeightMethod | ModuleCopy):
-                raise TypeError(
-                    f"Adapter {name!r} cannot be merged: {type(part.method).__name__} at {part.place.path!r} is no map "
-                    "of weights. Nothing was changed."
-                )
-            site = (part.place.module, part.place.parameter)
-            sites.setdefault(site, {}).setdefault(name, []).append(part)
-    if not sites:
-        raise ValueError(f"{node!r} adapts no weight, so there is nothing to merge.")
+    sites = changed(adapters, node)
     writes: list[Write] = []
     with evaluating(*(adapters[name] for name in names(node))):  # some draw while they train
         for (module, parameter), parts in sites.items():
@@ -88,6 +116,14 @@ def merge(
         if value is not None and not _is_finite(value):
             path = next(n for n, m in base.named_modules() if m is module)
             raise ValueError(f"Merging {node!r} gives a {name} of {path!r} that is not finite. Nothing was changed.")
+    for (module, parameter), parts in sites.items():
+        if any(p.is_meta for p in module.parameters()):
+            path = next(iter(parts.values()))[0].place.path
+            raise ValueError(
+                f"{path!r} has no values here (meta device, or offloaded), so nothing can be merged into it."
+            )
+        writes += new_values(module, parameter, parts, node)
+    check_finite(writes, base, node)
     done = Merged(node, frozenset(module for module, _ in sites), kept=keep_original)
     _repack(base, [w for w in writes if packed_store(w[0]) is not None], into, done)
     done_with = {module for module, _ in done.forms}

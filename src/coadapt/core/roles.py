@@ -111,6 +111,34 @@ def _block(path: str, module: nn.Module) -> Block | None:
     return Block(path, ends, (rest[0], rest[-1]) if len(rest) > 1 else None)
 
 
+def norms_around(base: nn.Module, block: Block) -> tuple[tuple[str, nn.Module] | None, tuple[str, nn.Module] | None]:
+    """The norm in front of a block's feed-forward part, or the one behind its sum: one of the two, as blocks are built.
+
+    Raises:
+        ValueError: the structure does not tell.
+    """
+    assert block.feed_forward is not None
+    path = block.feed_forward[1][0].rpartition(".")[0]
+    inside, outside = _norms_in(base, path), _norms_in(base, path.rpartition(".")[0])
+    if path != block.path and len(inside) == 1:
+        return None, inside[0]
+    if path != block.path and not inside and len(outside) in (1, 2) and len(_norms_below(base, block.path)) > 1:
+        return outside[-1], None
+    raise ValueError(f"Whether {block.path!r} has its norm before or behind its feed-forward part cannot be told.")
+
+
+def _norms_in(base: nn.Module, path: str) -> list[tuple[str, nn.Module]]:
+    return [(f"{path}.{n}", m) for n, m in base.get_submodule(path).named_children() if _is_norm(m)]
+
+
+def _norms_below(base: nn.Module, path: str) -> list[nn.Module]:
+    return [m for m in base.get_submodule(path).modules() if _is_norm(m)]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return (kind := kind_of(module)) is not None and kind.name == "norm"
+
+
 def query_and_value(base: nn.Module) -> list[str]:
     """The projections that make queries and values, or the one that makes them all, of every attention module."""
     return _projections(base, "query", "value")

@@ -16,7 +16,7 @@ from ..core.composition import Node, names, trained_gates
 from ..core.gates import Learned
 from ..core.method import Reparametrization
 from ..core.routing import prepare
-from . import checkpoint, files, vocabulary
+from . import adapterhub, checkpoint, files, vocabulary
 from .compositions import node_from_json, node_to_json
 from .configs import asked_start, asked_targets, described, takes_from_base, understood, with_start, without_start
 from .files import CHECKPOINT, COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, aside
@@ -157,6 +157,8 @@ def load(
         return _load_composition(reader, where, name, is_trainable)
     if (where / CONFIG).is_file():
         _refuse_xlora(where)
+        if adapterhub.is_one(said := files.read_json(where / CONFIG)):
+            return Loaded(*adapterhub.load(where, said, base, name or "default", is_trainable, half))
         adapter = _load_adapter(reader, where, name or "default", config, is_trainable)
         return Loaded([adapter], adapter.name)
     if (where / CHECKPOINT).is_file():

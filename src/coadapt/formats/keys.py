@@ -13,6 +13,7 @@ from ..config import VirtualTokensConfig
 from ..core.adapter import Adapter, ModuleCopy, Part
 from ..core.layer import kind_of
 from ..core.method import FromBase, Progress, Reparametrization, method_for
+from ..core.store import value as stored
 from ..methods.adalora import AdaLoRA
 from ..methods.adamss import AdaMSS
 from ..methods.adaption_prompt import AdaptionPrompt
@@ -293,13 +294,13 @@ def _zeros(key: str, shape: tuple[int, ...]) -> Entry:
 def _bias(part: Part, key: str) -> Entry:
     """The field stores the trained bias, we its change."""
     change = part.method.get_parameter("delta")
-    own = part.place.module.get_parameter("bias")
+    module = part.place.module
 
     def read() -> Tensor:
-        return own.detach().to(change) + change.detach()
+        return stored(module, "bias").to(change) + change.detach()
 
     def write(tensor: Tensor) -> None:
-        _copy(tensor.to(change) - own.detach().to(change), change)
+        _copy(tensor.to(change) - stored(module, "bias").to(change), change)
 
     return Entry(key, tuple(change.shape), read, write)
 

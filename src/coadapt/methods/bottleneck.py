@@ -25,6 +25,9 @@ class BottleneckConfig(TargetedConfig):
     placement: str = "pfeiffer"
     """"houlsby": after attention and after the feed-forward part. "pfeiffer": after the feed-forward part only.
     "parallel": beside the feed-forward part, reading its input."""
+    reads: str = "part"
+    """"part": what the part gives, or, in the parallel form, is given. "stream": what the block adds that up to, behind
+    a norm that follows (BERT), or, in the parallel form, before the norm in front: as in AdapterHub's files."""
     bottleneck_size: int | None = None
     """Width between the two layers."""
     reduction_factor: float | None = None
@@ -51,6 +54,11 @@ class BottleneckConfig(TargetedConfig):
         super().__post_init__()
         self.positive("bottleneck_size")
         self.choice("placement", ("houlsby", "pfeiffer", "parallel"))
+        self.choice("reads", ("part", "stream"))
+        if self.reads == "stream" and (self.placement == "houlsby" or self.target_modules is not None):
+            raise ValueError(
+                f"{type(self).__name__}: reads='stream' is for the usual places of 'pfeiffer' and 'parallel'."
+            )
         self.choice("adapter_layer_norm", (None, "before", "after"))
         self.choice("non_linearity", tuple(activations()))
         self.choice("inv_adapter", (None, "nice"))
@@ -101,6 +109,7 @@ class Bottleneck(ModuleMethod):
     ) -> None:
         super().__init__(config, layer, shared)
         self.parallel = config.placement == "parallel"
+        self.inside = config.reads == "stream" and _is_norm(layer) and not self.parallel
         mixed = next((m.width for m in mixtures(layer.module) if not m.path), None)
         out = _width(mixed or layer.width, layer)
         inner = _width(mixed or (reads or layer).input_width, reads or layer) if self.parallel else out
@@ -141,6 +150,8 @@ class Bottleneck(ModuleMethod):
             paths = [
                 p for block in blocks for p, _ in (*block.attention, *(e[1:][0] for e in [block.feed_forward] if e))
             ]
+        if config.reads == "stream":
+            return _at_streams(config, base, blocks)
         apart = [(first, last) for first, last in ends if first != last]
         reads = {last[0]: first for first, last in apart} if config.placement == "parallel" else {}
         return [Place(path, module, reads.get(path)) for path, module in target.modules(config, base, paths)]
@@ -167,9 +178,30 @@ class Bottleneck(ModuleMethod):
         if self.training and self.skipped:
             kept = torch.empty(len(y), *[1] * (y.dim() - 1), device=y.device).bernoulli_(1 - self.skipped)
             change = change * (kept / (1 - self.skipped)).to(change.dtype)
+        if self.inside:
+            return base(x + scaled(change, torch.as_tensor(self.scale, dtype=x.dtype, device=x.device)))
         if isinstance(self.scale, Tensor):
             return y + scaled(change, self.scale)
         return torch.add(y, change, alpha=self.scale)
+
+
+def _at_streams(config: BottleneckConfig, base: nn.Module, blocks: list[roles.Block]) -> list[Place]:
+    """Around the norm behind the feed-forward part, or around the block where that ends in the sum."""
+    found: dict[str, Place] = {}
+    for block in blocks:
+        assert block.feed_forward is not None
+        path, module = block.feed_forward[1]
+        before, behind = roles.norms_around(base, block)
+        if config.placement == "parallel":
+            place = Place(path, module, before or block.feed_forward[0])
+        else:
+            place = Place(*behind) if behind else Place(block.path, base.get_submodule(block.path))
+        found[place.path] = place
+    return [found[path] for path, _ in target.modules(config, base, list(found))]
+
+
+def _is_norm(layer: Layer) -> bool:
+    return (kind := kind_of(layer.module)) is not None and kind.name == "norm"
 
 
 def _width(width: int | None, layer: Layer) -> int:

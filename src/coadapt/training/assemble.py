@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -139,14 +140,18 @@ def load_base(
     classes: Sequence[str] = (),
     quantisation: Mapping[str, Any] | None = None,
     device: torch.device | None = None,
+    on_disk: Path | None = None,
 ) -> nn.Module:
     """The model as it is saved, with a head for `classes` where there are any.
 
     Args:
         quantisation: fields of transformers' BitsAndBytesConfig, by which it is quantised as it is loaded.
         device: where it is quantised, and stays; left out, transformers chooses.
+        on_disk: a folder for weights that are stored otherwise than the model has them; all weights stay on disk.
     """
     options: dict[str, Any] = {"dtype": dtype, "revision": revision}
+    if on_disk is not None:
+        options |= {"device_map": {"": "disk"}, "offload_folder": str(on_disk)}
     if quantisation:
         options |= quantised_loading(model, quantisation, dtype=dtype, revision=revision, device=device)
     if classes:

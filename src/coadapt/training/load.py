@@ -74,6 +74,7 @@ def load(
     *,
     device: torch.device | None = None,
     quantised: bool = True,
+    on_disk: Path | None = None,
 ) -> Ready:
     """The base (the adapter's own where `model` is None), with the adapter folder, of which `adapters` is active.
 
@@ -81,26 +82,34 @@ def load(
 
     Args:
         quantised: a base that was quantised for the training is quantised now, too.
+        on_disk: an empty folder; the base's weights stay on disk, there or in its own files.
 
     Raises:
-        ValueError: no base is named, or the folder does not fit it.
+        ValueError: no base is named, or the folder does not fit it; or its weights cannot wait on disk.
         FileNotFoundError: there is no such folder.
     """
     device = best() if device is None else device
-    ready = load_bare(model, adapter, quantised=quantised, device=device)
+    ready = load_bare(model, adapter, quantised=quantised, device=device, on_disk=on_disk)
     if adapter is None:
         return replace(ready, model=ready.model.to(device))
-    _grow(ready.model, adapter)
+    _grow(ready.model, adapter, on_disk is not None)
     view = PeftModel.from_pretrained(ready.model, adapter)
     if adapters is not None:
         view.set_adapter(adapters)
+    if on_disk is not None:
+        return replace(ready, model=view.eval())
     return replace(ready, model=view.to(device).eval())
 
 
-def _grow(base: Any, adapter: Path) -> None:
+def _grow(base: Any, adapter: Path, on_disk: bool) -> None:
     """Makes room for the tokens that an adapter brings: this base is nobody else's."""
     needed = rows_needed(adapter, base)
     if needed and needed > (rows := len(base.get_input_embeddings().weight)):
+        if on_disk:
+            raise ValueError(
+                f"{adapter} brings {needed - rows} tokens more than the base's {rows}, for which a base on disk cannot "
+                "make room. Leave --stream out, or resize the base first and save it."
+            )
         warnings.warn(
             f"{adapter} brings {needed - rows} tokens more than the base's {rows}: it is resized.", stacklevel=2
         )
@@ -108,7 +117,12 @@ def _grow(base: Any, adapter: Path) -> None:
 
 
 def load_bare(
-    model: str | None, adapter: Path | None, *, quantised: bool = True, device: torch.device | None = None
+    model: str | None,
+    adapter: Path | None,
+    *,
+    quantised: bool = True,
+    device: torch.device | None = None,
+    on_disk: Path | None = None,
 ) -> Ready:
     """As `load`, with nothing attached yet: the base that the adapter folder is for.
 
@@ -133,13 +147,19 @@ def load_bare(
     how: dict[str, Any] = {"processor": processor, "framing": framing, "trained": "prompt" in told, "task": task}
     if adapter is None:
         return Ready(model=load_base(name, task, processor).eval(), **how)
+    quantisation = told.get("quantisation") if quantised else None
+    if on_disk is not None and (quantisation or getattr(config, "quantization_config", None)):
+        raise ValueError(
+            "This adapter was trained on a quantised base, which is not merged weight by weight. Leave --stream out."
+        )
     base = load_base(
         name,
         task,
         processor,
         classes=told.get("data", {}).get("classes", ()),
-        quantisation=told.get("quantisation") if quantised else None,
+        quantisation=quantisation,
         device=device,
+        on_disk=on_disk,
     )
     return Ready(model=base.eval(), **how)
 

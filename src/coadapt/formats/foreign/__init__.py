@@ -1,0 +1,1 @@
+"""Low-rank adapters in the files of other programs: loralib, kohya and LyCORIS, diffusers, peft."""
