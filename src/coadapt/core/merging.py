@@ -111,18 +111,7 @@ def merge(
                 raise ValueError(
                     f"{path!r} has no values here (meta device, or offloaded), so nothing can be merged into it."
                 )
-            writes += _new_parameter(module, parameter, parts, node) if parameter else _new_weights(module, parts, node)
-    for module, name, value in writes:
-        if value is not None and not _is_finite(value):
-            path = next(n for n, m in base.named_modules() if m is module)
-            raise ValueError(f"Merging {node!r} gives a {name} of {path!r} that is not finite. Nothing was changed.")
-    for (module, parameter), parts in sites.items():
-        if any(p.is_meta for p in module.parameters()):
-            path = next(iter(parts.values()))[0].place.path
-            raise ValueError(
-                f"{path!r} has no values here (meta device, or offloaded), so nothing can be merged into it."
-            )
-        writes += new_values(module, parameter, parts, node)
+            writes += new_values(module, parameter, parts, node)
     check_finite(writes, base, node)
     done = Merged(node, frozenset(module for module, _ in sites), kept=keep_original)
     _repack(base, [w for w in writes if packed_store(w[0]) is not None], into, done)
