@@ -1,5 +1,6 @@
 """What each method can do, found by doing it on small models: `python tools/abilities.py` prints the table."""
 
+import json
 import re
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from cases import CASES  # noqa: E402
 from coadapt import PeftModel, Sum, export  # noqa: E402
 from coadapt.config import PeftConfig, TargetedConfig  # noqa: E402
 from coadapt.core.method import METHODS, WeightMethod  # noqa: E402
+from coadapt.formats.configs import READABLE  # noqa: E402
 from laws.setting import MAKE, attach, config_of, fits, logits, stir  # noqa: E402
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -59,6 +61,8 @@ def _adapts(config: TargetedConfig, kind: str) -> bool:
     layer = make()
     x = torch.randint(0, 32, shape) if kind == "embedding" else torch.randn(shape)
     named: dict[str, Any] = {"target_modules": ["layer"]}
+    if getattr(config, "use_bdlora", None):
+        named["use_bdlora"] = {"target_modules_bd_a": ["layer"], "nblocks": 2}
     try:
         view = PeftModel(Holder(layer), replace(config, **named))
     except (ValueError, TypeError):
@@ -115,12 +119,15 @@ def goes_to_peft(case: str, model: str) -> bool:
     if kind not in list(peft.PeftType):
         raise ValueError("peft has no such method")
     view = attach(MAKE[model](), model, case)
-    expected = logits(view)
+    told = {"task_ids": torch.zeros(3, dtype=torch.long)} if view.get_adapter("a").tasks else {}
+    expected = logits(view, **told)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         view.save_pretrained(folder)
+        if json.loads(Path(folder, "a", "adapter_config.json").read_text("utf-8")).get(READABLE) is False:
+            raise ValueError("peft computes something else, and the folder says so")
         theirs = peft.PeftModel.from_pretrained(MAKE[model](), f"{folder}/a").eval()
-    got = logits(theirs)
+    got = logits(theirs, **told)
     return far(got[:, got.shape[1] - expected.shape[1] :], expected) < 1e-5
 
 
