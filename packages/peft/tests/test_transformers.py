@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 
 import coadapt
+from cases import CASES
 
 CONFIGS = [
     peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]),
@@ -90,6 +91,26 @@ def test_what_is_saved_is_loaded_again_and_by_a_view(
     assert not told.missing_keys and not told.unexpected_keys and not told.mismatched_keys
     torch.testing.assert_close(again(ids).logits, model(ids).logits, **BEARABLE)
     assert not any(p.requires_grad for p in again.parameters())
+
+
+INJECTABLE = [n for n, c in CASES.items() if not c.is_prompt_learning and n != "bitfit"]  # no Llama has biases
+
+
+@pytest.mark.parametrize("name", INJECTABLE)
+def test_every_method_is_saved_and_loaded_by_transformers(ids: Tensor, tmp_path: Path, name: str) -> None:
+    model = llama()
+    torch.manual_seed(1)
+    config: Any = coadapt.PeftConfig.from_dict(CASES[name].to_dict())
+    if invocation := getattr(config, "alora_invocation_tokens", None):
+        ids[:, 2 : 2 + len(invocation)] = torch.tensor(invocation)
+    model.add_adapter(config)
+    moved(model)
+    model.save_pretrained(tmp_path)
+    again = llama()
+    plain, told = again(ids).logits, again.load_adapter(str(tmp_path))
+    assert not told.missing_keys and not told.unexpected_keys and not told.mismatched_keys
+    torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(again(ids).logits, plain, atol=1e-4)
 
 
 def test_a_folder_that_a_view_wrote_is_loaded_to_be_trained_on(ids: Tensor, tmp_path: Path) -> None:
