@@ -113,6 +113,21 @@ def test_every_method_is_saved_and_loaded_by_transformers(ids: Tensor, tmp_path:
     assert not torch.allclose(again(ids).logits, plain, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["lora", "a-lora", "reft"])
+def test_what_an_injected_model_generates_is_what_a_view_does(ids: Tensor, name: str) -> None:
+    config = coadapt.PeftConfig.from_dict(CASES[name].to_dict())
+    ids = torch.cat([ids[:, :4], torch.full((2, 1), 28), ids[:, 4:]], 1)  # 28 invokes what asks for it
+    model = llama()
+    model.add_adapter(config)
+    moved(model)
+    view = viewed(config, model.get_adapter_state_dict())
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    ours, theirs = model.eval().generate(ids, **options), view.generate(ids, **options)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), **BEARABLE)
+    assert not torch.allclose(torch.stack(ours.logits)[-1], torch.stack(llama().generate(ids, **options).logits)[-1])
+
+
 def test_a_folder_that_a_view_wrote_is_loaded_to_be_trained_on(ids: Tensor, tmp_path: Path) -> None:
     view = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     moved(view.get_adapter("default"))

@@ -145,9 +145,18 @@ class Injected(BaseTunerLayer):
         held += more
         for module in more:
             module.__dict__[ENTRANCE] = self
+        if hasattr(type(model), "generate"):
+            model.__dict__["generate"] = self._generate
         self.add_module(attribute(name), Stored(adapter, model))
         self._weights[name] = 1.0
         self.set_adapter(name)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate` as one call of the view: some methods remember what earlier tokens were."""
+        if current() is None:
+            return self.view.generate(*args, **kwargs)
+        model: Any = self.view.base
+        return type(model).generate(model, *args, **kwargs)
 
     def of(self, attribute_name: str) -> Stored:
         """What holds an adapter, by its name as an attribute."""
@@ -176,6 +185,7 @@ class Injected(BaseTunerLayer):
         view = self.view
         for module in view._sites.get(_ENTRANCES, ()):
             module.__dict__.pop(ENTRANCE, None)
+        view.base.__dict__.pop("generate", None)
         model = view.unload()
         model._modules[INJECTED] = None  # not taken out: others call this while they go through these
 
