@@ -128,6 +128,12 @@ def test_what_an_injected_model_generates_is_what_a_view_does(ids: Tensor, name:
     assert not torch.allclose(torch.stack(ours.logits)[-1], torch.stack(llama().generate(ids, **options).logits)[-1])
 
 
+def test_what_a_view_refuses_to_generate_is_refused(model: Any, ids: Tensor) -> None:
+    model.add_adapter(coadapt.LoReftConfig(suffix_positions=1))
+    with pytest.raises(ValueError, match="cache"):
+        model.generate(ids, max_new_tokens=2, use_cache=False)
+
+
 def test_a_folder_that_a_view_wrote_is_loaded_to_be_trained_on(ids: Tensor, tmp_path: Path) -> None:
     view = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     moved(view.get_adapter("default"))
@@ -162,6 +168,15 @@ def test_several_adapters_are_switched_summed_and_taken_away(model: Any, ids: Te
     assert type(model).__mro__[1].__name__ != "Site" and "_coadapt_entrance" not in vars(model)
     with pytest.raises(ValueError, match="No adapter loaded"):
         model.set_adapter("a")
+
+
+def test_loading_one_for_inference_leaves_what_trains(tmp_path: Path) -> None:
+    model = llama()
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]), "trained")
+    model.save_pretrained(tmp_path)
+    model.load_adapter(str(tmp_path), "loaded")
+    training = {name: p.requires_grad for name, p in model.peft_adapters.named_parameters()}
+    assert len(training) == 8 and all(trains == name.startswith("trained.") for name, trains in training.items())
 
 
 def test_a_file_that_does_not_fit_is_refused(ids: Tensor, tmp_path: Path) -> None:

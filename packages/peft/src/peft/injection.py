@@ -12,7 +12,8 @@ from coadapt.core.adapter import Adapter, attribute, replace_options
 from coadapt.core.composition import Sum, names
 from coadapt.core.frame import current, go_on_with
 from coadapt.core.site import ENTRANCE
-from coadapt.formats.keys import ROOT, Entry, entries
+from coadapt.formats.keys import Entry, entries
+from coadapt.formats.vocabulary import ROOT
 
 from .configs import INJECTED, injected_as, without_injected
 from .views import PeftModel
@@ -152,7 +153,7 @@ class Injected(BaseTunerLayer):
         self.set_adapter(name)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's `generate` as one call of the view: some methods remember what earlier tokens were."""
+        """The model's `generate` as one call of the view, which refuses what would come out wrong."""
         if current() is None:
             return self.view.generate(*args, **kwargs)
         model: Any = self.view.base
@@ -271,6 +272,12 @@ class Injected(BaseTunerLayer):
     def r(self) -> dict[str, int]:  # type: ignore[override]
         """The adapters' ranks by their names (1 where a method has none)."""
         return {name: getattr(config, "r", 1) for name, config in self.view.peft_config.items()}
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Injected":
+        """Of what is active, which is what transformers has just loaded when it calls this; the others stay."""
+        for name in self._active:
+            self.view.get_adapter(name).requires_grad_(requires_grad)
+        return self
 
     def train(self, mode: bool = True) -> "Injected":
         self.view.training = mode
