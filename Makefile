@@ -15,7 +15,8 @@ test-all: lint
 	OMP_NUM_THREADS=1 .venv/bin/pytest -q -n 2 --hypothesis-seed=$(SEED)
 
 # In an environment of its own, in which coadapt stands as peft (packages/peft/README.md).
-dropin: .venv-dropin/installed
+dropin: .venv-dropin/installed .venv/installed-test
+	.venv/bin/basedpyright -p packages/peft/pyproject.toml --pythonpath .venv-dropin/bin/python
 	OMP_NUM_THREADS=1 .venv-dropin/bin/python -m pytest -q -c packages/peft/pyproject.toml packages/peft/tests
 
 lint: .venv/installed-test

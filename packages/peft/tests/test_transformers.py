@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 
 import coadapt
+from cases import CASES
 
 CONFIGS = [
     peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]),
@@ -92,6 +93,47 @@ def test_what_is_saved_is_loaded_again_and_by_a_view(
     assert not any(p.requires_grad for p in again.parameters())
 
 
+INJECTABLE = [n for n, c in CASES.items() if not c.is_prompt_learning and n != "bitfit"]  # no Llama has biases
+
+
+@pytest.mark.parametrize("name", INJECTABLE)
+def test_every_method_is_saved_and_loaded_by_transformers(ids: Tensor, tmp_path: Path, name: str) -> None:
+    model = llama()
+    torch.manual_seed(1)
+    config: Any = coadapt.PeftConfig.from_dict(CASES[name].to_dict())
+    if invocation := getattr(config, "alora_invocation_tokens", None):
+        ids[:, 2 : 2 + len(invocation)] = torch.tensor(invocation)
+    model.add_adapter(config)
+    moved(model)
+    model.save_pretrained(tmp_path)
+    again = llama()
+    plain, told = again(ids).logits, again.load_adapter(str(tmp_path))
+    assert not told.missing_keys and not told.unexpected_keys and not told.mismatched_keys
+    torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(again(ids).logits, plain, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lora", "a-lora", "reft"])
+def test_what_an_injected_model_generates_is_what_a_view_does(ids: Tensor, name: str) -> None:
+    config = coadapt.PeftConfig.from_dict(CASES[name].to_dict())
+    ids = torch.cat([ids[:, :4], torch.full((2, 1), 28), ids[:, 4:]], 1)  # 28 invokes what asks for it
+    model = llama()
+    model.add_adapter(config)
+    moved(model)
+    view = viewed(config, model.get_adapter_state_dict())
+    options = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    ours, theirs = model.eval().generate(ids, **options), view.generate(ids, **options)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), **BEARABLE)
+    assert not torch.allclose(torch.stack(ours.logits)[-1], torch.stack(llama().generate(ids, **options).logits)[-1])
+
+
+def test_what_a_view_refuses_to_generate_is_refused(model: Any, ids: Tensor) -> None:
+    model.add_adapter(coadapt.LoReftConfig(suffix_positions=1))
+    with pytest.raises(ValueError, match="cache"):
+        model.generate(ids, max_new_tokens=2, use_cache=False)
+
+
 def test_a_folder_that_a_view_wrote_is_loaded_to_be_trained_on(ids: Tensor, tmp_path: Path) -> None:
     view = peft.get_peft_model(llama(), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     moved(view.get_adapter("default"))
@@ -126,6 +168,15 @@ def test_several_adapters_are_switched_summed_and_taken_away(model: Any, ids: Te
     assert type(model).__mro__[1].__name__ != "Site" and "_coadapt_entrance" not in vars(model)
     with pytest.raises(ValueError, match="No adapter loaded"):
         model.set_adapter("a")
+
+
+def test_loading_one_for_inference_leaves_what_trains(tmp_path: Path) -> None:
+    model = llama()
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"]), "trained")
+    model.save_pretrained(tmp_path)
+    model.load_adapter(str(tmp_path), "loaded")
+    training = {name: p.requires_grad for name, p in model.peft_adapters.named_parameters()}
+    assert len(training) == 8 and all(trains == name.startswith("trained.") for name, trains in training.items())
 
 
 def test_a_file_that_does_not_fit_is_refused(ids: Tensor, tmp_path: Path) -> None:

@@ -307,6 +307,8 @@ def _bias(part: Part, key: str) -> Entry:
 
 def present(key: str) -> str:
     """A key of an older file, as it is now."""
+    if key.startswith(ROOT + VIRTUAL_ROOT):  # transformers puts ROOT before every key
+        key = key.removeprefix(ROOT)
     path, dot, end = key.rpartition(".")
     return f"{path}{dot}{names.OLDER.get(end, end)}"
 

@@ -12,7 +12,8 @@ from coadapt.core.adapter import Adapter, attribute, replace_options
 from coadapt.core.composition import Sum, names
 from coadapt.core.frame import current, go_on_with
 from coadapt.core.site import ENTRANCE
-from coadapt.formats.keys import ROOT, Entry, entries
+from coadapt.formats.keys import Entry, entries
+from coadapt.formats.vocabulary import ROOT
 
 from .configs import INJECTED, injected_as, without_injected
 from .views import PeftModel
@@ -145,9 +146,18 @@ class Injected(BaseTunerLayer):
         held += more
         for module in more:
             module.__dict__[ENTRANCE] = self
+        if hasattr(type(model), "generate"):
+            model.__dict__["generate"] = self._generate
         self.add_module(attribute(name), Stored(adapter, model))
         self._weights[name] = 1.0
         self.set_adapter(name)
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate` as one call of the view, which refuses what would come out wrong."""
+        if current() is None:
+            return self.view.generate(*args, **kwargs)
+        model: Any = self.view.base
+        return type(model).generate(model, *args, **kwargs)
 
     def of(self, attribute_name: str) -> Stored:
         """What holds an adapter, by its name as an attribute."""
@@ -176,6 +186,7 @@ class Injected(BaseTunerLayer):
         view = self.view
         for module in view._sites.get(_ENTRANCES, ()):
             module.__dict__.pop(ENTRANCE, None)
+        view.base.__dict__.pop("generate", None)
         model = view.unload()
         model._modules[INJECTED] = None  # not taken out: others call this while they go through these
 
@@ -261,6 +272,12 @@ class Injected(BaseTunerLayer):
     def r(self) -> dict[str, int]:  # type: ignore[override]
         """The adapters' ranks by their names (1 where a method has none)."""
         return {name: getattr(config, "r", 1) for name, config in self.view.peft_config.items()}
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Injected":
+        """Of what is active, which is what transformers has just loaded when it calls this; the others stay."""
+        for name in self._active:
+            self.view.get_adapter(name).requires_grad_(requires_grad)
+        return self
 
     def train(self, mode: bool = True) -> "Injected":
         self.view.training = mode

@@ -13,7 +13,8 @@ from coadapt.core import driving
 from coadapt.core.adapter import Adapter, attribute
 from coadapt.formats import vocabulary
 from coadapt.formats.files import WEIGHTS, read_tensors
-from coadapt.formats.keys import ROOT, Entry, entries, present
+from coadapt.formats.keys import Entry, entries, present
+from coadapt.formats.vocabulary import ROOT
 
 from .configs import INJECTED
 from .injection import injected

@@ -7,7 +7,8 @@ from transformers.core_model_loading import WeightRenaming
 
 from coadapt.config import PeftConfig
 from coadapt.core.adapter import attribute
-from coadapt.formats.keys import ROOT, present
+from coadapt.formats.keys import present
+from coadapt.formats.vocabulary import ROOT
 
 from ..configs import INJECTED, injected_into
 from ..injection import injected
