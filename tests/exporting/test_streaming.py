@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from coadapt import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from coadapt import BitFitConfig, IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from coadapt.config import PeftConfig
 from coadapt.exporting import streaming
 from coadapt.exporting.streaming import merge_to
