@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PIP     = .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all dropin lint bench clean
 
 demo: .venv/installed
 	.venv/bin/coadapt demo
@@ -13,6 +13,10 @@ test: lint
 test-all: SEED ?= $(shell .venv/bin/python -c 'import random; print(random.randrange(2**32))')
 test-all: lint
 	OMP_NUM_THREADS=1 .venv/bin/pytest -q -n 2 --hypothesis-seed=$(SEED)
+
+# In an environment of its own, in which coadapt stands as peft (packages/peft/README.md).
+dropin: .venv-dropin/installed
+	OMP_NUM_THREADS=1 .venv-dropin/bin/python -m pytest -q -c packages/peft/pyproject.toml packages/peft/tests
 
 lint: .venv/installed-test
 	.venv/bin/ruff format --check
@@ -26,7 +30,7 @@ bench: .venv/installed-test
 	.venv/bin/python -m benchmarks --publish
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-dropin build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip is the last thing that venv installs, so its presence means a whole environment.
@@ -41,3 +45,9 @@ clean:
 .venv/installed-test: pyproject.toml constraints.txt | .venv/bin/pip
 	$(PIP) -e '.[test]'
 	touch .venv/installed $@
+
+.venv-dropin/installed: pyproject.toml packages/peft/pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-dropin
+	.venv-dropin/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+		-e . -e packages/peft diffusers pytest sentence-transformers trl
+	touch $@

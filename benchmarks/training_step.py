@@ -33,7 +33,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
     "P-tuning": ("PromptEncoderConfig", {"num_virtual_tokens": N}, True),
     "tokens": ("TrainableTokensConfig", {"token_indices": list(range(10))}, True),
 }
-"""Name -> configuration, its options, and whether peft has it, too. Every registered method is among them."""
+"""Name -> configuration, its options, and whether peft has it, too."""
 
 
 def lora_steps(setting: Setting, dtype: torch.dtype, dropout: float = 0.0) -> dict[str, Step]:

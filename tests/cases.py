@@ -66,14 +66,14 @@ CASES: dict[str, PeftConfig] = {
     "delora": DeloraConfig(r=3, init_weights=False),
     "prefix-cartridge": CartridgeConfig(num_virtual_tokens=3),
     "compacter": CompacterConfig(bottleneck_size=4),
-    "cpt": CPTConfig(cpt_token_ids=[5, 9, 4], cpt_tokens_type_mask=[1, 2, 3]),
+    "prompt-cpt": CPTConfig(cpt_token_ids=[5, 9, 4], cpt_tokens_type_mask=[1, 2, 3]),
     "a-lora": LoraConfig(r=4, alora_invocation_tokens=[28], init_lora_weights=False),
     "bd-lora": LoraConfig(
         r=4, use_bdlora={"target_modules_bd_a": ["v"], "nblocks": 2, "match_strict": False}, init_lora_weights=False
     ),
     "kasa": LoraConfig(r=2, lora_alpha=4, kasa_config={}, init_lora_weights=False),
     "loftq": LoraConfig(r=2, lora_alpha=4, init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 2}),
-    "qa-lora": LoraConfig(r=4, use_qalora=True, qalora_group_size=2, init_lora_weights=False),
+    "qa-lora": LoraConfig(r=4, lora_alpha=1, use_qalora=True, qalora_group_size=2, init_lora_weights=False),
     "velora": LoraConfig(r=4, velora_config={"num_groups": 3, "init_type": "random"}, init_lora_weights=False),
     "dora": LoraConfig(r=4, use_dora=True, init_lora_weights=False),
     "frod": FrodConfig(sparse_rate=0.1, init_weights=False),

@@ -115,7 +115,7 @@ def test_fields_that_are_not_read(folder: Path) -> None:
     file = folder / "adapter_config.json"
     said = json.loads(file.read_text("utf-8"))
     for change, parts in (
-        ({"use_qalora": True}, ("use_qalora=True",)),
+        ({"monteclora_config": {"num_samples": 2}}, ("monteclora_config={'num_samples': 2}",)),
         ({"peft_type": "LORB"}, ("'LORB'", "LORA")),
         ({"some_option": 3}, ("some_option=3",)),
     ):

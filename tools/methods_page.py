@@ -51,7 +51,7 @@ def parts(method: type[Method]) -> tuple[str, str, str, str]:
     """Formula, the paper and what is to be known, when to use it, parameters per site: from its docstring."""
     formula, _, rest = (method.__doc__ or "").strip().partition("\n")
     text = " ".join(rest.split())
-    cost = re.search(r"Parameters per site: (.+?)\.?$", text)
+    cost = re.search(r"Parameters\b[^.:]*: (.+?)\.?$", text)
     use = re.search(r"Use it ([^.]*(?:\.\d[^.]*)*)\.", text)
     for found in (cost, use):
         text = text.replace(found[0], "") if found else text
@@ -82,7 +82,7 @@ def by_place() -> dict[str, list[str]]:
 def listed() -> str:
     """The methods in few lines, for the README."""
     return "\n".join(
-        f"- {PLACES[where].lower()}: {', '.join(f'`{configuration(name)}`' for name in names)}"
+        f"- {PLACES[where].lower()}: {', '.join(METHODS[name].__name__ for name in names)}"
         for where, names in by_place().items()
     )
 

@@ -13,6 +13,7 @@ from .model import PeftModel
 
 class _AutoPeftModel:
     loader: ClassVar[str]
+    view: ClassVar[type[PeftModel]] = PeftModel
 
     def __init__(self) -> None:
         raise TypeError(
@@ -47,7 +48,7 @@ class _AutoPeftModel:
             kwargs.setdefault("revision", config.revision)
         loader: Any = getattr(transformers, cls.loader)
         base = loader.from_pretrained(config.base_model_name_or_path, **kwargs)
-        return PeftModel.from_pretrained(base, folder, adapter_name, is_trainable)
+        return cls.view.from_pretrained(base, folder, adapter_name, is_trainable)
 
 
 def _first_adapter(folder: Path) -> Path:

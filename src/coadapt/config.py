@@ -29,6 +29,7 @@ _KINDS = sorted(
 )
 PeftType = StrEnum("PeftType", [(kind, kind) for kind in _KINDS])
 """The methods, by the names that adapter folders carry; read from their sources, since importing them needs torch."""
+_kinds: Mapping[str, StrEnum] = {str(kind): kind for kind in cast(Iterable[StrEnum], PeftType)}
 
 CONFIGS: dict[str, type["PeftConfig"]] = {}
 """Every method's configuration class by its `peft_type`; filled as the files of `methods/` are imported."""
@@ -102,7 +103,7 @@ class PeftConfig:
             raise ValueError(
                 f"{type(self).__name__} is of type {own}, but peft_type={str(self.peft_type)!r} was given."
             )
-        object.__setattr__(self, "peft_type", own or self.peft_type)
+        object.__setattr__(self, "peft_type", _kinds.get(str(own or self.peft_type), own or self.peft_type))
         if self.task_type is not None and str(self.task_type) not in TaskType.__members__:
             raise ValueError(
                 f"task_type={self.task_type!r} is unknown.{did_you_mean(str(self.task_type), TaskType.__members__)} "
@@ -117,6 +118,11 @@ class PeftConfig:
     def method(self) -> str:
         """The name of the method that this builds: `peft_type`, but for variants (a LoRA with `use_dora` is DORA)."""
         return str(self.peft_type)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether it describes virtual tokens: prompts, and prefixes."""
+        return isinstance(self, VirtualTokensConfig)
 
     def for_inference(self) -> Self:
         """The same adapter without what only training needs (an encoder that makes its parameters), if it has that."""

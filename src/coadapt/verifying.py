@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .core import composition
+from .core import composition, driving
 from .core.adapter import Adapter, ModuleCopy, Part
 from .core.method import AttentionMethod, InputMethod, WeightMethod
 from .core.store import packed_store
@@ -82,7 +82,7 @@ def verify(view: Any, batch: Any, loss: Callable[[Any], Tensor] | None = None, m
         merge: try merging as well, which needs room for the merged weights.
     """
     call = _caller(view, batch)
-    with _restored(view), warnings.catch_warnings():
+    with _restored(view), driving.unwatched(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         findings = [_is_base_when_disabled(view, call)]
         names = [n for n in composition.names(view.composition) if _trains(view.get_adapter(n))]

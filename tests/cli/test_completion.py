@@ -46,7 +46,7 @@ def test_bash_is_offered_verbs_flags_and_values(shell: dict[str, str]) -> None:
     assert offered(shell, "coadapt", "") == list(VERBS)
     assert offered(shell, "coadapt", "chat", "--adapter") == ["--adapter", "--adapters"]
     assert offered(shell, "coadapt", "train", "--task", "seq") == ["seq2seq", "sequence-classification"]
-    assert offered(shell, "coadapt", "train", "--method", "lo") == ["lora"]
+    assert offered(shell, "coadapt", "train", "--method", "bot") == ["bottleneck"]
     assert offered(shell, "coadapt", "completion", "") == ["bash", "zsh", "fish"]
     assert offered(shell, "coadapt", "nonsense", "") == list(VERBS)
 

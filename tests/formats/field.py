@@ -402,7 +402,7 @@ def field_gradients(model: Any) -> dict[str, Tensor]:
     values = {p: p.data for p in model.parameters() if p.requires_grad}
     for parameter in values:
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    state = field_quietly(lambda: peft.get_peft_model_state_dict(model, save_embedding_layers=False))
     stored = {k: v.detach().clone() for k, v in state.items() if not over_again(k)}
     for parameter, value in values.items():
         parameter.data = value

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -31,7 +32,19 @@ from .field import (
 )
 
 
-@pytest.fixture(params=CASES)
+def _spread() -> list[Any]:
+    """One case for each method in the quick run, and all of those that were there first."""
+    seen: set[str] = set()
+    out: list[Any] = []
+    for name, case in CASES.items():
+        method = case.ours().method
+        thorough = method in ("LORA", "DORA", "IA3", "LN_TUNING", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING")
+        out.append(pytest.param(name, marks=() if thorough or method not in seen else pytest.mark.full))
+        seen.add(method)
+    return out
+
+
+@pytest.fixture(params=_spread())
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 

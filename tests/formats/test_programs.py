@@ -1,5 +1,6 @@
 """What the table of programs says, against the installed ones where there are any, and the facts of the others."""
 
+import importlib.util
 import json
 import warnings
 from collections.abc import Mapping
@@ -24,9 +25,12 @@ from models import stir
 from .field import field_logits, field_quietly, logits
 
 ON_LLAMA = {
-    name: config for name, config in (CASES | VARIANTS).items() if name not in ("bitfit", "lora-experts", "lora-bias")
+    name: config
+    for name, config in (CASES | VARIANTS).items()
+    if name not in ("bitfit", "lora-experts", "lora-bias")
+    and (not name.startswith("adamss") or importlib.util.find_spec("sklearn"))
 }
-"""Those that have a place in a Llama."""
+"""Those that have a place in a Llama; for AdaMSS peft needs scikit-learn."""
 
 
 def judged(folder: Path, **base: Any) -> dict[str, Verdict]:

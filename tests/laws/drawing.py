@@ -76,7 +76,7 @@ def configurations(model: str) -> st.SearchStrategy[PeftConfig]:
 def _varied(config: PeftConfig) -> st.SearchStrategy[PeftConfig]:
     changes: dict[str, st.SearchStrategy[Any]] = {}
     match config:
-        case LoraConfig():
+        case LoraConfig(use_bdlora=None):
             changes = {"r": st.integers(1, 5), "lora_alpha": st.integers(1, 9), "use_rslora": st.booleans()}
         case CompacterConfig():
             changes = {"phm_rank": st.integers(1, 2)} if config.factorized_phm_W else {}

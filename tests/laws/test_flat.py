@@ -267,7 +267,7 @@ def test_loading_draws_nothing_and_gives_all(case: str, model: str, tmp_path: Pa
     assert torch.equal(torch.get_rng_state(), state)
     saved, loaded = view.get_adapter("default").state_dict(), other.get_adapter("default").state_dict()
     assert saved.keys() == loaded.keys()
-    if case == "cpt":  # the file says where tokens stand, not how far they have moved
+    if case == "prompt-cpt":  # the file says where tokens stand, not how far they have moved
         assert all(torch.allclose(saved[key], loaded[key], atol=1e-6) for key in saved)
     else:
         assert all(torch.equal(saved[key], loaded[key]) for key in saved)
@@ -280,7 +280,7 @@ def test_a_new_adapter_is_drawn_all_the_same(case: str) -> None:
     other = replace(config, init_seed=2)
     one, two = (PeftModel(llama(), c).get_adapter("default").weight for c in (config, other))
     not_drawn = (
-        *("bitfit", "cpt", "full-copy", "ia3", "ln-tuning", "tokens", "bat", "miss-mini"),
+        *("bitfit", "prompt-cpt", "full-copy", "ia3", "ln-tuning", "tokens", "bat", "miss-mini"),
         *("lora-pissa", "lora-mica", "dora-pissa", "loftq", "adamss", "adamss-asa", "osf", "supertuning"),
     )
     assert torch.equal(one, two) == (case in not_drawn)

@@ -90,7 +90,7 @@ COMPOSED = ["a + 0.5*b", "2*a >> b", None, "0.25*b + c", "-1*c + (a >> 0.5*b)", 
 @pairs(3, models=[model for model in MAKE if model != "bart"])
 def test_rows_of_several_adapters_with_weights(case: str, model: str) -> None:
     """Each adapter's gradient is the sum of those that the rows alone would give it."""
-    if case.startswith(("prompt", "p-tuning", "cpt")):
+    if case.startswith(("prompt", "p-tuning")):
         names = ["0.5*a >> b", "a >> b", None, "0.25*b >> c", "c >> 2*a", "b"]  # a sum takes prompts of one length
     elif case.startswith("prefix"):
         names = [n and n.replace("-1*", "") for n in COMPOSED]  # a joint prefix takes no gate below 0

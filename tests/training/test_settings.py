@@ -99,7 +99,7 @@ def test_other_programs_names_are_taken_with_a_hint(alias: str, name: str) -> No
     ("settings", "message"),
     [
         ({"metod": "lora"}, "'metod' is no setting of a run. Did you mean 'method'"),
-        ({"method": "lroa"}, "method='lroa' is unknown. Did you mean 'lora'"),
+        ({"method": "bottelneck"}, "method='bottelneck' is unknown. Did you mean 'bottleneck'"),
         ({"method": "prompt", "r": 4}, "r is not read by prompt, but by"),
         ({"adapters": {"a": {"method": "lora", "rr": 1}}}, "adapters.a: 'rr' is no setting of method lora"),
         ({"adapters": {"a": {"r": 1}}}, "adapters.a: it needs a method"),

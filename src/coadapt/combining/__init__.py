@@ -1,7 +1,6 @@
 """Adapters into one adapter. (Into the base's weights: core/merging.py.)"""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from ..core.adapter import Adapter, ModuleCopy, replace_options
 from ..core.composition import Node, names
 from ..core.method import ModuleMethod, WeightMethod
+from ..core.modes import evaluating
 from ..methods.prefix import PrefixTuning
 from ..methods.prompt import VirtualTokens
 from . import copies, virtual, weights
@@ -18,7 +18,7 @@ from .deltas import averaged, fixed
 from .report import Report, Row
 from .ways import WAYS, Options, Order
 
-__all__ = ["WAYS", "Options", "Report", "Row", "combine", "evaluating"]
+__all__ = ["WAYS", "Options", "Report", "Row", "combine"]
 
 
 @torch.no_grad()
@@ -70,19 +70,6 @@ def combine(
     adapter.config = replace_options(adapter.config, init_seed=None)
     shown = node if isinstance(node, str) else repr(node)
     return adapter, replace(report, composition=shown, rows=[*report.rows, *rows])
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards each module trains as before."""
-    training = [module for model in models for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 _KINDS: dict[str, type[nn.Module]] = {

@@ -277,7 +277,7 @@ class _Seeded:
 
 
 class _Blank(TorchFunctionMode):
-    """Context: what would be filled with random numbers, or taken from a matrix apart, is zero, which costs little.
+    """Context: what would be filled with random numbers is zero, which costs next to nothing.
 
     But for what a generator of its own fills: those numbers are no start, they are always the same.
     """
@@ -291,10 +291,6 @@ class _Blank(TorchFunctionMode):
                 filled: Tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
                 with torch.no_grad():
                     return filled.zero_()
-            case "linalg_svd" if not kwargs.get("full_matrices", True):
-                weight = args[0].shape
-                sizes = (*weight[:-1], min(weight[-2:])), (min(weight[-2:]),), (min(weight[-2:]), weight[-1])
-                return tuple(args[0].new_zeros(size) for size in sizes)
             case _:
                 return func(*args, **kwargs)
 

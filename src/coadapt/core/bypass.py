@@ -13,7 +13,10 @@ from .tied import weights
 
 _FACTS = frozenset({"dtype", "device", "shape", "size", "ndim", "dim", "is_meta", "requires_grad", "numel", "new"})
 """What code may ask of a weight without using its values."""
-_ELSEWHERE = ("__init__", "_init", "init", "reset_", "tie", "_tie", "set_", "get_", "resize", "load", "_load", "from_")
+_ELSEWHERE = (
+    *("__init__", "_init", "init", "reset_", "tie", "_tie", "set_", "get_", "resize", "load", "_load", "from_"),
+    "fuse_",  # layers into one, once and for all (diffusers)
+)
 """Beginnings of the names of functions that no forward calls."""
 
 

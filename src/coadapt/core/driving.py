@@ -1,7 +1,8 @@
 """Methods that act between steps: told of every optimiser step that trains them, in whichever loop that is."""
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ parameters then."""
 _told: "weakref.WeakSet[Adapter]" = weakref.WeakSet()
 """Of whose steps this process has been told."""
 _hooks: list[Any] = []
+_hands: list[bool] = []
+"""Filled while somebody writes parameters by hand: see `unwatched`."""
 
 
 def follow(adapter: Adapter) -> None:
@@ -38,7 +41,7 @@ def check(adapters: Iterable[Adapter]) -> None:
     Raises:
         RuntimeError: something that is no `torch.optim.Optimizer` trains one of them, so that its method is not driven.
     """
-    for adapter in adapters:
+    for adapter in () if _hands else adapters:
         if adapter.steps is None or adapter in _told or not (parameters := _trained(adapter)):
             continue
         now = [p.detach().norm().cpu() for p in parameters]
@@ -50,6 +53,20 @@ def check(adapters: Iterable[Adapter]) -> None:
                 "its parameters is no torch.optim.Optimizer. Train it with one, or use a method that needs no driving."
             )
         _untold[adapter] = now
+
+
+@contextmanager
+def unwatched() -> Generator[None]:
+    """Context: parameters are written by hand, and nobody is told."""
+    told = set(_told)
+    _hands.append(True)
+    try:
+        yield
+    finally:
+        _hands.pop()
+        for adapter in [a for a in _told if a not in told]:
+            _told.discard(adapter)
+        _untold.clear()
 
 
 def forget(adapter: Adapter) -> None:

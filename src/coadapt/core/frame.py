@@ -95,6 +95,11 @@ class entered:
         _active.frame, _active.carried = self.before
 
 
+def go_on_with(frame: Frame | None) -> None:
+    """Makes `frame` the current one for the rest of the call that is running."""
+    _active.frame = frame
+
+
 class Bare:
     """A base whose methods run without adapters inside of a view's call too: an assistant that shares its weights."""
 

@@ -34,7 +34,9 @@ def called(plan: Any, call: Callable[[Mapping[str, Any]], Any], kwargs: Mapping[
         raise ValueError("input_type_mask is not read: labels of -100 say which tokens the loss leaves out.")
     frame.whole = True
     out = call({k: v for k, v in kwargs.items() if k not in _TAKEN})
-    at: Tensor = frame.kept
+    at: Tensor | None = frame.kept
+    if at is None:  # a gate of 0 has put no tokens in
+        return call(kwargs)
     scores = out[0] if isinstance(out, tuple) else out["logits"]
     loss = _loss(method, scores, labels, at, kwargs.get("num_items_in_batch"))
     short = scores if method.keeps_virtual_tokens else picked(scores, at)

@@ -14,6 +14,7 @@ from .gates import Gate
 from .layer import Layer, kind_of
 from .lowrank import LowRankMethod
 from .method import AttentionMethod, InputMethod, WeightMethod
+from .modes import evaluating
 from .parameter import adapted
 from .precision import plus_product
 from .repacking import INTO, Full, MergeReport, Repacked, float_dtype, repacked
@@ -103,13 +104,14 @@ def merge(
     """
     sites = changed(adapters, node)
     writes: list[Write] = []
-    for (module, parameter), parts in sites.items():
-        if any(p.is_meta for p in module.parameters()):
-            path = next(iter(parts.values()))[0].place.path
-            raise ValueError(
-                f"{path!r} has no values here (meta device, or offloaded), so nothing can be merged into it."
-            )
-        writes += new_values(module, parameter, parts, node)
+    with evaluating(*(adapters[name] for name in names(node))):  # some draw while they train
+        for (module, parameter), parts in sites.items():
+            if any(p.is_meta for p in module.parameters()):
+                path = next(iter(parts.values()))[0].place.path
+                raise ValueError(
+                    f"{path!r} has no values here (meta device, or offloaded), so nothing can be merged into it."
+                )
+            writes += new_values(module, parameter, parts, node)
     check_finite(writes, base, node)
     done = Merged(node, frozenset(module for module, _ in sites), kept=keep_original)
     _repack(base, [w for w in writes if packed_store(w[0]) is not None], into, done)

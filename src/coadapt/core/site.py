@@ -10,6 +10,9 @@ from torch import nn
 
 from .frame import Carried, current, refuse_lost_frame
 
+ENTRANCE = "_coadapt_entrance"
+"""Attribute of modules that are called as the base's own: what makes a call of such a module one of a view."""
+
 
 class Site:
     """Mixed into the class of every site; tells them apart."""
@@ -23,7 +26,11 @@ def site_class(cls: type[nn.Module]) -> type[nn.Module]:
         frame = current()
         if frame is None:
             refuse_lost_frame()
-            return cls.forward(self, *args, **kwargs)
+            entrance = self.__dict__.get(ENTRANCE)
+            if entrance is None:
+                return cls.forward(self, *args, **kwargs)
+            with entrance.running(None, None, args, kwargs):
+                return forward(self, *args, **kwargs)
         call = frame.calls.get(self)
         if call is None:
             return cls.forward(self, *args, **kwargs)
@@ -31,6 +38,11 @@ def site_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     def reduce(self: Any, protocol: Any) -> Any:
         """A copied or pickled module is a plain one: what it is a site of is not copied along."""
+        if ENTRANCE in self.__dict__:
+            raise TypeError(
+                f"This {cls.__name__} has adapters injected into it, and cannot be copied or pickled. Save and load "
+                "them (get_adapter_state_dict), or use get_peft_model, whose models can be."
+            )
         return new, (vars(cls).get("_coadapt_below", cls),), dict(self.__dict__)
 
     setattr(forward, "__wrapped__", cls.forward)  # noqa: B010   signatures are read through it

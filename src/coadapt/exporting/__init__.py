@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..combining import Report, evaluating
+from ..combining import Report
 from ..core.composition import Node, names
+from ..core.modes import evaluating
 from ..formats import mlx, onnx
 from ..formats.gguf import model as gguf
 from ..model import PeftModel

@@ -19,7 +19,7 @@ class AdaLoraConfig(TargetedConfig):
     """A LoRA as B diag(E) A that begins with the same rank everywhere and keeps the ranks that matter most."""
 
     kind = "ADALORA"
-    foreign: ClassVar[Mapping[str, Any]] = {**LoraConfig.foreign, "bias": "none"}
+    foreign: ClassVar[Mapping[str, Any]] = {**LoraConfig.foreign, "bias": "none", "qalora_group_size": 16}
 
     total_step: int
     """The steps of the whole training; `coadapt train` fills it in."""

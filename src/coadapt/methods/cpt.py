@@ -106,7 +106,7 @@ class CPT(VirtualTokens, Driven):
         self.delta.copy_(tokens.to(self.E) - self.E)
 
     @classmethod
-    def after_step(cls, methods: Sequence["CPT"], done: int) -> None:
+    def after_step(cls, methods: Sequence["CPT"], step: int) -> None:
         for method in methods:
             length = method.delta.norm(dim=1).clamp(min=torch.finfo(method.delta.dtype).tiny)
             method.delta.mul_((method.radius.to(length) / length).clamp(max=1)[:, None])

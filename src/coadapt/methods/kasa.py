@@ -46,7 +46,7 @@ class KaSA(LoRA, Driven):
         return torch.cat([self.A, self.A0]), torch.cat([self.B * self.d, -self.B0], 1), self.scale
 
     @classmethod
-    def before_step(cls, methods: Sequence["KaSA"]) -> None:
+    def before_step(cls, methods: Sequence["KaSA"], step: int) -> None:
         for m in methods:
             if m.A.grad is None or m.B.grad is None or m.d.grad is None:
                 continue

@@ -122,6 +122,6 @@ class COFT(OFT, Driven):
         return self.Q * (most / norms.clamp(min=most))
 
     @classmethod
-    def after_step(cls, methods: Sequence[Any], done: int) -> None:
+    def after_step(cls, methods: Sequence[Any], step: int) -> None:
         for method in methods:
             method.Q.copy_(method.projected())

@@ -1,0 +1,71 @@
+"""coadapt under the import name `peft`, for programs that ask for that (transformers, TRL, diffusers ...)."""
+
+import importlib
+import importlib.metadata
+from typing import Any
+
+__version__ = "0.21.2+coadapt"
+
+
+def _refuse_two() -> None:
+    """Raises ImportError where the library that this stands in for is installed here as well."""
+    found = {d.version for d in importlib.metadata.distributions(name="peft")}
+    if others := found - {__version__}:
+        raise ImportError(
+            f"coadapt stands here as peft {__version__}, and peft {', '.join(sorted(others))} is installed as well; "
+            "their files would be mixed. Take both off (pip uninstall peft, until there is none), and install one."
+        )
+
+
+_refuse_two()
+
+_COADAPT = """
+AdaLoraConfig AdamssConfig AdaptionPromptConfig BOFTConfig BdLoraConfig BeftConfig C3AConfig CPTConfig CartridgeConfig
+CordaConfig DeftConfig DeloraConfig EvaConfig FourierFTConfig FrodConfig GloraConfig GraloraConfig HRAConfig HiraConfig
+IA3Config KasaConfig LNTuningConfig LilyConfig LoHaConfig LoKrConfig LoftQConfig LoraConfig LoraGAConfig MissConfig
+MultitaskPromptTuningConfig OFTConfig OSFConfig PeanutConfig PeftConfig PeftType PolyConfig PrefixTuningConfig
+PromptEncoderConfig PromptTuningConfig PsoftConfig PveraConfig RandLoraConfig RoadConfig ShiraConfig SupertuningConfig
+TaskType TinyLoraConfig TrainableTokensConfig UniLoraConfig VBLoRAConfig VeloraConfig VeraConfig WaveFTConfig
+XLoraConfig initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text initialize_lora_eva_weights
+prepare_model_for_kbit_training preprocess_loraga
+""".split()
+_OWN = {
+    "configs": """MultitaskPromptTuningInit PEFT_TYPE_TO_CONFIG_MAPPING PromptEncoderReparameterizationType
+        PromptLearningConfig PromptTuningInit get_peft_config""",
+    "injection": "inject_adapter_in_model",
+    "state": """cast_mixed_precision_params get_base_model_state_dict get_peft_model_state_dict load_peft_weights
+        set_base_model_state_dict set_peft_model_state_dict shift_tokens_right""",
+    "unserved": """AdaLoraModel AdamssModel AdaptionPromptModel ArrowConfig BOFTModel BeftModel C3AModel CPTEmbedding
+        CartridgeEncoder DeftModel DeloraModel FourierFTModel FrodModel GloraModel GraloraModel HRAModel HiraModel
+        IA3Model LNTuningModel LilyModel LoHaModel LoKrModel LoraModel LoraRuntimeConfig MissModel MontecloraConfig
+        OFTModel OSFModel PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PeanutModel PolyModel
+        PrefixEncoder PromptEmbedding PromptEncoder PsoftModel PveraModel RandLoraModel RoadModel ShadowConfig
+        ShadowModel ShiraModel SupertuningModel TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING TinyLoraModel
+        TrainableTokensModel UniLoraModel VBLoRAModel VeraModel WaveFTModel XLoraModel
+        bloom_model_postprocess_past_key_value compose_cartridge_adapters convert_to_lora create_arrow_model
+        find_kappa_target_modules get_eva_state_dict get_layer_status get_model_status
+        prompt_embeddings_from_past_key_values replace_lora_weights_loftq save_as_lora""",
+    "utils.error": "NoMatchingPeftModuleError PeftError PeftWarning",
+    "views": """AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction
+        AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification
+        AutoPeftModelForTokenClassification MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftMixedModel PeftModel
+        PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM
+        PeftModelForSequenceClassification PeftModelForTokenClassification get_peft_model""",
+}
+_HOMES = {name: f"{__name__}.{home}" for home, names in _OWN.items() for name in names.split()}
+_HOMES |= dict.fromkeys(_COADAPT, f"{__name__}.configs")
+
+__all__ = sorted(_HOMES.keys() - {"CordaConfig"})  # pyright: ignore[reportUnsupportedDunderAll]  # as there
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for, and only that: transformers imports this while it is imported itself."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'peft' (coadapt's) has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,13 @@
+"""LoKr by its place there."""
+
+from typing import Any
+
+import peft
+
+from .layer import LoKrLayer as LoKrLayer
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return getattr(peft, name)

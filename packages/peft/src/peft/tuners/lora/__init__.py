@@ -1,0 +1,13 @@
+"""Lora by its place there."""
+
+from typing import Any
+
+import peft
+
+from .layer import LoraLayer as LoraLayer
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return getattr(peft, name)
