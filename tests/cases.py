@@ -136,6 +136,8 @@ VARIANTS: dict[str, PeftConfig] = {
     "lora-own-bias": LoraConfig(r=2, lora_bias=True, init_lora_weights=False),
     "lora-bias": LoraConfig(r=4, bias="lora_only", init_lora_weights=False),
     "bottleneck-pfeiffer": BottleneckConfig(bottleneck_size=4, adapter_layer_norm="before"),
+    "bottleneck-stream": BottleneckConfig(bottleneck_size=4, reads="stream"),
+    "bottleneck-parallel-stream": BottleneckConfig(bottleneck_size=4, placement="parallel", reads="stream"),
     "bottleneck-parallel": BottleneckConfig(bottleneck_size=4, placement="parallel", scaling="learned"),
     "bottleneck-plus": AdapterPlusConfig(bottleneck_size=4, stochastic_depth=0.0),
     "compacter-whole": CompacterConfig(

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from coadapt import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from coadapt import BitFitConfig, IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from coadapt.config import PeftConfig
 from coadapt.exporting import streaming
 from coadapt.exporting.streaming import merge_to
@@ -22,6 +22,8 @@ CASES: dict[str, tuple[Callable[..., Any], PeftConfig]] = {
     "llama": (llama, LoraConfig(r=4)),
     "llama all": (llama, LoraConfig(r=4, target_modules="all-linear")),
     "llama dora": (llama, LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "embed_tokens"])),
+    "llama new biases": (llama, BitFitConfig(target_modules=["q_proj", "down_proj"])),
+    "gpt2 tokens": (gpt2, LoraConfig(r=4, trainable_token_indices=[3, 7])),
     "llama copy": (llama, LoraConfig(r=4, modules_to_save=["lm_head", "norm"])),
     "gpt2": (gpt2, LoraConfig(r=4, target_modules=["c_attn", "c_fc"])),
     "gpt2 biases": (gpt2, LoraConfig(r=4, target_modules=["c_attn"], bias="all")),

@@ -62,6 +62,8 @@ def fits(case: str, model: str) -> bool:
         return False  # 27 features, which are no blocks of two
     if case == "a-lora" and model in ("t5", "bert", "bart", "whisper", "vit", "plain", "conv"):
         return False  # a causal language model's
+    if case.endswith("-stream"):
+        return model in ("llama", "gpt2", "bloom", "t5", "bert", "vit", "qwen2", "qwen3")  # whose norms' order is told
     if case == "lora-experts":
         return model == "mixtral"
     if case.endswith("all-linear") and model == "mixtral":

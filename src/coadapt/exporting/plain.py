@@ -14,11 +14,12 @@ from ..combining.weights import fill_factors
 from ..core import roles, tied
 from ..core.adapter import Adapter, ModuleCopy, build, replace_options
 from ..core.composition import Node, names
-from ..core.layer import Layer
+from ..core.layer import Layer, kind_of
 from ..core.method import AttentionMethod, InputMethod, WeightMethod
 from ..core.target import suffix_match
 from ..formats.vocabulary import kept
 from ..methods.bitfit import BitFit
+from ..methods.bottleneck import Bottleneck
 from ..methods.lora import LoRA, LoraConfig
 
 RANK = 16
@@ -55,9 +56,9 @@ def obstacles(base: Any, adapters: Mapping[str, Adapter], node: Node, ends: bool
                 case WeightMethod():
                     continue
                 case _:
-                    found.setdefault(
-                        name, Obstacle(f"{name!r} is of modules between layers ({kind} at {path!r})", False)
-                    )
+                    at_layer = kind_of(part.place.module) is not None and not issubclass(type(part.method), Bottleneck)
+                    what = "is of layers, by what they are given" if at_layer else "is of modules between layers"
+                    found.setdefault(name, Obstacle(f"{name!r} {what} ({kind} at {path!r})", False))
     if any(not obstacle.merges for obstacle in found.values()):
         return list(found.values())
     for site in sites(adapters, node):
@@ -111,6 +112,8 @@ def plain_lora(base: Any, adapters: Mapping[str, Adapter], node: Node, r: Any) -
     rows: list[Row] = []
     for path, change, has_factors in _changes(base, adapters, node):
         made = change if isinstance(change, Product) and r in (None, "full") else cut(change, r or RANK)
+        if isinstance(made, Product) and made.rank > min(made.b.shape[-2], made.a.shape[-1]):
+            made = cut(made, "full")  # more columns than a matrix of this shape has ranks
         size = norm(change)
         off = 0.0 if made is change else distance(made, change)
         share = off / size if size and off > 1e-12 else 0.0

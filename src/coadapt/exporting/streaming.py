@@ -95,6 +95,8 @@ class _Changes:
     node: Node
     made: dict[str, Tensor] = field(default_factory=dict)
     """What was made along with something else (a bias with its weight) and is still to be asked for."""
+    biased: set[nn.Module] = field(default_factory=set)
+    """Layers that have no bias yet, and will have one."""
 
     def prepare(self) -> None:
         """Gives the base the parameters, without values, that it has once merged: new biases, other dtypes, no ties
@@ -124,6 +126,7 @@ class _Changes:
             with present(module):
                 bias = around(self.node, Layer(module, path), methods).bias
             if bias is not None:
+                self.biased.add(module)
                 _replace(module, "bias", bias.to(Layer(module).like().dtype))
         return [f"{path}.weight", *([f"{path}.bias"] if getattr(module, "bias", None) is not None else [])]
 
@@ -155,7 +158,7 @@ class _Changes:
 
     def _compute(self, name: str) -> Tensor:
         module, parameter = self.owner[name]
-        with present(module, parameter):
+        with present(module, parameter, without=("bias",) if module in self.biased else ()):
             writes = merging.new_values(module, parameter, self.sites[module, parameter], self.node)
         merging.check_finite(writes, self.base, self.node)
         self.made.clear()
@@ -169,17 +172,18 @@ class _Changes:
 
 
 def _replace(module: nn.Module, name: str, like: Tensor) -> None:
-    setattr(module, name, nn.Parameter(torch.empty_like(like, device="meta"), requires_grad=False))
+    made = torch.empty(like.shape, dtype=like.dtype, device="meta")
+    setattr(module, name, nn.Parameter(made, requires_grad=False))
 
 
 @contextmanager
-def present(module: nn.Module, only: str = "") -> Iterator[None]:
+def present(module: nn.Module, only: str = "", without: Sequence[str] = ()) -> Iterator[None]:
     """The parameters of a module (or just one) have their values, which wait on disk, inside of the context."""
     absent = {n: p for n, p in module.named_parameters(recurse=False) if p.is_meta and (not only or n == only)}
     for name in absent:
-        found = value(module, name)
-        if not found.is_meta:
-            module._parameters[name] = nn.Parameter(found, requires_grad=False)
+        found = None if name in without else value(module, name)
+        if found is None or not found.is_meta:
+            module._parameters[name] = None if found is None else nn.Parameter(found, requires_grad=False)
     try:
         yield
     finally:

@@ -282,6 +282,13 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
             said["target_modules"] = said.get("target_modules") or None  # the field writes [] beside target_parameters
         case "ADALORA":
             said.pop("r", None)  # a LoRA's, of which it makes no use
+            if said.get("total_step") is None:  # it could be left out until peft 0.14
+                said["total_step"] = (said.get("tinit") or 0) + (said.get("tfinal") or 0) + 1
+                warnings.warn(
+                    "This AdaLoRA file does not say how many steps its training has (total_step). For inference that "
+                    "means nothing; to train on, put it into adapter_config.json.",
+                    stacklevel=2,
+                )
         case "HIRA" if READABLE not in values:
             said.pop("rank_pattern", None)  # the field does not read it either
         case "MISS" | "BONE":
@@ -306,6 +313,7 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
 
 _Said = Mapping[str, Any]
 _IDLE: Mapping[str, Mapping[str, Callable[[_Said], bool]]] = {
+    "CPT": {"cpt_prompt_init": lambda said: True},  # of the start
     "DEFT": {
         **dict.fromkeys(("alpha", "deft_dropout"), lambda said: bool(said.get("para"))),
         "init_scale": lambda said: True,  # of the start
