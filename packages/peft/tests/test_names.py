@@ -1,11 +1,14 @@
 """The names of peft 0.21.2, each of which is served or says that it is not."""
 
-import importlib
 import importlib.metadata
+import sys
+from pathlib import Path
 
 import peft
 import pytest
 from peft import unserved
+
+import coadapt
 
 NAMES = """
 AdaLoraConfig AdaLoraModel AdamssConfig AdamssModel AdaptionPromptConfig AdaptionPromptModel ArrowConfig AutoPeftModel
@@ -50,15 +53,11 @@ def test_what_is_not_served_says_so_when_it_is_used(name: str) -> None:
 
 
 def test_the_readme_names_all_that_is_not_served() -> None:
-    from pathlib import Path
-
     text = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
     assert [name for name in UNSERVED if f"`{name}`" not in text] == []
 
 
 def test_every_method_that_has_a_configuration_there_is_the_one_of_coadapt() -> None:
-    import coadapt
-
     for name in NAMES:
         if name.endswith("Config") and name not in UNSERVED and name != "PromptLearningConfig":
             assert getattr(peft, name) is getattr(coadapt, name)
@@ -76,13 +75,19 @@ def test_a_configuration_is_checked_when_a_field_is_assigned() -> None:
     assert config.r == 8
 
 
-def test_the_real_one_beside_it_is_refused(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-    from pathlib import Path
-
-    there = Path(str(tmp_path)) / "peft-0.21.2.dist-info"
+def test_the_real_one_beside_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = tmp_path / "peft-0.21.2.dist-info"
     there.mkdir()
     (there / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.21.2\n")
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     with pytest.raises(ImportError, match=r"peft 0\.21\.2 is installed as well"):
         peft._refuse_two()
+
+
+def test_the_words_of_prompts_are_taken_by_their_configurations() -> None:
+    tokens = {"num_virtual_tokens": 4}
+    assert peft.PromptTuningConfig(prompt_tuning_init=peft.PromptTuningInit.RANDOM, **tokens)
+    for word in peft.PromptEncoderReparameterizationType:
+        assert peft.PromptEncoderConfig(encoder_reparameterization_type=word, **tokens)
+    random = peft.MultitaskPromptTuningInit.RANDOM
+    assert peft.MultitaskPromptTuningConfig(prompt_tuning_init=random, num_tasks=2, **tokens)

@@ -1,5 +1,6 @@
 """transformers' own methods for adapters, its Trainer and its pipelines."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -198,8 +199,6 @@ def test_what_was_injected_last_is_active(model: Any, ids: Tensor) -> None:
 
 
 def test_prompts_and_copies_are_refused(model: Any) -> None:
-    import copy
-
     with pytest.raises(ValueError, match="needs a call of the whole model"):
         model.add_adapter(peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
     model = llama()
