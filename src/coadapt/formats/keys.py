@@ -317,7 +317,6 @@ def holds_biases(adapter: Adapter) -> bool:
     """Whether its file holds the base's biases with their changes, so that the base's own must be in place."""
     beside = not issubclass(method_for(adapter.config), BitFit)
     return beside and any(isinstance(p.method, BitFit) for p in adapter.parts)
-    return isinstance(adapter.config, LoraConfig) and any(type(p.method) is BitFit for p in adapter.parts)
 
 
 @torch.no_grad()
