@@ -1,6 +1,5 @@
 """PeftModel: a view of a frozen base, and its verbs."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -383,11 +382,7 @@ class PeftModel(View):
         elif into is not None and (self._merged.report is None or self._merged.report.into != into):
             raise ValueError(f"into={into!r} comes too late: it is merged already. Call unmerge_adapter() first.")
         if self._merged is not None and self._merged.new_biases:
-            warnings.warn(
-                f"{self._merged.new_biases} layers that had no bias have one now. {type(self.base).__name__} has "
-                "none there: saved and loaded again, the model would lose them.",
-                stacklevel=2,
-            )
+            merging.warn_of_new_biases(self.base, self._merged.new_biases)
         merging.untie(self.base)
         if self._merged is not None and self._merged.report is not None and self._merged.report.into == "dequantised":
             dequantise(self.base)

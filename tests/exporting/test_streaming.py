@@ -12,10 +12,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from cases import CASES as METHOD_CASES
 from coadapt import BitFitConfig, IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from coadapt.config import PeftConfig
+from coadapt.core.method import METHODS, WeightMethod
 from coadapt.exporting import streaming
 from coadapt.exporting.streaming import merge_to
+from laws.setting import MAKE, config_of, fits
 from models import gpt2, llama, mixtral, stir, t5
 
 CASES: dict[str, tuple[Callable[..., Any], PeftConfig]] = {
@@ -89,6 +92,26 @@ def test_a_stream_writes_what_merging_in_memory_writes(case: str, tmp_path: Path
         for file in memory.iterdir():
             assert file.read_bytes() == (stream / file.name).read_bytes(), file.name
     assert len(list(stream.glob("*.safetensors"))) > 1
+
+
+def _of_weights() -> list[str]:
+    return [c for c in METHOD_CASES if issubclass(METHODS[METHOD_CASES[c].method], WeightMethod)]
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore:.*layers that had no bias")
+@pytest.mark.parametrize("model", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("case", _of_weights())
+def test_every_method_of_weights_is_streamed(case: str, model: str, tmp_path: Path) -> None:
+    if not fits(case, model):
+        pytest.skip("no place there")
+    try:
+        memory, stream = both(MAKE[model], config_of(case, model), tmp_path)
+    except TypeError as refused:
+        assert "no map of weights" in str(refused)
+        return
+    for file in memory.iterdir():
+        assert file.read_bytes() == (stream / file.name).read_bytes(), file.name
 
 
 def test_half_precision_is_kept(tmp_path: Path) -> None:

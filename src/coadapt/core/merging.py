@@ -1,5 +1,6 @@
 """Putting a composition into the base's weights, and taking it out again to the bit."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -255,6 +256,15 @@ def _to_cpu(base: nn.Module, done: Merged) -> None:
     for _, _, old in done.originals:
         if old is not None and id(old) not in used:
             old.data = old.data.cpu()
+
+
+def warn_of_new_biases(base: nn.Module, count: int) -> None:
+    """Warns that `count` layers have a bias for which the model's class has no place."""
+    warnings.warn(
+        f"{count} layers that had no bias have one now. {type(base).__name__} has none there: saved and loaded again, "
+        "the model would lose them.",
+        stacklevel=3,
+    )
 
 
 def refuse_beside(adapters: Mapping[str, Adapter], node: Node) -> None:

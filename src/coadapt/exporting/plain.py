@@ -112,8 +112,6 @@ def plain_lora(base: Any, adapters: Mapping[str, Adapter], node: Node, r: Any) -
     rows: list[Row] = []
     for path, change, has_factors in _changes(base, adapters, node):
         made = change if isinstance(change, Product) and r in (None, "full") else cut(change, r or RANK)
-        if isinstance(made, Product) and made.rank > min(made.b.shape[-2], made.a.shape[-1]):
-            made = cut(made, "full")  # more columns than a matrix of this shape has ranks
         size = norm(change)
         off = 0.0 if made is change else distance(made, change)
         share = off / size if size and off > 1e-12 else 0.0

@@ -64,6 +64,8 @@ def merge_to(view: PeftModel, where: Path, max_shard_size: int | str = SHARD) ->
     merging.refuse_beside(adapters, view.composition)
     changes = _Changes(base, merging.changed(adapters, view.composition), view.composition)
     changes.prepare()
+    if changes.biased:
+        merging.warn_of_new_biases(base, len(changes.biased))
     merging.untie(base)
     base.config.dtype = str(base.dtype).removeprefix("torch.")
     base.config.architectures = [type(base).__name__]
