@@ -8,10 +8,7 @@ import torch
 
 from cases import CASES
 
-THOROUGH = (
-    *("lora", "bottleneck", "dora", "ia3", "prefix", "prompt", "lora-all-linear", "lora-experts"),
-    *("prefix-projected", "prefix-decoupled", "p-tuning", "invertible"),
-)
+THOROUGH = ("lora", "bottleneck", "dora", "ia3", "prefix", "prompt", "lora-all-linear", "lora-experts")
 """Cases that each law tries in all the ways that it has for the quick run."""
 
 FORMS = ("tests/laws/test_merge_law.py", "tests/laws/test_saving.py", "tests/laws/test_saved.py")

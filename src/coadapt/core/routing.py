@@ -166,7 +166,8 @@ def keeps_sums(nodes: Sequence[Node]) -> bool:
 
 
 def tasks(nodes: Sequence[Node], adapters: Mapping[str, Adapter]) -> int:
-    """How many tasks the routers and methods know that read `task_ids` (the fewest that one knows); 0: none reads."""
+    """How many tasks the routers and methods know that read `task_ids` (the fewest, but for those that know only one);
+    0: none reads."""
     known = [r.num_tasks for node in nodes for r, _ in routers(node) if isinstance(r, TaskRouter)]
     known += [found for node in nodes for name in names(node) if (found := adapters[name].tasks)]
-    return min(known) if known else 0
+    return min([count for count in known if count > 1] or known, default=0)
