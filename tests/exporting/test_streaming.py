@@ -121,6 +121,7 @@ def test_half_precision_is_kept(tmp_path: Path) -> None:
         assert file.read_bytes() == (stream / file.name).read_bytes(), file.name
 
 
+@pytest.mark.full
 def test_no_two_weights_of_the_base_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By another count: all tensors that Python knows of, whenever one is read or written."""
     model = llama(num_hidden_layers=6)

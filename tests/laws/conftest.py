@@ -11,6 +11,8 @@ from cases import CASES
 THOROUGH = ("lora", "bottleneck", "dora", "ia3", "prefix", "prompt", "lora-all-linear", "lora-experts")
 """Cases that each law tries in all the ways that it has for the quick run."""
 
+SLOW = ("test_an_adapter_holds_nothing_but_its_own",)
+"""Laws that look at every object there is: seconds each, and the code is the core's."""
 FORMS = ("tests/laws/test_merge_law.py", "tests/laws/test_saving.py", "tests/laws/test_saved.py")
 
 
@@ -28,7 +30,7 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     for item in items:
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
         if isinstance(case, str) and case not in THOROUGH and item.get_closest_marker("full") is None:
-            if case not in CASES and not item.nodeid.startswith(FORMS):
+            if item.originalname in SLOW or (case not in CASES and not item.nodeid.startswith(FORMS)):
                 item.add_marker(pytest.mark.full)
                 continue
             ways.setdefault((item.nodeid.partition("[")[0], case), []).append(item)
