@@ -211,6 +211,17 @@ class Convolutions(nn.Module):
         return self.head(torch.tanh(self.hidden(torch.tanh(h).flatten(2).mean(-1))))
 
 
+class Holder(nn.Module):
+    """One layer as a model."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
 def plain() -> Plain:
     torch.manual_seed(0)
     return Plain().eval().requires_grad_(False)

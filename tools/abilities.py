@@ -22,6 +22,7 @@ from coadapt.config import PeftConfig, TargetedConfig  # noqa: E402
 from coadapt.core.method import METHODS, WeightMethod  # noqa: E402
 from coadapt.formats.configs import READABLE  # noqa: E402
 from laws.setting import MAKE, attach, config_of, fits, logits, stir  # noqa: E402
+from models import Holder  # noqa: E402
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(32, 32), (2, 3, 32)),
@@ -31,17 +32,6 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 ORDER = ("llama", "mixtral", "plain", "conv")
 """Models to try a method on: the first that it has a place in."""
-
-
-class Holder(nn.Module):
-    """One layer as a model."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 def far(one: Tensor, other: Tensor) -> float:

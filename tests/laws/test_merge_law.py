@@ -15,6 +15,7 @@ from coadapt import LoraConfig, PeftModel
 from coadapt.core.method import METHODS, WeightMethod
 from coadapt.methods.lora import LoRA
 from laws.setting import DIVIDES, EVERY, close, far, stir
+from models import Holder
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(6, 5), (2, 3, 6)),
@@ -64,15 +65,6 @@ ELSEWHERE = ("lora-experts", "lora-tokens")
 WEIGHTS = [
     name for name, config in EVERY.items() if issubclass(METHODS[config.method], WeightMethod) and name not in ELSEWHERE
 ]
-
-
-class Holder(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 def refusal(case: str, kind: str) -> str | None:

@@ -22,16 +22,7 @@ from coadapt import (
 )
 from coadapt.config import PeftConfig
 from laws.setting import close, far
-from models import llama, logits, stir
-
-
-class Holder(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+from models import Holder, llama, logits, stir
 
 
 def method_at(layer: nn.Module, config: PeftConfig, by: float = 0.3) -> tuple[PeftModel, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from coadapt import (
     BOFTConfig,
@@ -19,16 +19,7 @@ from coadapt import (
 )
 from coadapt.config import PeftConfig
 from laws.setting import close, far
-from models import conv, ids, llama, logits, stir
-
-
-class Holder(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+from models import Holder, conv, ids, llama, logits, stir
 
 
 def method_at(layer: nn.Module, config: PeftConfig) -> tuple[PeftModel, Any]:
