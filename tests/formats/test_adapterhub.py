@@ -38,7 +38,7 @@ def _cases() -> list[str]:
     found: list[str] = []
     for model in CLASSES:
         with safe_open(HERE / f"{model}.safetensors", "pt") as file:
-            found += [f"{model} {name}" for name in file.metadata() if name != "base"]
+            found += [f"{model} {name}" for name in sorted(file.metadata()) if name != "base"]  # in no order
     return found
 
 
