@@ -11,6 +11,7 @@ test: lint
 
 # What the laws of compositions draw is new each time; SEED=... draws it again.
 test-all: SEED ?= $(shell .venv/bin/python -c 'import random; print(random.randrange(2**32))')
+# With WHOLE=1 every method on every model in every way, which takes hours.
 test-all: lint
 	OMP_NUM_THREADS=1 .venv/bin/pytest -q -n 2 --hypothesis-seed=$(SEED)
 
