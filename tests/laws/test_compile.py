@@ -18,9 +18,10 @@ COMPILED = ("llama", "gpt2", "bert", "plain", "qwen3", "gemma3", "opt", "vit", "
 
 
 def one_layer(model: str, *cases: str) -> PeftModel:
-    """Compiling takes seconds for each layer."""
-    size = {"gpt2": {"n_layer": 1}, "plain": {}, "conv": {}}.get(model, {"num_hidden_layers": 1})
-    size = {**size, "layer_types": ["sliding_attention"]} if model == "gemma3" else size
+    """Compiling takes seconds for each layer. (The case `adaption` has two.)"""
+    layers = 2 if "adaption" in cases else 1
+    size = {"gpt2": {"n_layer": layers}, "plain": {}, "conv": {}}.get(model, {"num_hidden_layers": layers})
+    size = {**size, "layer_types": ["sliding_attention"] * layers} if model == "gemma3" else size
     return attach(MAKE[model](**size), model, *cases, by=0.3)
 
 
