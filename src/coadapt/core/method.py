@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from ..config import PeftConfig, RankedConfig
+from ..config import PeftConfig
 from . import target
 from .layer import Layer
 from .roles import Place
@@ -143,6 +143,12 @@ class WeightMethod(Method):
         super().__init__()
         self.kind = layer.kind.name
         self.check(layer)
+        self._bank = (shared,)  # in a tuple: it is the adapter's, and no module of each site's as well
+
+    @property
+    def bank(self) -> Any:
+        """What `shared` made."""
+        return self._bank[0]
 
     @classmethod
     def check(cls, layer: Layer) -> None:
@@ -156,8 +162,7 @@ class WeightMethod(Method):
     @classmethod
     def places(cls, config: Any, base: nn.Module) -> list[Place]:
         found = target.places(config, base)
-        if isinstance(config, RankedConfig):
-            target.check_patterns(config, found, "rank_pattern", "alpha_pattern")
+        target.check_patterns(config, found, *config.patterns)
         if hasattr(config, "fan_in_fan_out"):
             target.check_transposed(config, [place.module for place in found])
         return found

@@ -51,11 +51,9 @@ class CPTConfig(InputConfig):
                 raise ValueError(f"CPTConfig: {len(ids)} cpt_token_ids, and {name} has {len(given)} entries.")
         if self.cpt_mask is not None and not all(self.cpt_mask):
             raise ValueError("CPTConfig: cpt_mask hides tokens of the context; leave those out of cpt_token_ids.")
-        for name in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"CPTConfig: {name}={getattr(self, name)} must be above 0.")
-        if self.opt_weighted_loss_type == "none" and self.opt_loss_decay_factor != 1:
-            raise ValueError("CPTConfig: opt_loss_decay_factor has no effect without opt_weighted_loss_type='decay'.")
+        self.above_zero("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon")
+        even = self.opt_weighted_loss_type == "none"
+        self.no_effect("opt_loss_decay_factor", even, "without opt_weighted_loss_type='decay'")
 
 
 @register(CPTConfig)

@@ -32,8 +32,7 @@ class LoKrConfig(LycorisConfig):
         self.choice("init_weights", (True, False, "lycoris"))
         if self.decompose_factor != -1:
             self.positive("decompose_factor")
-        if self.rank_dropout_scale and not self.rank_dropout:
-            raise ValueError("LoKrConfig: rank_dropout_scale has no effect without rank_dropout.")
+        self.no_effect("rank_dropout_scale", not self.rank_dropout, "without rank_dropout")
 
 
 @register(LoKrConfig)

@@ -57,9 +57,8 @@ class OFTConfig(TargetedConfig):
             raise ValueError("OFTConfig: num_cayley_neumann_terms must be at least 2, and eps above 0.")
         if self.module_dropout and self.block_share:
             raise ValueError("OFTConfig: module_dropout leaves out single blocks; with block_share there is only one.")
-        for name, needs, default in (("num_cayley_neumann_terms", "use_cayley_neumann", 5), ("eps", "coft", 6e-5)):
-            if getattr(self, name) != default and not getattr(self, needs):
-                raise ValueError(f"OFTConfig: {name} has no effect without {needs}=True.")
+        self.no_effect("num_cayley_neumann_terms", not self.use_cayley_neumann, "without use_cayley_neumann=True")
+        self.no_effect("eps", not self.coft, "without coft=True")
 
 
 @register(OFTConfig)

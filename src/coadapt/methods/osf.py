@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..config import TargetedConfig
 from ..core import roles, target
 from ..core.layer import Layer
-from ..core.lowrank import LowRankMethod, is_plain
+from ..core.lowrank import LowRankMethod
 from ..core.method import FromBase, Place, register
 
 
@@ -63,7 +63,7 @@ class OSF(LowRankMethod):
 
     def __init__(self, config: OSFConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
-        self.shape, self.widens = layer.shape, not is_plain(layer.module)
+        self.shape = layer.shape
         weight = layer.weight().flatten(1)  # (O, I)
         kept = config.rank(layer.path, min(weight.shape))
         u, s, v = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)

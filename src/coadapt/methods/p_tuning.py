@@ -35,8 +35,7 @@ class PromptEncoderConfig(InputConfig):
         self.choice("encoder_reparameterization_type", ("MLP", "LSTM", None))
         self.positive("encoder_hidden_size", "encoder_num_layers")
         self.probability("encoder_dropout")
-        if kind is None and self.encoder_hidden_size is not None:
-            raise ValueError("PromptEncoderConfig: encoder_hidden_size has no effect without an encoder.")
+        self.no_effect("encoder_hidden_size", kind is None, "without an encoder")
         if kind != "LSTM" and (self.encoder_num_layers != 2 or self.encoder_dropout):
             raise ValueError(
                 "PromptEncoderConfig: encoder_num_layers and encoder_dropout are of the LSTM; they have no effect with "
