@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from ..config import InputConfig
 from ..core.backbone import Backbone
-from ..core.method import Driven, Place, register
-from .prompt import VirtualTokens
+from ..core.method import Driven, InputMethod, Place, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,7 @@ class CPTConfig(InputConfig):
 
 
 @register(CPTConfig)
-class CPT(VirtualTokens, Driven):
+class CPT(InputMethod, Driven):
     """base([E + d; e]), |d_i| <= eps_i
 
     Context-aware Prompt Tuning: Advancing In-Context Learning with Adversarial Methods, Blau et al. 2024,

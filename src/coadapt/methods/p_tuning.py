@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from ..config import InputConfig
 from ..core.backbone import Backbone
-from ..core.method import Reparametrization, register
-from .prompt import VirtualTokens
+from ..core.method import InputMethod, Reparametrization, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,7 @@ class PromptEncoder(Reparametrization):
 
 
 @register(PromptEncoderConfig)
-class PTuning(VirtualTokens):
+class PTuning(InputMethod):
     """base([P; e]), P = MLP(E) or MLP(LSTM(E))
 
     GPT Understands, Too, Liu et al. 2021, arXiv:2103.10385. Use it where a prompt alone is slow to learn. Parameters
