@@ -145,9 +145,7 @@ class Bottleneck(ModuleMethod):
         ends = [block.feed_forward for block in blocks if block.feed_forward]
         paths = [last[0] for _, last in ends]
         if config.placement == "houlsby":
-            paths = [
-                p for block in blocks for p, _ in (*block.attention, *(e[1:][0] for e in [block.feed_forward] if e))
-            ]
+            paths = [p for block, (_, last) in zip(blocks, ends, strict=True) for p, _ in (*block.attention, last)]
         if config.reads == "stream":
             return _at_streams(config, base, blocks)
         apart = [(first, last) for first, last in ends if first != last]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..config import TargetedConfig
 from ..core.layer import Layer
 from ..core.method import Driven, register
-from ..core.rotation import Rotation, cayley, cayley_neumann, features, in_blocks, skew
+from ..core.rotation import Rotation, cayley, cayley_neumann, check_blocks, features, in_blocks, skew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +47,7 @@ class OFTConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.probability("module_dropout")
-        self.positive(*(name for name in ("r", "oft_block_size") if getattr(self, name) != 0))
-        if bool(self.r) == bool(self.oft_block_size):
-            raise ValueError(
-                f"OFTConfig: r={self.r} blocks of oft_block_size={self.oft_block_size}: give one of them, and 0 for "
-                "the other; their product is the number of input features."
-            )
+        check_blocks(self, "r", "oft_block_size")
         if self.num_cayley_neumann_terms < 2 or not self.eps > 0:
             raise ValueError("OFTConfig: num_cayley_neumann_terms must be at least 2, and eps above 0.")
         if self.module_dropout and self.block_share:
