@@ -74,8 +74,8 @@ class CPT(InputMethod, Driven):
         ids, table = torch.tensor(list(config.cpt_token_ids)), place.embedding.weight
         kinds = torch.tensor(list(config.cpt_tokens_type_mask or [1] * len(ids)))
         if int(ids.max()) >= len(table) or int(ids.min()) < 0:
-            raise ValueError(f"CPTConfig: cpt_token_ids lie in {int(ids.min())} ... {int(ids.max())}; the model has "
-                             f"{len(table)} tokens.")  # fmt: skip
+            least, most = int(ids.min()), int(ids.max())
+            raise ValueError(f"CPTConfig: cpt_token_ids lie in {least} ... {most}; the model has {len(table)} tokens.")
         scale = getattr(place.embedding, "embed_scale", 1.0)
         start = torch.zeros(len(ids), place.width) if table.is_meta else table.detach()[ids.to(table.device)] * scale
         self.register_buffer("E", start.float())  # (N, D)

@@ -1,6 +1,6 @@
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -66,7 +66,7 @@ class WaveFT(AdditiveMethod):
     def __init__(self, config: WaveFTConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
         self.shape, self.scale = layer.shape, config.scaling
-        n = target.matching(config.n_frequency_pattern, layer.path, int(layer.role or config.n_frequency))
+        n = int(layer.role)
         self.where = Places(n, math.prod(self.shape), config.random_loc_seed)
         self.lowpass = scaling_filter(config.wavelet_family) if config.use_idwt else None
         self.c = nn.Parameter(torch.zeros(n) if config.init_weights else 0.01 * torch.randn(n))  # (N,)
@@ -74,16 +74,14 @@ class WaveFT(AdditiveMethod):
     @classmethod
     def places(cls, config: WaveFTConfig, base: nn.Module) -> list[Place]:
         found = super().places(config, base)
-        if not config.proportional_parameters:
-            for path, out, ins in target.matrices(found, cls.kinds):
-                n = target.matching(config.n_frequency_pattern, path, config.n_frequency)
-                check_count("WaveFTConfig", "n_frequency", n, out * ins, path)
-            return found
         sizes = {path: out * ins for path, out, ins in target.matrices(found, cls.kinds)}
-        each = {p: config.n_frequency * len(sizes) * size / sum(sizes.values()) for p, size in sizes.items()}
+        counts = {path: target.matching(config.n_frequency_pattern, path, config.n_frequency) for path in sizes}
+        if config.proportional_parameters:
+            every = config.n_frequency * len(sizes)
+            counts = {path: max(1, round(every * size / sum(sizes.values()))) for path, size in sizes.items()}
         for path, size in sizes.items():
-            check_count("WaveFTConfig", "n_frequency", round(each[path]), size, path)
-        return [Place(p.path, p.module, role=str(max(1, round(each.get(p.path, 1))))) for p in found]
+            check_count("WaveFTConfig", "n_frequency", counts[path], size, path)
+        return [replace(place, role=str(counts.get(place.path, 0))) for place in found]
 
     def change(self) -> Tensor:
         entries = self.where(self.c).view(self.shape[0], -1)  # (O, I)
