@@ -53,14 +53,8 @@ class Bases(nn.Module):
         self.V, self.entries, self.sizes = nn.Module(), nn.Module(), nn.Module()
         for role in sorted(weights):
             v = common_basis([weights[role][number] for number in sorted(weights[role])], config.regularization_alpha)
-            size = len(v)
-            count = min(int(size * size * config.sparse_rate), size * (size - 1))
-            count = max(1, count) if config.sparse_rate > 0 and size > 1 else count
-            entries = torch.randperm(size * (size - 1), generator=draws)[:count] if count else torch.empty(0).long()
-            rows, columns = entries // max(1, size - 1), entries % max(1, size - 1)
-            columns = columns + (columns >= rows)  # counted without the diagonal
-            made = {"V": v, "entries": torch.stack([rows, columns]), "sizes": torch.tensor([size, size])}
-            for name, value in made.items():
+            entries = _entries(len(v), config.sparse_rate, draws)
+            for name, value in {"V": v, "entries": entries, "sizes": torch.tensor(v.shape)}.items():
                 self.get_submodule(name).register_buffer(role, value, persistent=config.save_projection)
 
 
@@ -145,6 +139,16 @@ class FRoD(WithBiases, WeightMethod):
 def _matrix(layer: Layer) -> Tensor:
     """The weight of a layer, (O, I K), in fp32."""
     return layer.weight().flatten(1).float()
+
+
+def _entries(size: int, share: float, draws: torch.Generator) -> Tensor:
+    """(2, entries): rows and columns of a share of a square matrix, of at least one, off its diagonal."""
+    off = size * (size - 1)
+    count = min(int(size * size * share), off)
+    count = max(1, count) if share > 0 and off else count
+    chosen = torch.randperm(off, generator=draws)[:count] if count else torch.empty(0).long()
+    rows, columns = chosen // max(1, size - 1), chosen % max(1, size - 1)
+    return torch.stack([rows, columns + (columns >= rows)])  # counted without the diagonal
 
 
 def _role(path: str) -> str:
