@@ -16,8 +16,7 @@ from ..core.composition import Node, names, trained_gates
 from ..core.gates import Learned
 from ..core.method import Reparametrization
 from ..core.routing import prepare
-from . import checkpoint, files, vocabulary
-from .adapterhub import folder as adapterhub
+from . import adapterhub, checkpoint, files, vocabulary
 from .compositions import node_from_json, node_to_json
 from .configs import asked_start, asked_targets, described, takes_from_base, understood, with_start, without_start
 from .files import CHECKPOINT, COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, aside
