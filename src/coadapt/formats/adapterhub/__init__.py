@@ -10,17 +10,14 @@ from ...config import PeftConfig
 from ...core.adapter import Adapter, build, replace_options
 from ...core.composition import Node, Seq
 from .. import files
-from .bottleneck import bottleneck
-from .lora import lora
-from .prefix import prefix
-from .reft import reft
+from . import bottleneck, lora, prefix, reft
 from .tensors import WEIGHTS, Fill, Tensors, parsed
 
-READERS: dict[str, Callable[[Mapping[str, Any], Tensors, Any], tuple[PeftConfig, Fill]]] = {
-    "bottleneck": bottleneck,
-    "lora": lora,
-    "prefix_tuning": prefix,
-    "reft": reft,
+_READERS: dict[str, Callable[[Mapping[str, Any], Tensors, Any], tuple[PeftConfig, Fill]]] = {
+    "bottleneck": bottleneck.read,
+    "lora": lora.read,
+    "prefix_tuning": prefix.read,
+    "reft": reft.read,
 }
 _NOT_READ: Mapping[str, Any] = {
     "use_gating": False,
@@ -65,7 +62,7 @@ def load(
     found: list[Adapter] = []
     for kind, own in parts:
         _refuse(where, own)
-        made, fill = READERS[str(own.get("architecture") or "bottleneck")](own, tensors, base)
+        made, fill = _READERS[str(own.get("architecture") or "bottleneck")](own, tensors, base)
         options: dict[str, Any] = {"inference_mode": not is_trainable, "init_seed": 0}
         options["base_model_name_or_path"] = said.get("model_name") or None
         called = f"{name}_{kind}" if union else name
@@ -82,8 +79,8 @@ def load(
 
 def _refuse(where: Path, config: Mapping[str, Any]) -> None:
     kind = str(config.get("architecture") or "bottleneck")
-    if kind not in READERS:
-        raise ValueError(f"{where} holds {kind!r}; of AdapterHub's methods these are read: {', '.join(READERS)}.")
+    if kind not in _READERS:
+        raise ValueError(f"{where} holds {kind!r}; of AdapterHub's methods these are read: {', '.join(_READERS)}.")
     wrong = {k: config[k] for k, idle in _NOT_READ.items() if k in config and config[k] not in (idle, None)}
     if wrong:
         raise ValueError(f"{where} asks for {wrong}, which is not read here and would change the result.")

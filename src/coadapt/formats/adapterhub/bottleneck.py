@@ -16,7 +16,7 @@ from ...methods.invertible import Invertible
 from .tensors import Fill, Tensors, activation, copy
 
 
-def bottleneck(config: Mapping[str, Any], tensors: Tensors, base: Any) -> tuple[PeftConfig, Fill]:
+def read(config: Mapping[str, Any], tensors: Tensors, base: Any) -> tuple[PeftConfig, Fill]:
     paths = tensors.paths("adapters")
     products = bool(config.get("phm_layer"))
     sizes = {

@@ -15,7 +15,7 @@ from ...methods.lora import LoraConfig
 from .tensors import Fill, Tensors, copy
 
 
-def lora(config: Mapping[str, Any], tensors: Tensors, base: Any) -> tuple[PeftConfig, Fill]:
+def read(config: Mapping[str, Any], tensors: Tensors, base: Any) -> tuple[PeftConfig, Fill]:
     paths = tensors.paths("loras")
     if config.get("composition_mode") == "scale":
         return _ia3(config, tensors, base)

@@ -15,7 +15,7 @@ from .tensors import Fill, Tensors, activation, copy
 _PREFIXES = {"encoder": "encoder_prefix", "cross": "cross_prefix"}
 
 
-def prefix(config: Mapping[str, Any], tensors: Tensors, base: Any) -> tuple[PeftConfig, Fill]:
+def read(config: Mapping[str, Any], tensors: Tensors, base: Any) -> tuple[PeftConfig, Fill]:
     """Joined behind rotary embedding, and real tokens keep their positions; a network is worked out once."""
     (path,) = tensors.paths("prefix_tunings")
     n = int(config["prefix_length"])

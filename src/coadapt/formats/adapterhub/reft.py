@@ -13,7 +13,7 @@ from ...methods.reft import Reft, ReftConfig
 from .tensors import Fill, Tensors, activation, copy
 
 
-def reft(config: Mapping[str, Any], tensors: Tensors, base: Any) -> tuple[PeftConfig, Fill]:
+def read(config: Mapping[str, Any], tensors: Tensors, base: Any) -> tuple[PeftConfig, Fill]:
     if not config["orthogonality"] and "subtract_projection" not in config:
         warnings.warn(
             "AdapterHub's files of ReFT do not say whether the projection is subtracted. Without orthonormal rows this "
