@@ -143,6 +143,19 @@ class PeftConfig:
                     who = f"{type(self).__name__}: {name}[{key!r}]"
                     raise ValueError(f"{who}={value!r} must be a whole number of at least 1.")
 
+    def above_zero(self, *names: str) -> None:
+        """Refuses numbers that are not above 0 (None passes)."""
+        for name in names:
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{type(self).__name__}: {name}={value} must be above 0.")
+
+    def no_effect(self, name: str, where: object, why: str) -> None:
+        """Refuses a field that is not at its default `where` nothing reads it: "<name> has no effect <why>."."""
+        own = next(f for f in fields(self) if f.name == name)
+        default = own.default_factory() if own.default_factory is not MISSING else own.default
+        if where and getattr(self, name) != default:
+            raise ValueError(f"{type(self).__name__}: {name} has no effect {why}.")
+
     def probability(self, *names: str) -> None:
         """Refuses fields outside of [0, 1)."""
         for name in names:
@@ -237,6 +250,9 @@ _NOTES = frozenset({"peft_version", "auto_mapping", "coadapt_version", "base_fin
 class TargetedConfig(PeftConfig):
     """Options of the methods that sit at modules which the user can choose."""
 
+    patterns: ClassVar[Sequence[str]] = ()
+    """Its fields that say otherwise for some layers: end of a module's name, or a regular expression -> value."""
+
     target_modules: Sequence[str] | str | None = None
     """Last parts of module names (`["q_proj", "mlp.up_proj"]`), a regular expression that matches whole names, or words
     for parts of a model: `"all-linear"`, `"attention"`, `"mlp"`, `"experts"`, `"shared_experts"`, `"router"`, `"ssm"`,
@@ -261,6 +277,8 @@ class TargetedConfig(PeftConfig):
 @dataclass(frozen=True, kw_only=True)
 class RankedConfig(TargetedConfig):
     """Options of the methods that can have another rank, and another scale, at some of their targets."""
+
+    patterns = ("rank_pattern", "alpha_pattern")
 
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
     """Other ranks for some layers: end of a module's name, or a regular expression for it -> rank."""

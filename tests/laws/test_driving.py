@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,41 @@ def test_what_writes_parameters_by_hand_is_told_at_its_first_step() -> None:
     by_hand(view, 1)
     with pytest.raises(RuntimeError, match=r"'default' trains, but its method \(AdaLoRA\) is not told of the steps"):
         by_hand(view, 2)
+
+
+def one_step(view: PeftModel) -> None:
+    plain_steps(view, torch.optim.SGD(view.adapters.parameters(), lr=RATE), range(1, 2))
+
+
+def on_a_thread(act: Callable[[], None]) -> None:
+    """Waits for it; its error is ours."""
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(act).result()
+
+
+def test_who_writes_by_hand_on_one_thread_hides_nothing_from_another() -> None:
+    mine, other, stepped = fresh(), fresh(), fresh()
+    by_hand(other, 1)
+    with driving.unwatched():
+        for step in range(1, 4):
+            by_hand(mine, step)  # says nothing here
+        with pytest.raises(RuntimeError, match="is not told of the steps"):
+            on_a_thread(lambda: by_hand(other, 2))
+        on_a_thread(lambda: one_step(stepped))
+    by_hand(stepped, 2)
+    by_hand(stepped, 3)  # a step was told of on that thread, and that is remembered here
+    by_hand(mine, 4)
+    with pytest.raises(RuntimeError, match="is not told of the steps"):
+        by_hand(mine, 5)
+
+
+def test_steps_within_what_is_written_by_hand_do_not_count_as_told() -> None:
+    view = fresh()
+    with driving.unwatched():
+        one_step(view)
+    by_hand(view, 2)
+    with pytest.raises(RuntimeError, match="is not told of the steps"):
+        by_hand(view, 3)
 
 
 def test_values_that_are_loaded_are_no_step() -> None:

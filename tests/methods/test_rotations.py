@@ -162,7 +162,7 @@ def test_the_principal_subspace_is_rotated_and_nothing_else(series: bool) -> Non
 
 def test_subspaces_are_found_again_and_are_not_in_files(tmp_path: Any) -> None:
     for how in ("full", "lowrank"):
-        view = get_peft_model(llama(), PsoftConfig(r=4, psoft_svd=how, random_seed=how == "lowrank"))
+        view = get_peft_model(llama(), PsoftConfig(r=4, psoft_svd=how, random_seed=int(how == "lowrank")))
         stir(view.adapters)
         view.save_pretrained(tmp_path / how)
         state = torch.get_rng_state()

@@ -9,10 +9,9 @@ from torch import nn
 
 from ..core.adapter import Adapter, ModuleCopy, replace_options
 from ..core.composition import Node, names
-from ..core.method import ModuleMethod, WeightMethod
+from ..core.method import InputMethod, ModuleMethod, WeightMethod
 from ..core.modes import evaluating
 from ..methods.prefix import PrefixTuning
-from ..methods.prompt import VirtualTokens
 from . import copies, virtual, weights
 from .deltas import averaged, fixed
 from .report import Report, Row
@@ -74,7 +73,7 @@ def combine(
 
 _KINDS: dict[str, type[nn.Module]] = {
     "weights": WeightMethod,
-    "prompts": VirtualTokens,
+    "prompts": InputMethod,
     "prefixes": PrefixTuning,
     "modules": ModuleMethod,
 }

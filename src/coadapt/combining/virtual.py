@@ -10,8 +10,9 @@ from torch import Tensor
 from ..config import PeftConfig
 from ..core.adapter import Adapter, ModuleCopy, build, replace_options
 from ..core.composition import Node, Seq, terms
+from ..core.method import InputMethod
 from ..methods.prefix import PrefixTuning, PrefixTuningConfig
-from ..methods.prompt import PromptTuning, PromptTuningConfig, VirtualTokens
+from ..methods.prompt import PromptTuning, PromptTuningConfig
 from .deltas import averaged, voters
 from .report import Report, Row
 from .ways import Options, Order
@@ -29,7 +30,7 @@ def prompts(order: Order) -> tuple[Adapter, Report]:
         asked = Seq(*_with_weight_one(node, "Prompts with weights are added: how='linear'."))
     elif how == "mean":
         asked = averaged(node)
-    values = {role: _tokens(asked, _methods(adapters, role, VirtualTokens)) for role in _roles(first)}
+    values = {role: _tokens(asked, _methods(adapters, role, InputMethod)) for role in _roles(first)}
     config = PromptTuningConfig(
         num_virtual_tokens=len(next(iter(values.values()))),
         prompt_sites=first.config.prompt_sites,  # type: ignore[attr-defined]
@@ -175,7 +176,7 @@ def _same(first: Adapter, others: Sequence[Adapter], what: str, of: Any) -> None
 
 
 def _roles(adapter: Adapter) -> list[str]:
-    return [part.place.role for part in adapter.parts if isinstance(part.method, VirtualTokens)]
+    return [part.place.role for part in adapter.parts if isinstance(part.method, InputMethod)]
 
 
 def _paths(adapter: Adapter) -> list[str]:

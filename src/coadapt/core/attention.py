@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .frame import Frame, SiteCall, current
 from .gates import Gates, Reading, attention_site, gated
 from .method import AttentionMethod
+from .roles import Attention, attentions, without_interface
 from .site import shadow
 
 NAME = "coadapt"
@@ -196,6 +197,22 @@ def _own_function(module: Any, kind: str) -> Callable[..., Any]:
 
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(kind, eager)
+
+
+def joinable(who: str, base: Any) -> list[Attention]:
+    """The attention calls of a model that a prefix can join. Raises ValueError where there are none."""
+    found = attentions(base)
+    if not found:
+        classes = without_interface(base)
+        if not classes:
+            raise ValueError(f"{who}: {type(base).__name__} has no attention that a prefix could join.")
+        raise ValueError(
+            f"{who}: {type(base).__name__} does not go through transformers' attention interface (its "
+            f"{classes[0]} computes attention itself), so a prefix cannot be joined to it. Prompt tuning, LoRA and "
+            "bottleneck adapters work on this model."
+        )
+    prepare([p.module for p in found])
+    return found
 
 
 def prepare(modules: Sequence[Any]) -> None:

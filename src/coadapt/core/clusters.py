@@ -1,4 +1,4 @@
-"""Rows of a matrix in groups: by k-means in the space of its largest singular vectors."""
+"""Rows of a matrix in groups, by k-means."""
 
 import numpy as np
 import torch
@@ -7,22 +7,6 @@ from torch import Tensor
 _SEED = 123456789
 """Of the rows that groups begin at: the field's library has this one."""
 _ROUNDS = 10
-
-
-def singular_vectors(matrix: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """U (O, R) and V (R, I) of the `count` largest singular values, by two rounds of subspace iteration.
-
-    Halko et al. 2009, arXiv:0909.4061, algorithm 5.1; the same that torch.svd_lowrank gives after manual_seed(seed).
-    """
-    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
-    start = torch.randn(tall.shape[1], count, generator=torch.Generator().manual_seed(seed), device="cpu")
-    basis = torch.linalg.qr(tall @ start.to(matrix)).Q
-    for _ in range(2):
-        basis = torch.linalg.qr(tall.mT @ basis).Q
-        basis = torch.linalg.qr(tall @ basis).Q
-    u, _, v = torch.linalg.svd(basis.mT @ tall, full_matrices=False)
-    u = basis @ u
-    return (u, v) if tall is matrix else (v.mT, u.mT)
 
 
 def groups(rows: Tensor, count: int) -> Tensor:

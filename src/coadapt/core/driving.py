@@ -1,5 +1,6 @@
 """Methods that act between steps: told of every optimiser step that trains them, in whichever loop that is."""
 
+import threading
 import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,8 +22,15 @@ parameters then."""
 _told: "weakref.WeakSet[Adapter]" = weakref.WeakSet()
 """Of whose steps this process has been told."""
 _hooks: list[Any] = []
-_hands: list[bool] = []
-"""Filled while somebody writes parameters by hand: see `unwatched`."""
+
+
+class _Hands(threading.local):
+    """Of each thread: the adapters that it has called while it writes parameters by hand; None while it does not."""
+
+    called: set[Adapter] | None = None
+
+
+_hands = _Hands()
 
 
 def follow(adapter: Adapter) -> None:
@@ -41,7 +49,10 @@ def check(adapters: Iterable[Adapter]) -> None:
     Raises:
         RuntimeError: something that is no `torch.optim.Optimizer` trains one of them, so that its method is not driven.
     """
-    for adapter in () if _hands else adapters:
+    if _hands.called is not None:
+        _hands.called.update(adapters)
+        return
+    for adapter in adapters:
         if adapter.steps is None or adapter in _told or not (parameters := _trained(adapter)):
             continue
         now = [p.detach().norm().cpu() for p in parameters]
@@ -57,16 +68,14 @@ def check(adapters: Iterable[Adapter]) -> None:
 
 @contextmanager
 def unwatched() -> Generator[None]:
-    """Context: parameters are written by hand, and nobody is told."""
-    told = set(_told)
-    _hands.append(True)
+    """Context: this thread writes parameters by hand. Its calls and its steps say nothing about how they train."""
+    outer, _hands.called = _hands.called, set()
     try:
         yield
     finally:
-        _hands.pop()
-        for adapter in [a for a in _told if a not in told]:
-            _told.discard(adapter)
-        _untold.clear()
+        for adapter in _hands.called:
+            forget(adapter)
+        _hands.called = outer
 
 
 def forget(adapter: Adapter) -> None:
@@ -152,6 +161,7 @@ def _after(optimizer: Any, args: Any, kwargs: Any) -> None:
     for adapter in _stepping.pop(optimizer, ()):
         assert adapter.steps is not None
         adapter.steps += 1
-        _told.add(adapter)
+        if _hands.called is None:
+            _told.add(adapter)
         for cls, methods in _groups(adapter):
             cls.after_step(methods, int(adapter.steps))

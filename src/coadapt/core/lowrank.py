@@ -25,6 +25,10 @@ class LowRankMethod(WeightMethod):
     by_factors: bool = True
     """Whether the factors are all of it. False: `forward` adds noise of its own, so the fused paths leave it alone."""
 
+    def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
+        super().__init__(config, layer, shared)
+        self.widens = not is_plain(layer.module)
+
     @property
     def drops(self) -> float:
         """What share of its input to A is dropped in a call now."""

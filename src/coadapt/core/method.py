@@ -12,8 +12,9 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from ..config import PeftConfig, RankedConfig
+from ..config import PeftConfig
 from . import target
+from .backbone import Backbone, backbones, stack_facts, without_tokens
 from .layer import Layer
 from .roles import Place
 
@@ -143,6 +144,12 @@ class WeightMethod(Method):
         super().__init__()
         self.kind = layer.kind.name
         self.check(layer)
+        self._bank = (shared,)  # in a tuple: it is the adapter's, and no module of each site's as well
+
+    @property
+    def bank(self) -> Any:
+        """What `shared` made."""
+        return self._bank[0]
 
     @classmethod
     def check(cls, layer: Layer) -> None:
@@ -156,8 +163,7 @@ class WeightMethod(Method):
     @classmethod
     def places(cls, config: Any, base: nn.Module) -> list[Place]:
         found = target.places(config, base)
-        if isinstance(config, RankedConfig):
-            target.check_patterns(config, found, "rank_pattern", "alpha_pattern")
+        target.check_patterns(config, found, *config.patterns)
         if hasattr(config, "fan_in_fan_out"):
             target.check_transposed(config, [place.module for place in found])
         return found
@@ -229,6 +235,10 @@ class AttentionMethod(Method):
         return None
 
 
+_RESTATED = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
+"""Fields of configurations of virtual tokens -> what transformers' call the same."""
+
+
 class InputMethod(Method):
     """Virtual tokens in front of the embedded sequence. The core sees to masks, positions, packing and caches."""
 
@@ -236,6 +246,30 @@ class InputMethod(Method):
     """True: the output holds the virtual tokens' states too."""
     labels: tuple[Tensor, Tensor] | None = None
     """Of the virtual tokens, if they are learned from: (N,) each, -100 for none, and what the loss of it counts."""
+
+    def __init__(self, config: Any, place: Backbone, base: Any, shared: nn.Module | None = None) -> None:
+        super().__init__()
+        self.keeps_virtual_tokens = config.output_virtual_tokens
+
+    @classmethod
+    def places(cls, config: Any, base: Any) -> list[Place]:
+        found, other = backbones(base), without_tokens(base)
+        there = [b.role for b in found]
+        facts = base.config.get_text_config()
+        told = {name: getattr(facts, field, None) for name, field in _RESTATED.items()}  # Mamba has no heads
+        told |= {"token_dim": found[0].width, "num_transformer_submodules": len(found) + len(other)}
+        config.restates(**{name: value for name, value in told.items() if value is not None})
+        wanted = config.prompt_sites or there[:1]
+        if wrong := [role for role in wanted if role not in there]:
+            who = type(config).__name__
+            why = "".join(f" Its {role} has no tokens: {maker} makes its input." for role, maker in other.items())
+            raise ValueError(f"{who}: prompt_sites {wrong} are not in this model; it has {there}.{why}")
+        return [b for b in found if b.role in wanted]
+
+    @classmethod
+    def facts(cls, config: Any, base: Any) -> dict[str, Any]:
+        heads = getattr(base.config.get_text_config(), "num_attention_heads", None)
+        return {**stack_facts(base), "token_dim": backbones(base)[0].width, "num_attention_heads": heads}
 
     @abstractmethod
     def prompt(self) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import PeftConfig
 from .layer import Layer
 from .method import WeightMethod
 
@@ -44,6 +45,17 @@ class Rotation(WeightMethod):
                 return self.rotated(base(x), made)
             case _:
                 return super().forward(x, base)
+
+
+def check_blocks(config: PeftConfig, number: str, size: str) -> None:
+    """Refuses both or none of the two fields that put features into blocks: how many, or how large."""
+    asked, large = getattr(config, number), getattr(config, size)
+    config.positive(*(name for name in (number, size) if getattr(config, name) != 0))
+    if bool(asked) == bool(large):
+        raise ValueError(
+            f"{type(config).__name__}: {number}={asked} blocks of {size}={large}: give one of them, and 0 for the "
+            "other; their product is the number of input features."
+        )
 
 
 def features(layer: Layer) -> int:

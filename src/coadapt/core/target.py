@@ -286,6 +286,12 @@ def matrices(places: Sequence[Place], kinds: Sequence[str]) -> Iterator[tuple[st
             yield place.path, layer.shape[0], math.prod(layer.shape[1:])
 
 
+def largest(places: Sequence[Place]) -> tuple[int, int]:
+    """The most O and the most I K of the places."""
+    shapes = [Layer(place.module, place.path).shape for place in places]
+    return max(shape[0] for shape in shapes), max(math.prod(shape[1:]) for shape in shapes)
+
+
 def matching(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
     """What the first key of `pattern` that fits says of `path`: the end of its name, or a regular expression for it."""
     return next((value for key, value in pattern.items() if _fits(key, path)), default)

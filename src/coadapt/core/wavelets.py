@@ -1,4 +1,4 @@
-"""Orthogonal wavelets: their filters, and one level of the inverse transform."""
+"""Orthogonal wavelets: their filters, and one level of the inverse transform, along one dim and two."""
 
 import functools
 import importlib
@@ -19,6 +19,12 @@ def synthesis(coefficients: Tensor, lowpass: Sequence[float], size: int) -> Tens
     filters = torch.tensor([lowpass, highpass]).to(coefficients)[:, None]  # (2, 1, L)
     smooth = F.conv_transpose1d(coefficients.unflatten(-1, (2, -1)), filters, stride=2)  # (N, 1, P + L - 2)
     return smooth[:, 0, length - 2 : length - 2 + size]
+
+
+def matrix_of(coefficients: Tensor, lowpass: Sequence[float], shape: Sequence[int]) -> Tensor:
+    """(P, Q), along each dim smooth ones and then details -> `shape` (O, I): one level of the inverse transform."""
+    across = synthesis(coefficients, lowpass, shape[1])
+    return synthesis(across.mT, lowpass, shape[0]).mT
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import VirtualTokensConfig
 from ..core.adapter import Adapter, ModuleCopy, Part
 from ..core.layer import kind_of
-from ..core.method import FromBase, Progress, Reparametrization, method_for
+from ..core.method import FromBase, InputMethod, Progress, Reparametrization, method_for
 from ..core.store import value as stored
 from ..methods.adalora import AdaLoRA
 from ..methods.adamss import AdaMSS
@@ -32,7 +32,6 @@ from ..methods.lora import LoRA, LoraConfig
 from ..methods.lora_bias import LoraBias
 from ..methods.multitask_prompt import MultitaskPromptTuning
 from ..methods.prefix import Blocks, PrefixTuning, PrefixTuningConfig
-from ..methods.prompt import VirtualTokens
 from ..methods.trainable_tokens import KeptRows, TrainableTokens
 from . import names
 from .vocabulary import ROOT, embeddings
@@ -80,7 +79,7 @@ def entries(adapter: Adapter, base: nn.Module, taken: bool = True) -> list[Entry
 
 
 def _entries(adapter: Adapter, base: nn.Module, taken: bool) -> Iterator[Entry]:
-    prompts = {p.place.role: p.method for p in adapter.parts if isinstance(p.method, VirtualTokens)}
+    prompts = {p.place.role: p.method for p in adapter.parts if isinstance(p.method, InputMethod)}
     if prompts:
         yield _prompt(adapter, prompts)
         if isinstance(next(iter(prompts.values())), MultitaskPromptTuning):
@@ -97,7 +96,7 @@ def _entries(adapter: Adapter, base: nn.Module, taken: bool) -> Iterator[Entry]:
     for part in adapter.parts:
         path = plain_path(base, part.place.path)
         match part.method:
-            case VirtualTokens():
+            case InputMethod():
                 continue
             case PrefixTuning() if in_one_tensor(adapter) or isinstance(adapter.shared, Blocks):
                 continue
@@ -334,7 +333,7 @@ def _refuse_meta(target: Tensor) -> None:
 
 
 def _prompt(
-    adapter: Adapter, methods: Mapping[str, VirtualTokens], key: str = PROMPT, name: str = "P", dim: int = 0
+    adapter: Adapter, methods: Mapping[str, InputMethod], key: str = PROMPT, name: str = "P", dim: int = 0
 ) -> Entry:
     """The parameter `name` of all stacks in one tensor, along `dim`; the tokens, where a network makes them."""
 

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TargetedConfig
-from ..core import target
 from ..core.importance import Importance, best
 from ..core.layer import Layer
-from ..core.lowrank import LowRankMethod, is_plain
+from ..core.lowrank import LowRankMethod
 from ..core.method import Driven, Place, register
+from ..core.orthonormal import pull
 from .lora import LoraConfig
 
 
@@ -92,7 +92,6 @@ class AdaLoRA(Driven, LowRankMethod):
         left = next((kept for key, kept in pattern.items() if key.removesuffix(".lora_E") == layer.path), None)
         r = config.init_r if left is None else sum(left)
         self.config, self.scale, self.dropout = config, config.lora_alpha / (config.init_r + 1e-5), config.lora_dropout
-        self.widens = not is_plain(layer.module)
         spread = 0.02 if config.init_lora_weights else 1.0
         self.A = nn.Parameter(spread * torch.randn(r, *in_dims))  # (R, I, *K)
         self.B = nn.Parameter(spread * torch.randn(out_features, r))  # (O, R)
@@ -102,7 +101,6 @@ class AdaLoRA(Driven, LowRankMethod):
     @classmethod
     def places(cls, config: AdaLoraConfig, base: nn.Module) -> list[Place]:
         found = super().places(config, base)
-        target.check_transposed(config, [place.module for place in found])
         known = {f"{place.path}.lora_E" for place in found}
         if config.rank_pattern is not None and (strange := config.rank_pattern.keys() ^ known):
             raise ValueError(f"AdaLoraConfig: rank_pattern must name each target's E once; {sorted(strange)} differ.")
@@ -122,12 +120,11 @@ class AdaLoRA(Driven, LowRankMethod):
         for method in methods:
             if method.E.grad is None:  # no call has used it
                 continue
-            for parameter in (method.A, method.B):
-                assert parameter.grad is not None
-                rows = parameter.flatten(1) if parameter is method.A else parameter.mT  # (R, ...)
-                excess = rows @ rows.mT - torch.eye(len(rows)).to(rows)
-                pull = (excess @ rows) * (c.orth_reg_weight / len(methods) / excess.norm().clamp(min=1e-12))
-                parameter.grad += pull.view_as(parameter) if parameter is method.A else pull.mT
+            assert method.A.grad is not None
+            assert method.B.grad is not None
+            weight = c.orth_reg_weight / len(methods)
+            method.A.grad += weight * pull(method.A.flatten(1)).view_as(method.A)
+            method.B.grad += weight * pull(method.B.mT).mT
         for method in methods if step <= c.total_step - c.tfinal else ():
             method.importance = method.importance or method._importance()
             method.importance.note(dict(method.named_parameters(recurse=False)), c.beta1, c.beta2)

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import TargetedConfig
-from ..core.clusters import groups, singular_vectors
+from ..core.clusters import groups
+from ..core.decompositions import singular_vectors
 from ..core.layer import Layer
 from ..core.method import AdditiveMethod, FromBase, register
 
@@ -88,24 +89,20 @@ class AdaMSS(AdditiveMethod):
         if layer.bias is not None:
             matrix = torch.cat([matrix, layer.value("bias")[:, None]], 1)  # (O, I + 1)
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        q, count = min(config.r, *matrix.shape), min(config.num_subspaces, len(matrix))
-        rank = min(config.subspace_rank, q)
-        u, v = (matrix[:, :q], matrix[:q]) if matrix.is_meta else singular_vectors(matrix, q, config.random_seed)
+        q = min(config.r, *matrix.shape)
+        if matrix.is_meta:  # values come later
+            u, v = matrix[:, :q], matrix[:q]
+        else:
+            u, _, v = singular_vectors(matrix, q, config.random_seed)
         self.V: Tensor
         self.register_buffer("V", v.clone())  # (Q, I) or (Q, I + 1)
-        group = torch.zeros(len(matrix), dtype=torch.long) if matrix.is_meta else groups(u, count)
-        A, ranks = torch.zeros(count, rank, q), torch.full((count,), rank)
-        for k in range(0 if matrix.is_meta else count):
-            _, s, own = torch.linalg.svd(u[group == k], full_matrices=False)
-            enough = int((s.square() > config.svd_threshold * s[0].square()).sum()) if config.use_dynamic_rank else rank
-            ranks[k] = n = max(1, min(enough, rank, len(own)))
-            A[k, :n] = own[:n]
+        group, start, used = _grouped(config, u)
         self.base = FromBase()
         self.base.register_buffer("group", group)  # (O,)
-        self.base.register_buffer("used", torch.arange(rank) < ranks[:, None])  # (K, R)
-        self.A = nn.Parameter(A)  # (K, R, Q)
-        B = torch.zeros(len(matrix), rank) if config.init_weights else 0.01 * torch.randn(len(matrix), rank)
-        self.B = nn.Parameter(B)  # (O, R)
+        self.base.register_buffer("used", used)  # (K, R)
+        self.A = nn.Parameter(start)  # (K, R, Q)
+        B = torch.zeros(len(u), start.shape[1])
+        self.B = nn.Parameter(B if config.init_weights else 0.01 * torch.randn(B.shape))  # (O, R)
 
     def subspaces(self) -> list[tuple[Tensor, int]]:
         """Of each group its outputs and its rank."""
@@ -136,3 +133,18 @@ class AdaMSS(AdditiveMethod):
         else:
             change = base.apply(x, (up @ down[:, : self.ins]).view(self.shape))
         return y + (change + base.along_channels(shift.to(change.dtype), change)).to(y.dtype)
+
+
+def _grouped(config: AdamssConfig, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of (O, Q) the group of each row, (O,); the first singular vectors of each group, (K, R, Q), and which it has."""
+    count, rank = min(config.num_subspaces, len(u)), min(config.subspace_rank, u.shape[1])
+    start, used = torch.zeros(count, rank, u.shape[1]), torch.ones(count, rank, dtype=torch.bool)
+    if u.is_meta:
+        return torch.zeros(len(u), dtype=torch.long), start, used
+    group = groups(u, count)
+    for k in range(count):
+        _, s, own = torch.linalg.svd(u[group == k], full_matrices=False)
+        enough = int((s.square() > config.svd_threshold * s[0].square()).sum()) if config.use_dynamic_rank else rank
+        n = max(1, min(enough, rank, len(own)))
+        start[k, :n], used[k, n:] = own[:n], False
+    return group, start, used

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
+from ..core.attention import joinable
 from ..core.layer import Layer
 from ..core.method import AttentionMethod, Place, register
 from ..core.roles import PROJECTIONS, Attention
-from .prefix import joinable
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..config import TargetedConfig
 from ..core.layer import Layer
 from ..core.method import register
-from ..core.rotation import Rotation, cayley, features, in_blocks
+from ..core.rotation import Rotation, cayley, check_blocks, features, in_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,7 @@ class BOFTConfig(TargetedConfig):
         super().__post_init__()
         self.positive("boft_n_butterfly_factor")
         self.probability("boft_dropout")
-        self.positive(*(name for name in ("boft_block_size", "boft_block_num") if getattr(self, name) != 0))
-        if bool(self.boft_block_size) == bool(self.boft_block_num):
-            raise ValueError(
-                f"BOFTConfig: boft_block_num={self.boft_block_num} blocks of boft_block_size={self.boft_block_size}: "
-                "give one of them, and 0 for the other; their product is the number of input features."
-            )
+        check_blocks(self, "boft_block_num", "boft_block_size")
 
 
 @register(BOFTConfig)

@@ -64,12 +64,10 @@ class BottleneckConfig(TargetedConfig):
         self.choice("inv_adapter", (None, "nice"))
         self.choice("init_weights", ("zero", "houlsby"))
         self.probability("adapter_dropout", "stochastic_depth")
-        if self.inv_adapter_reduction_factor is not None and self.inv_adapter is None:
-            raise ValueError("BottleneckConfig: inv_adapter_reduction_factor has no effect without inv_adapter='nice'.")
+        self.no_effect("inv_adapter_reduction_factor", self.inv_adapter is None, "without inv_adapter='nice'")
         if self.bottleneck_size is not None and self.reduction_factor is not None:
             raise ValueError("BottleneckConfig: give bottleneck_size or reduction_factor, not both.")
-        if self.reduction_factor is not None and not self.reduction_factor > 0:
-            raise ValueError(f"BottleneckConfig: reduction_factor={self.reduction_factor} must be above 0.")
+        self.above_zero("reduction_factor")
         if isinstance(self.scaling, str):
             self.choice("scaling", ("learned", "channel"))
 
@@ -147,9 +145,7 @@ class Bottleneck(ModuleMethod):
         ends = [block.feed_forward for block in blocks if block.feed_forward]
         paths = [last[0] for _, last in ends]
         if config.placement == "houlsby":
-            paths = [
-                p for block in blocks for p, _ in (*block.attention, *(e[1:][0] for e in [block.feed_forward] if e))
-            ]
+            paths = [p for block, (_, last) in zip(blocks, ends, strict=True) for p, _ in (*block.attention, last)]
         if config.reads == "stream":
             return _at_streams(config, base, blocks)
         apart = [(first, last) for first, last in ends if first != last]

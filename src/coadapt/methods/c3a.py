@@ -19,6 +19,8 @@ class C3AConfig(TargetedConfig):
     kind = "C3A"
     foreign: ClassVar[Mapping[str, Any]] = {"bias": "none"}
 
+    patterns = ("block_size_pattern",)
+
     block_size: int = 256
     """b, which must divide the inputs and the outputs of each target; larger ones have fewer parameters."""
     block_size_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -62,7 +64,6 @@ class C3A(AdditiveMethod):
     @classmethod
     def places(cls, config: C3AConfig, base: nn.Module) -> list[Place]:
         found = super().places(config, base)
-        target.check_patterns(config, found, "block_size_pattern")
         for path, out, ins in target.matrices(found, cls.kinds):
             b = target.matching(config.block_size_pattern, path, config.block_size)
             if out % b or ins % b:

@@ -34,8 +34,7 @@ class CompacterConfig(BottleneckConfig):
         super().__post_init__()
         self.positive("phm_dim", "phm_rank")
         self.choice("init_weights", ("zero",))
-        if not self.factorized_phm_W and self.phm_rank != 1:
-            raise ValueError("CompacterConfig: phm_rank has no effect with factorized_phm_W=False.")
+        self.no_effect("phm_rank", not self.factorized_phm_W, "with factorized_phm_W=False")
 
 
 class Rule(nn.Module):

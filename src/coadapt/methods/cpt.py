@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from ..config import InputConfig
 from ..core.backbone import Backbone
-from ..core.method import Driven, Place, register
-from .prompt import VirtualTokens
+from ..core.method import Driven, InputMethod, Place, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +50,13 @@ class CPTConfig(InputConfig):
                 raise ValueError(f"CPTConfig: {len(ids)} cpt_token_ids, and {name} has {len(given)} entries.")
         if self.cpt_mask is not None and not all(self.cpt_mask):
             raise ValueError("CPTConfig: cpt_mask hides tokens of the context; leave those out of cpt_token_ids.")
-        for name in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"CPTConfig: {name}={getattr(self, name)} must be above 0.")
-        if self.opt_weighted_loss_type == "none" and self.opt_loss_decay_factor != 1:
-            raise ValueError("CPTConfig: opt_loss_decay_factor has no effect without opt_weighted_loss_type='decay'.")
+        self.above_zero("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon")
+        even = self.opt_weighted_loss_type == "none"
+        self.no_effect("opt_loss_decay_factor", even, "without opt_weighted_loss_type='decay'")
 
 
 @register(CPTConfig)
-class CPT(VirtualTokens, Driven):
+class CPT(InputMethod, Driven):
     """base([E + d; e]), |d_i| <= eps_i
 
     Context-aware Prompt Tuning: Advancing In-Context Learning with Adversarial Methods, Blau et al. 2024,
@@ -77,8 +74,8 @@ class CPT(VirtualTokens, Driven):
         ids, table = torch.tensor(list(config.cpt_token_ids)), place.embedding.weight
         kinds = torch.tensor(list(config.cpt_tokens_type_mask or [1] * len(ids)))
         if int(ids.max()) >= len(table) or int(ids.min()) < 0:
-            raise ValueError(f"CPTConfig: cpt_token_ids lie in {int(ids.min())} ... {int(ids.max())}; the model has "
-                             f"{len(table)} tokens.")  # fmt: skip
+            least, most = int(ids.min()), int(ids.max())
+            raise ValueError(f"CPTConfig: cpt_token_ids lie in {least} ... {most}; the model has {len(table)} tokens.")
         scale = getattr(place.embedding, "embed_scale", 1.0)
         start = torch.zeros(len(ids), place.width) if table.is_meta else table.detach()[ids.to(table.device)] * scale
         self.register_buffer("E", start.float())  # (N, D)

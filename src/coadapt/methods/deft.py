@@ -41,11 +41,9 @@ class DeftConfig(TargetedConfig):
         self.positive("r", "alpha")
         self.choice("decomposition_method", ("relu", "qr"))
         self.probability("deft_dropout")
-        for name, default in (("alpha", None), ("deft_dropout", 0.0)):
-            if self.para and getattr(self, name) != default:
-                raise ValueError(f"DeftConfig: {name} has no effect with para=True, which puts nothing in.")
-        if self.init_scale != 1.0 and (self.init_weights or self.para):
-            raise ValueError("DeftConfig: init_scale has no effect but with init_weights=False and para=False.")
+        for name in ("alpha", "deft_dropout"):
+            self.no_effect(name, self.para, "with para=True, which puts nothing in")
+        self.no_effect("init_scale", self.init_weights or self.para, "but with init_weights=False and para=False")
 
 
 @register(DeftConfig)

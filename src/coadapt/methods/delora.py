@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..config import TargetedConfig
 from ..core import target
 from ..core.layer import Layer
-from ..core.lowrank import LowRankMethod, is_plain
-from ..core.method import Place, register
+from ..core.lowrank import LowRankMethod
+from ..core.method import register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,8 @@ class DeloraConfig(TargetedConfig):
 
     kind = "DELORA"
     foreign: ClassVar[Mapping[str, Any]] = {"bias": "none"}
+
+    patterns = ("rank_pattern", "lambda_pattern")
 
     r: int = 8
     """Rank of the change."""
@@ -56,7 +58,7 @@ class DeLoRA(LowRankMethod):
         out_features, *in_dims = layer.shape
         self.r = target.matching(config.rank_pattern, layer.path, config.r)
         start = target.matching(config.lambda_pattern, layer.path, config.delora_lambda)
-        self.dropout, self.widens = config.module_dropout, not is_plain(layer.module)
+        self.dropout = config.module_dropout
         self.A = nn.Parameter(torch.empty(self.r, *in_dims))  # (R, I, *K)
         self.B = nn.Parameter(torch.zeros(out_features, self.r))  # (O, R)
         self.strength = nn.Parameter(torch.full((1,), float(start)))  # (1,) lambda
@@ -64,12 +66,6 @@ class DeLoRA(LowRankMethod):
         if not config.init_weights:
             nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
         self.register_buffer("n", torch.linalg.vector_norm(layer.weight(), dim=0, dtype=torch.float32))  # (I, *K)
-
-    @classmethod
-    def places(cls, config: DeloraConfig, base: nn.Module) -> list[Place]:
-        places = super().places(config, base)
-        target.check_patterns(config, places, "rank_pattern", "lambda_pattern")
-        return places
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         lengths = torch.linalg.vector_norm(self.A.flatten(1), dim=1).clamp(min=1e-4)

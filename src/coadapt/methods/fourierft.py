@@ -20,6 +20,8 @@ class FourierFTConfig(TargetedConfig):
     kind = "FOURIERFT"
     foreign: ClassVar[Mapping[str, Any]] = {"bias": "none"}
 
+    patterns = ("n_frequency_pattern",)
+
     n_frequency: int = 1000
     """How many coefficients are trained at each layer."""
     scaling: float = 150.0
@@ -59,8 +61,6 @@ class FourierFT(AdditiveMethod):
     @classmethod
     def places(cls, config: FourierFTConfig, base: nn.Module) -> list[Place]:
         found = super().places(config, base)
-        target.check_patterns(config, found, "n_frequency_pattern")
-        target.check_transposed(config, [place.module for place in found])
         for path, out, ins in target.matrices(found, cls.kinds):
             n = target.matching(config.n_frequency_pattern, path, config.n_frequency)
             check_count("FourierFTConfig", "n_frequency", n, out * ins, path)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import BiasConfig
+from ..core.decompositions import common_basis
 from ..core.layer import Layer
 from ..core.method import Place, WeightMethod, register
 from .bitfit import WithBiases
@@ -51,15 +52,9 @@ class Bases(nn.Module):
         draws = torch.Generator().manual_seed(config.projection_prng_key)
         self.V, self.entries, self.sizes = nn.Module(), nn.Module(), nn.Module()
         for role in sorted(weights):
-            v = _basis([weights[role][number] for number in sorted(weights[role])], config.regularization_alpha)
-            size = len(v)
-            count = min(int(size * size * config.sparse_rate), size * (size - 1))
-            count = max(1, count) if config.sparse_rate > 0 and size > 1 else count
-            entries = torch.randperm(size * (size - 1), generator=draws)[:count] if count else torch.empty(0).long()
-            rows, columns = entries // max(1, size - 1), entries % max(1, size - 1)
-            columns = columns + (columns >= rows)  # counted without the diagonal
-            made = {"V": v, "entries": torch.stack([rows, columns]), "sizes": torch.tensor([size, size])}
-            for name, value in made.items():
+            v = common_basis([weights[role][number] for number in sorted(weights[role])], config.regularization_alpha)
+            entries = _entries(len(v), config.sparse_rate, draws)
+            for name, value in {"V": v, "entries": entries, "sizes": torch.tensor(v.shape)}.items():
                 self.get_submodule(name).register_buffer(role, value, persistent=config.save_projection)
 
 
@@ -80,7 +75,7 @@ class FRoD(WithBiases, WeightMethod):
 
     def __init__(self, config: FrodConfig, layer: Layer, shared: Any = None) -> None:
         super().__init__(config, layer, shared)
-        self.role, self.bases, self.layer = _role(layer.path), (shared,), (layer,)  # in tuples: they are others'
+        self.role, self.layer = _role(layer.path), (layer,)  # in a tuple: it is the base's
         self.dropout, self.state = config.frod_dropout, None
         self.register_buffer("U", None, persistent=False)  # (O, I)
         self.register_buffer("l0", None, persistent=False)  # (I,)
@@ -100,7 +95,7 @@ class FRoD(WithBiases, WeightMethod):
 
     def basis(self) -> Tensor:
         """V (I, I)"""
-        return self.bases[0].V.get_buffer(self.role)
+        return self.bank.V.get_buffer(self.role)
 
     @torch.no_grad()
     def apart(self) -> tuple[Tensor, Tensor]:
@@ -121,7 +116,7 @@ class FRoD(WithBiases, WeightMethod):
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """U (O, I), S + diag(l - l0) (I, I) and V (I, I)."""
         u, start = (t.to(self.l) for t in self.apart())
-        rows, columns = self.bases[0].entries.get_buffer(self.role).to(self.l.device)
+        rows, columns = self.bank.entries.get_buffer(self.role).to(self.l.device)
         return u, torch.diag_embed(self.l - start).index_put((rows, columns), self.s), self.basis().to(self.l)
 
     def change(self) -> Tensor:
@@ -146,18 +141,14 @@ def _matrix(layer: Layer) -> Tensor:
     return layer.weight().flatten(1).float()
 
 
-def _basis(weights: list[Tensor], more: float) -> Tensor:
-    """V = R^T E, with the weights stacked to Q R, and E the eigenvectors of mean_i (Q_i^T Q_i)^-1."""
-    together = torch.cat(weights)
-    if together.shape[0] < together.shape[1]:
-        return torch.linalg.svd(together, full_matrices=True)[2].mT.contiguous()
-    q, r = torch.linalg.qr(together)
-    eye = more * torch.eye(len(r), dtype=r.dtype, device=r.device)
-    inverses = [torch.linalg.inv(part.mT @ part + eye) for part in q.split([len(w) for w in weights])]
-    total = torch.zeros_like(r)
-    for inverse in inverses:
-        total = total + inverse
-    return r.mT @ torch.linalg.eigh(total / len(inverses))[1]
+def _entries(size: int, share: float, draws: torch.Generator) -> Tensor:
+    """(2, entries): rows and columns of a share of a square matrix, of at least one, off its diagonal."""
+    off = size * (size - 1)
+    count = min(int(size * size * share), off)
+    count = max(1, count) if share > 0 and off else count
+    chosen = torch.randperm(off, generator=draws)[:count] if count else torch.empty(0).long()
+    rows, columns = chosen // max(1, size - 1), chosen % max(1, size - 1)
+    return torch.stack([rows, columns + (columns >= rows)])  # counted without the diagonal
 
 
 def _role(path: str) -> str:

@@ -71,11 +71,8 @@ class GLoRA(WeightMethod):
     def __init__(self, config: GloraConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
         outputs, features, has_bias = layer.shape[0], math.prod(layer.shape[1:]), layer.bias is not None
-        forms = {
-            **dict.fromkeys("AB", config.config_A_B),
-            "C": config.config_C,
-            **dict.fromkeys("DE", config.config_D_E),
-        }
+        forms = dict.fromkeys("AB", config.config_A_B)
+        forms |= {"C": config.config_C, **dict.fromkeys("DE", config.config_D_E)}
         forms |= {} if has_bias else dict.fromkeys("CDE", "none")
         shapes = {**dict.fromkeys("AB", (outputs, features)), "C": (features, 1), **dict.fromkeys("DE", (outputs,))}
         self.absent: Mapping[str, tuple[int, ...]] = {n: shapes[n] for n, form in forms.items() if form == "none"}

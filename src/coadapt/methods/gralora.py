@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..config import BiasConfig
 from ..core import target
 from ..core.layer import Layer
-from ..core.lowrank import LowRankMethod, is_plain
+from ..core.lowrank import LowRankMethod
 from ..core.method import Place, register
 from .bitfit import WithBiases
 
@@ -57,7 +57,6 @@ class GraLoRA(WithBiases, LowRankMethod):
         in_features = math.prod(self.shape)
         self.scale = config.alpha / (r + config.hybrid_r)
         self.dropout = config.gralora_dropout
-        self.widens = not is_plain(layer.module)
         self.A = _random(k, r, in_features // k, blocks=True)  # (blocks of I, I / k, R)
         self.B = _random(k, out_features // k, r, blocks=True)  # (blocks of O, R, O / k)
         self.A_all = _random(config.hybrid_r, in_features) if config.hybrid_r else None  # (R', I)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..config import TargetedConfig
 from ..core import target
 from ..core.layer import Layer
-from ..core.method import Place, WeightMethod, register
+from ..core.method import WeightMethod, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,8 @@ class HiraConfig(TargetedConfig):
     """Weights, each multiplied by 1 + a product of two factors."""
 
     kind = "HIRA"
+
+    patterns = ("rank_pattern",)
 
     r: int = 32
     """Rank of the product."""
@@ -64,12 +66,6 @@ class HiRA(WeightMethod):
         if config.init_weights is False:
             nn.init.normal_(self.A)
             nn.init.normal_(self.B)
-
-    @classmethod
-    def places(cls, config: HiraConfig, base: nn.Module) -> list[Place]:
-        places = super().places(config, base)
-        target.check_patterns(config, places, "rank_pattern")
-        return places
 
     def change(self, weight: Tensor) -> Tensor:
         return weight * (self.B @ self.A.flatten(1)).view(weight.shape)

@@ -28,8 +28,7 @@ class InvertibleConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.choice("non_linearity", tuple(activations()))
-        if not self.reduction_factor > 0:
-            raise ValueError(f"InvertibleConfig: reduction_factor={self.reduction_factor} must be above 0.")
+        self.above_zero("reduction_factor")
 
 
 @register(InvertibleConfig)

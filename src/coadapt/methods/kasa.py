@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..core.layer import Layer
 from ..core.method import Driven, register
+from ..core.orthonormal import pull
 from ..inits import Begun, Site
 from .lora import LoRA, LoraConfig
 
@@ -50,11 +51,6 @@ class KaSA(LoRA, Driven):
         for m in methods:
             if m.A.grad is None or m.B.grad is None or m.d.grad is None:
                 continue
-            with torch.enable_grad():
-                a, b, d = (p.detach().requires_grad_() for p in (m.A, m.B, m.d))
-                one, down = torch.eye(len(d), dtype=d.dtype, device=d.device), a.flatten(1)
-                apart = torch.linalg.norm(b.mT @ b - one) + torch.linalg.norm(down @ down.mT - one)
-                gradients = torch.autograd.grad(m.beta * d.pow(2).sum() + m.gamma * apart, (a, b, d))
-            for parameter, gradient in zip((m.A, m.B, m.d), gradients, strict=True):
-                assert parameter.grad is not None
-                parameter.grad += gradient
+            m.A.grad += 2 * m.gamma * pull(m.A.flatten(1)).view_as(m.A)
+            m.B.grad += 2 * m.gamma * pull(m.B.mT).mT
+            m.d.grad += 2 * m.beta * m.d

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..config import LycorisConfig
 from ..core import target
 from ..core.layer import Known, Layer
-from ..core.lowrank import LowRankMethod, is_plain
+from ..core.lowrank import LowRankMethod
 from ..core.method import register
 
 
@@ -45,7 +45,6 @@ class LoHa(LowRankMethod):
         self.scale = target.matching(config.alpha_pattern, layer.path, config.alpha) / r
         self.drop = config.rank_dropout, config.module_dropout
         self.by_factors = self.drop == (0, 0)
-        self.widens = not is_plain(layer.module)
         in_features, *kernel = self.shape
         core = config.use_effective_conv2d and math.prod(kernel) > 1
         up, down = (out_features, r), (r, in_features if core else math.prod(self.shape))

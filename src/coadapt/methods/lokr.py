@@ -32,8 +32,7 @@ class LoKrConfig(LycorisConfig):
         self.choice("init_weights", (True, False, "lycoris"))
         if self.decompose_factor != -1:
             self.positive("decompose_factor")
-        if self.rank_dropout_scale and not self.rank_dropout:
-            raise ValueError("LoKrConfig: rank_dropout_scale has no effect without rank_dropout.")
+        self.no_effect("rank_dropout_scale", not self.rank_dropout, "without rank_dropout")
 
 
 @register(LoKrConfig)
@@ -104,9 +103,8 @@ class LoKr(WeightMethod):
         y = base(x)
         if base.kind.name == "linear":
             c, d = (t.to(x.dtype) for t in self.matrices())
-            change = self.scale * torch.einsum("...mn,lm,kn->...lk", x.unflatten(-1, (c.shape[1], -1)), c, d).flatten(
-                -2
-            )
+            blocks = x.unflatten(-1, (c.shape[1], -1))  # (..., m, n)
+            change = self.scale * torch.einsum("...mn,lm,kn->...lk", blocks, c, d).flatten(-2)
         else:
             change = base.apply(x, self.change())
         changed = y + change.to(y.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..config import TargetedConfig
 from ..core.layer import Layer
-from ..core.lowrank import LowRankMethod, is_plain
+from ..core.lowrank import LowRankMethod
 from ..core.method import WeightMethod, register
 
 
@@ -38,10 +38,8 @@ class MissConfig(TargetedConfig):
         self.positive("r", "mini_r")
         self.probability("miss_dropout")
         self.choice("init_weights", (True, False, "bat", "mini"))
-        if self.mini_r != 1 and self.init_weights != "mini":
-            raise ValueError("MissConfig: mini_r has no effect without init_weights='mini'.")
-        if self.miss_dropout and self.init_weights == "bat":
-            raise ValueError("MissConfig: miss_dropout has no effect with init_weights='bat', which has no input.")
+        self.no_effect("mini_r", self.init_weights != "mini", "without init_weights='mini'")
+        self.no_effect("miss_dropout", self.init_weights == "bat", "with init_weights='bat', which has no input")
 
 
 @register(MissConfig)
@@ -56,7 +54,7 @@ class MiSS(LowRankMethod):
     def __init__(self, config: MissConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
         self.outputs, self.inner = layer.shape[0], layer.shape[1:]
-        self.dropout, self.widens = config.miss_dropout, not is_plain(layer.module)
+        self.dropout = config.miss_dropout
         rows = config.mini_r if config.init_weights == "mini" else self.outputs
         if self.outputs % rows or config.r > math.prod(self.inner):
             raise ValueError(

@@ -37,8 +37,7 @@ class MTLLoRAConfig(TargetedConfig):
         self.positive("r", "num_tasks", "n_up_projection")
         self.probability("lora_dropout")
         self.choice("task_specific_matrix_type", ("singular_values", "linear"))
-        if not self.weights_sharpness > 0:
-            raise ValueError(f"MTLLoRAConfig: weights_sharpness={self.weights_sharpness} must be above 0.")
+        self.above_zero("weights_sharpness")
 
 
 @register(MTLLoRAConfig)

@@ -47,8 +47,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
                 f"{type(self).__name__}: prompt_tuning_init={start!r} and prompt_tuning_init_state_dict_path={file!r} "
                 f"do not go together: {', '.join(SOURCES)} read that file, and nothing else does."
             )
-        if self.prompt_tuning_init_task and start != "EXACT_SOURCE_TASK":
-            raise ValueError(f"{type(self).__name__}: prompt_tuning_init_task has no effect with {start!r}.")
+        self.no_effect("prompt_tuning_init_task", start != "EXACT_SOURCE_TASK", f"with {start!r}")
         if start in SOURCES[:2] and self.num_tasks != 1:
             raise ValueError(f"{type(self).__name__}: {start} starts one task, and num_tasks={self.num_tasks}.")
 

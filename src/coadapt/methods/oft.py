@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..config import TargetedConfig
 from ..core.layer import Layer
 from ..core.method import Driven, register
-from ..core.rotation import Rotation, cayley, cayley_neumann, features, in_blocks, skew
+from ..core.rotation import Rotation, cayley, cayley_neumann, check_blocks, features, in_blocks, skew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +47,13 @@ class OFTConfig(TargetedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.probability("module_dropout")
-        self.positive(*(name for name in ("r", "oft_block_size") if getattr(self, name) != 0))
-        if bool(self.r) == bool(self.oft_block_size):
-            raise ValueError(
-                f"OFTConfig: r={self.r} blocks of oft_block_size={self.oft_block_size}: give one of them, and 0 for "
-                "the other; their product is the number of input features."
-            )
+        check_blocks(self, "r", "oft_block_size")
         if self.num_cayley_neumann_terms < 2 or not self.eps > 0:
             raise ValueError("OFTConfig: num_cayley_neumann_terms must be at least 2, and eps above 0.")
         if self.module_dropout and self.block_share:
             raise ValueError("OFTConfig: module_dropout leaves out single blocks; with block_share there is only one.")
-        for name, needs, default in (("num_cayley_neumann_terms", "use_cayley_neumann", 5), ("eps", "coft", 6e-5)):
-            if getattr(self, name) != default and not getattr(self, needs):
-                raise ValueError(f"OFTConfig: {name} has no effect without {needs}=True.")
+        self.no_effect("num_cayley_neumann_terms", not self.use_cayley_neumann, "without use_cayley_neumann=True")
+        self.no_effect("eps", not self.coft, "without coft=True")
 
 
 @register(OFTConfig)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..config import TargetedConfig
 from ..core import roles, target
 from ..core.layer import Layer
-from ..core.lowrank import LowRankMethod, is_plain
+from ..core.lowrank import LowRankMethod
 from ..core.method import FromBase, Place, register
 
 
@@ -63,17 +63,17 @@ class OSF(LowRankMethod):
 
     def __init__(self, config: OSFConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
-        self.shape, self.widens = layer.shape, not is_plain(layer.module)
+        self.shape = layer.shape
         weight = layer.weight().flatten(1)  # (O, I)
         kept = config.rank(layer.path, min(weight.shape))
         u, s, v = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
+        start = u[:, kept:], s[kept:], v[kept:]
+        trained = (part.clone() if config.init_weights else torch.randn_like(part) for part in start)
+        self.U, self.S, self.V = map(nn.Parameter, trained)  # (O, R), (R,) and (R, I K)
         self.base = FromBase()
-        stay = {"U": u[:, :kept], "V": v[:kept]}
-        for name, part in (("U", u[:, kept:]), ("S", s[kept:]), ("V", v[kept:])):
-            self.base.register_buffer(f"start_{name}", part.clone())
-            self.register_parameter(name, nn.Parameter(part.clone() if config.init_weights else torch.randn_like(part)))
-        for name, part in stay.items():
-            self.base.register_buffer(f"stay_{name}", part.clone())
+        names = "start_U", "start_S", "start_V", "stay_U", "stay_V"
+        for name, part in zip(names, (*start, u[:, :kept], v[:kept]), strict=True):
+            self.base.register_buffer(name, part.clone())
 
     @classmethod
     def places(cls, config: OSFConfig, base: nn.Module) -> list[Place]:
@@ -86,11 +86,11 @@ class OSF(LowRankMethod):
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """As (U S - U0 S0) V + U0 S0 (V - V0): zero to the bit at the start, and nothing small is rounded away."""
-        base, start = self.base, self.base.get_buffer("start_U") * self.base.get_buffer("start_S")
-        u = _Off.apply(self.get_parameter("U").mT, base.get_buffer("stay_U").mT).mT
-        v = _Off.apply(self.get_parameter("V"), base.get_buffer("stay_V"))
-        down = torch.cat([v, v - base.get_buffer("start_V")])
-        up = torch.cat([u * self.get_parameter("S") - start, start], dim=1)
+        base: Any = self.base
+        start = base.start_U * base.start_S
+        u, v = _Off.apply(self.U.mT, base.stay_U.mT).mT, _Off.apply(self.V, base.stay_V)
+        down = torch.cat([v, v - base.start_V])
+        up = torch.cat([u * self.S - start, start], dim=1)
         return down.view(-1, *self.shape[1:]), up, 1.0
 
 

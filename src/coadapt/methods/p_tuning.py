@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from ..config import InputConfig
 from ..core.backbone import Backbone
-from ..core.method import Reparametrization, register
-from .prompt import VirtualTokens
+from ..core.method import InputMethod, Reparametrization, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +34,7 @@ class PromptEncoderConfig(InputConfig):
         self.choice("encoder_reparameterization_type", ("MLP", "LSTM", None))
         self.positive("encoder_hidden_size", "encoder_num_layers")
         self.probability("encoder_dropout")
-        if kind is None and self.encoder_hidden_size is not None:
-            raise ValueError("PromptEncoderConfig: encoder_hidden_size has no effect without an encoder.")
+        self.no_effect("encoder_hidden_size", kind is None, "without an encoder")
         if kind != "LSTM" and (self.encoder_num_layers != 2 or self.encoder_dropout):
             raise ValueError(
                 "PromptEncoderConfig: encoder_num_layers and encoder_dropout are of the LSTM; they have no effect with "
@@ -71,7 +69,7 @@ class PromptEncoder(Reparametrization):
 
 
 @register(PromptEncoderConfig)
-class PTuning(VirtualTokens):
+class PTuning(InputMethod):
     """base([P; e]), P = MLP(E) or MLP(LSTM(E))
 
     GPT Understands, Too, Liu et al. 2021, arXiv:2103.10385. Use it where a prompt alone is slow to learn. Parameters

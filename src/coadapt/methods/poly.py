@@ -70,9 +70,8 @@ class Poly(WeightMethod):
 
     @classmethod
     def facts(cls, config: PolyConfig, base: Any) -> dict[str, Any]:
-        return (
-            {"task_type": stack_facts(base)["task_type"]} if stacks(base) else {}
-        )  # without it peft hands on no tasks
+        """Without a task type peft hands on no tasks."""
+        return {"task_type": stack_facts(base)["task_type"]} if stacks(base) else {}
 
     def mixed(self, tasks: Tensor) -> tuple[Tensor, Tensor]:
         """The factors for tasks (B,): (B, I, R) and (B, R, O)."""

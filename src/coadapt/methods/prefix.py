@@ -9,7 +9,7 @@ from ..config import AttentionConfig
 from ..core import attention
 from ..core.backbone import stack_facts, takes_positions
 from ..core.method import AttentionMethod, Place, Reparametrization, register
-from ..core.roles import Attention, attentions, without_interface
+from ..core.roles import Attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,25 +182,9 @@ class PrefixTuning(AttentionMethod):
         return None if self.joint else self.gate
 
 
-def joinable(who: str, base: Any) -> list[Attention]:
-    """The attention calls of a model that a prefix can join. Raises ValueError where there are none."""
-    found = attentions(base)
-    if not found:
-        classes = without_interface(base)
-        if not classes:
-            raise ValueError(f"{who}: {type(base).__name__} has no attention that a prefix could join.")
-        raise ValueError(
-            f"{who}: {type(base).__name__} does not go through transformers' attention interface (its "
-            f"{classes[0]} computes attention itself), so a prefix cannot be joined to it. Prompt tuning, LoRA and "
-            "bottleneck adapters work on this model."
-        )
-    attention.prepare([p.module for p in found])
-    return found
-
-
 def places_of(config: PrefixTuningConfig, base: Any) -> list[Attention]:
     """The attention calls that this prefix joins."""
-    found = joinable(type(config).__name__, base)
+    found = attention.joinable(type(config).__name__, base)
     facts = base.config.get_text_config()
     two = bool(getattr(facts, "is_encoder_decoder", False))
     config.restates(num_transformer_submodules=2 if two else 1, num_layers=facts.num_hidden_layers)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import InputConfig
-from ..core.backbone import Backbone, backbones, stack_facts, without_tokens
-from ..core.method import InputMethod, Place, register
+from ..core.backbone import Backbone
+from ..core.method import InputMethod, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,39 +52,8 @@ class PromptTuningConfig(InputConfig):
         return replace(self, **self.random_start)
 
 
-_FACTS = {"num_layers": "num_hidden_layers", "num_attention_heads": "num_attention_heads"}
-
-
-class VirtualTokens(InputMethod):
-    """What all methods that put virtual tokens in front of the input have in common."""
-
-    def __init__(self, config: Any, place: Backbone, base: Any, shared: nn.Module | None = None) -> None:
-        super().__init__()
-        self.keeps_virtual_tokens = config.output_virtual_tokens
-
-    @classmethod
-    def places(cls, config: Any, base: Any) -> list[Place]:
-        found, other = backbones(base), without_tokens(base)
-        roles = [b.role for b in found]
-        facts = base.config.get_text_config()
-        told = {name: getattr(facts, field, None) for name, field in _FACTS.items()}  # Mamba has no heads
-        told |= {"token_dim": found[0].width, "num_transformer_submodules": len(found) + len(other)}
-        config.restates(**{name: value for name, value in told.items() if value is not None})
-        wanted = config.prompt_sites or roles[:1]
-        if wrong := [role for role in wanted if role not in roles]:
-            who = type(config).__name__
-            why = "".join(f" Its {role} has no tokens: {maker} makes its input." for role, maker in other.items())
-            raise ValueError(f"{who}: prompt_sites {wrong} are not in this model; it has {roles}.{why}")
-        return [b for b in found if b.role in wanted]
-
-    @classmethod
-    def facts(cls, config: Any, base: Any) -> dict[str, Any]:
-        heads = getattr(base.config.get_text_config(), "num_attention_heads", None)
-        return {**stack_facts(base), "token_dim": backbones(base)[0].width, "num_attention_heads": heads}
-
-
 @register(PromptTuningConfig)
-class PromptTuning(VirtualTokens):
+class PromptTuning(InputMethod):
     """base([P; e]), without the first N outputs
 
     The Power of Scale for Parameter-Efficient Prompt Tuning, Lester et al. 2021, arXiv:2104.08691. Use it on large

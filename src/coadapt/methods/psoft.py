@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TargetedConfig
+from ..core.decompositions import singular_vectors
 from ..core.layer import Layer
-from ..core.lowrank import LowRankMethod, is_plain
+from ..core.lowrank import LowRankMethod
 from ..core.method import FromBase, register
 from ..core.rotation import cayley, cayley_neumann, skew
 
@@ -80,11 +81,8 @@ class Subspace(FromBase):
         elif config.psoft_svd == "full":
             u, s, vh = torch.linalg.svd(flat, full_matrices=False)
         else:
-            # Draws numbers that matter, also where an adapter is built for values that come later.
-            with torch.random.fork_rng([flat.device] if flat.is_cuda else []), torch._C.DisableTorchFunction():
-                torch.manual_seed(config.random_seed)
-                u, s, v = torch.svd_lowrank(flat, q=r, niter=config.psoft_svd_lowrank_niter)
-                vh = v.mT
+            rounds = config.psoft_svd_lowrank_niter
+            u, s, vh = singular_vectors(flat, r, config.random_seed, rounds, drawn_on=flat.device)
         out, into = (s[:r], 1) if config.ab_svd_init == "psoft_init" else (s[:r].sqrt(), s[:r, None].sqrt())
         self.register_buffer("A0", (vh[:r] * into).view(r, *weight.shape[1:]).clone())
         self.register_buffer("B0", u[:, :r] * out)
@@ -105,7 +103,7 @@ class PSOFT(LowRankMethod):
         r, most = config.r, min(layer.shape[0], math.prod(layer.shape[1:]))
         if r > most:
             raise ValueError(f"PSOFT: r={r} is more than the {most} directions of {layer.path!r}. Pick a smaller r.")
-        self.config, self.dropout, self.widens = config, config.psoft_dropout, not is_plain(layer.module)
+        self.config, self.dropout = config, config.psoft_dropout
         start = torch.zeros(r * (r - 1) // 2) if config.psoft_orth else torch.eye(r)
         self.Q = nn.Parameter(start if config.init_weights else start + 0.1 * torch.randn(start.shape))  # or R itself
         self.b = nn.Parameter(torch.ones(r)) if config.psoft_mag_b else None  # (R,)

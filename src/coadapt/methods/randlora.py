@@ -1,18 +1,17 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import BiasConfig
+from ..core import target
 from ..core.layer import Layer
-from ..core.lowrank import LowRankMethod, is_plain
+from ..core.lowrank import LowRankMethod
 from ..core.method import Place, register
 from ..core.seeded import Seeded
 from .bitfit import WithBiases
-from .vera import largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +58,7 @@ class RandLoRA(WithBiases, LowRankMethod):
     def __init__(self, config: RandLoraConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
         self.sizes, self.shape = (layer.shape[0], math.prod(layer.shape[1:])), layer.shape[1:]
-        self.bank = (shared,)  # in a tuple: it is the adapter's
         self.dropout, self.scale = config.randlora_dropout, config.randlora_alpha / config.r
-        self.widens = not is_plain(layer.module)
         least = min(self.sizes)
         n = math.ceil(least / config.r)
         self.L = nn.Parameter(torch.zeros(config.r, n) if config.init_weights else torch.randn(config.r, n))  # (R, N)
@@ -70,16 +67,15 @@ class RandLoRA(WithBiases, LowRankMethod):
 
     @classmethod
     def shared(cls, config: RandLoraConfig, base: nn.Module, places: list[Place]) -> Seeded:
-        least, most = sorted(largest(places))
+        least, most = sorted(target.largest(places))
         sparsity = math.sqrt(least) if config.very_sparse else 3.0 if config.sparse else 0.0
         make = functools.partial(_bases, config.projection_prng_key, config.r, least, most, sparsity)
         return Seeded(make, config.save_projection)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        bank: Any = self.bank[0]
         n = len(self.G)
-        one = bank.at("A", self.L)[:, :n, : min(self.sizes)]  # (R, 1, min(O, I)): the same for all n
-        other = bank.at("B", self.L)[: max(self.sizes), :n].flatten(1)  # (max(O, I), R N): the columns of all B_n
+        one = self.bank.at("A", self.L)[:, :n, : min(self.sizes)]  # (R, 1, min(O, I)): the same for all n
+        other = self.bank.at("B", self.L)[: max(self.sizes), :n].flatten(1)  # (max(O, I), R N): the columns of all B_n
         small = (self.L[:, :, None] * one * self.G).flatten(0, 1)  # (R N, min(O, I))
         a, b = (small, other) if self.sizes[1] == min(self.sizes) else (other.mT, small.mT)
         return a.reshape(-1, *self.shape), b, self.scale

@@ -11,6 +11,7 @@ from ..core import roles
 from ..core.activation import activations
 from ..core.layer import Layer
 from ..core.method import ModuleMethod, Place, register
+from ..core.orthonormal import orthonormal
 from ..core.pooling import order_in_row
 from ..core.precision import linear
 from ..core.routing import stream_of
@@ -54,8 +55,8 @@ class ReftConfig(PeftConfig):
                 f"{type(self).__name__}: prefix_positions={self.prefix_positions} and suffix_positions="
                 f"{self.suffix_positions} name no token; at least one of them is above 0, and none below."
             )
-        if self.tied_weights and not (self.prefix_positions and self.suffix_positions):
-            raise ValueError(f"{type(self).__name__}: tied_weights has no effect without positions of both kinds.")
+        both = self.prefix_positions and self.suffix_positions
+        self.no_effect("tied_weights", not both, "without positions of both kinds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +90,8 @@ class Edit(nn.Module):
         self.act = activations()[config.non_linearity] if config.non_linearity else nn.Identity()
 
     def rows(self) -> Tensor:
-        """(R, D), orthonormal if asked: L^-1 R with L L^T = R R^T."""
-        if not self.orthogonal:
-            return self.R
-        return torch.linalg.solve_triangular(torch.linalg.cholesky(self.R @ self.R.mT), self.R, upper=False)
+        """(R, D), orthonormal if asked."""
+        return orthonormal(self.R) if self.orthogonal else self.R
 
     def forward(self, h: Tensor) -> Tensor:
         rows = self.rows().to(h.dtype)

@@ -52,10 +52,9 @@ class RoAd(WeightMethod):
                 "an even divisor of them."
             )
         size = {"road_1": outputs // 2, "road_2": outputs, "road_4": 2 * outputs}[config.variant]
-        self.theta = nn.Parameter(
-            torch.zeros(size) if config.init_weights else 0.5 * torch.randn(size)
-        )  # (O/2 ... 2 O,)
-        self.alpha = nn.Parameter(torch.ones(size) if config.init_weights else 1 + 0.5 * torch.randn(size))  # the same
+        noise = torch.zeros if config.init_weights else torch.randn
+        self.theta = nn.Parameter(0.5 * noise(size))  # (O/2,) ... (2 O,)
+        self.alpha = nn.Parameter(1 + 0.5 * noise(size))  # the same
 
     def columns(self) -> tuple[Tensor, Tensor]:
         """(O,) each: what each feature is multiplied by, and what its partner is."""

@@ -57,7 +57,6 @@ class SHiRA(AdditiveMethod):
     @classmethod
     def places(cls, config: ShiraConfig, base: nn.Module) -> list[Place]:
         found = super().places(config, base)
-        target.check_transposed(config, [place.module for place in found])
         for path, out, ins in target.matrices(found, cls.kinds):
             check_count("ShiraConfig", f"r={config.r}", config.r * (out + ins), out * ins, path)
         return found

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..config import BiasConfig
 from ..core.layer import Layer
-from ..core.lowrank import LowRankMethod, is_plain
+from ..core.lowrank import LowRankMethod
 from ..core.method import Place, register
 from ..core.seeded import Seeded
 from .bitfit import WithBiases
@@ -72,8 +72,7 @@ class TinyLoRA(WithBiases, LowRankMethod):
     def __init__(self, config: TinyLoraConfig, layer: Layer, shared: Any = None) -> None:
         super().__init__(config, layer, shared)
         self.shape, self.dropout = layer.shape[1:], config.tinylora_dropout
-        self.widens = not is_plain(layer.module)
-        self.vectors, self.group = (shared,), shared.group[layer.path]  # in a tuple: it is the adapter's
+        self.group = shared.group[layer.path]
         self.turned = layer.kind.name == "embedding"  # the field takes its weight as it is stored, (I, O)
         weight = layer.weight().flatten(1).float()
         r = min(config.r, *weight.shape)
@@ -89,8 +88,8 @@ class TinyLoRA(WithBiases, LowRankMethod):
         return Vectors(config, places)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        vectors, (a, b) = self.vectors[0], (self.get_buffer("A"), self.get_buffer("B"))
-        inner = torch.einsum("i,ijk->jk", vectors.v[self.group].to(a), self.projections.at("P", a))  # (R, R)
+        a, b = self.get_buffer("A"), self.get_buffer("B")
+        inner = torch.einsum("i,ijk->jk", self.bank.v[self.group].to(a), self.projections.at("P", a))  # (R, R)
         a, b = (b.mT, a.mT @ inner.mT) if self.turned else (a, b @ inner)
         return a.reshape(-1, *self.shape), b, 1.0
 

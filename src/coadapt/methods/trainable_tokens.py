@@ -83,9 +83,7 @@ class TrainableTokens(WeightMethod):
         y = base(x)
         if self.embeds:
             ids, order = (t.to(x.device) for t in self.sorted)
-            at = torch.searchsorted(ids, x.contiguous()).clamp(
-                max=len(ids) - 1
-            )  # (...): which of the sorted ids it would be
+            at = torch.searchsorted(ids, x.contiguous()).clamp(max=len(ids) - 1)  # which of them a token would be
             rows = F.embedding(order[at], self.rows) * getattr(base.module, "embed_scale", 1.0)
             return torch.where((ids[at] == x)[..., None], rows.to(y.dtype), y)
         ids, bias = self.ids.to(x.device), base.bias

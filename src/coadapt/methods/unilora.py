@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import BiasConfig
 from ..core.layer import Layer
-from ..core.lowrank import LowRankMethod, is_plain
+from ..core.lowrank import LowRankMethod
 from ..core.method import Place, register
 from ..core.seeded import Seeded
 from .bitfit import WithBiases
@@ -40,8 +40,7 @@ class UniLoraConfig(BiasConfig):
         super().__post_init__()
         self.positive("r", "theta_d_length")
         self.probability("unilora_dropout")
-        if not self.init_theta_d_bound > 0:
-            raise ValueError(f"UniLoraConfig: init_theta_d_bound={self.init_theta_d_bound} must be above 0.")
+        self.above_zero("init_theta_d_bound")
 
 
 class Theta(Seeded):
@@ -67,8 +66,6 @@ class UniLoRA(WithBiases, LowRankMethod):
     def __init__(self, config: UniLoraConfig, layer: Layer, shared: Any = None) -> None:
         super().__init__(config, layer, shared)
         self.shape, self.dropout = layer.shape[1:], config.unilora_dropout
-        self.widens = not is_plain(layer.module)
-        self.bank = (shared,)  # in a tuple: it is the adapter's
         self.sizes = (config.r, math.prod(self.shape)), (layer.shape[0], config.r)
         self.start = shared.starts[layer.path]
         self.saved = config.save_indices
@@ -88,7 +85,7 @@ class UniLoRA(WithBiases, LowRankMethod):
         return [part.view(size) for part, size in zip(parts, self.sizes, strict=True)]
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        bank: Any = self.bank[0]
+        bank = self.bank
         if self.saved:
             a, b = (bank.theta.to(s)[i] * s for i, s in ((self.iA, self.sA), (self.iB, self.sB)))
         else:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..config import BiasConfig
 from ..core import target
 from ..core.layer import Layer
-from ..core.lowrank import LowRankMethod, is_plain
+from ..core.lowrank import LowRankMethod
 from ..core.method import Place, register
 from .bitfit import WithBiases
 
@@ -66,9 +66,7 @@ class VBLoRA(WithBiases, LowRankMethod):
     def __init__(self, config: VBLoRAConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
         sizes, self.shape, length = (layer.shape[0], math.prod(layer.shape[1:])), layer.shape[1:], config.vector_length
-        self.bank = (shared,)  # in a tuple: it is the adapter's
         self.topk, self.dropout = config.topk, config.vblora_dropout
-        self.widens = not is_plain(layer.module)
         pieces, std = [size // length for size in sizes], config.init_logits_std
         self.zA = nn.Parameter(torch.empty(config.r, pieces[1], config.num_vectors).normal_(0, std))  # (R, I/b, h)
         self.zB = nn.Parameter(torch.empty(pieces[0], config.r, config.num_vectors).normal_(0, std))  # (O/b, R, h)
@@ -89,6 +87,5 @@ class VBLoRA(WithBiases, LowRankMethod):
 
     def mixed(self, logits: Tensor) -> Tensor:
         """(..., h) -> (..., b)"""
-        bank: Any = self.bank[0]
         best, which = logits.topk(self.topk, dim=-1)
-        return (best.softmax(-1)[..., None] * bank.V.to(logits)[which]).sum(-2)
+        return (best.softmax(-1)[..., None] * self.bank.V.to(logits)[which]).sum(-2)

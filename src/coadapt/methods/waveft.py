@@ -1,6 +1,6 @@
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from ..core import target
 from ..core.layer import Layer
 from ..core.method import AdditiveMethod, Place, register
 from ..core.scattered import Places, check_count
-from ..core.wavelets import scaling_filter, synthesis
+from ..core.wavelets import matrix_of, scaling_filter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,8 @@ class WaveFTConfig(TargetedConfig):
 
     kind = "WAVEFT"
     foreign: ClassVar[Mapping[str, Any]] = {"bias": "none"}
+
+    patterns = ("n_frequency_pattern",)
 
     n_frequency: int = 2592
     """How many coefficients are trained at each layer."""
@@ -47,10 +49,8 @@ class WaveFTConfig(TargetedConfig):
         self.numbers("n_frequency_pattern")
         if self.use_idwt:
             scaling_filter(self.wavelet_family)
-        elif self.wavelet_family != "db1":
-            raise ValueError("WaveFTConfig: wavelet_family has no effect with use_idwt=False.")
-        if self.proportional_parameters and self.n_frequency_pattern:
-            raise ValueError("WaveFTConfig: n_frequency_pattern has no effect with proportional_parameters=True.")
+        self.no_effect("wavelet_family", not self.use_idwt, "with use_idwt=False")
+        self.no_effect("n_frequency_pattern", self.proportional_parameters, "with proportional_parameters=True")
 
 
 @register(WaveFTConfig)
@@ -66,7 +66,7 @@ class WaveFT(AdditiveMethod):
     def __init__(self, config: WaveFTConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
         self.shape, self.scale = layer.shape, config.scaling
-        n = target.matching(config.n_frequency_pattern, layer.path, int(layer.role or config.n_frequency))
+        n = int(layer.role)
         self.where = Places(n, math.prod(self.shape), config.random_loc_seed)
         self.lowpass = scaling_filter(config.wavelet_family) if config.use_idwt else None
         self.c = nn.Parameter(torch.zeros(n) if config.init_weights else 0.01 * torch.randn(n))  # (N,)
@@ -74,18 +74,14 @@ class WaveFT(AdditiveMethod):
     @classmethod
     def places(cls, config: WaveFTConfig, base: nn.Module) -> list[Place]:
         found = super().places(config, base)
-        target.check_patterns(config, found, "n_frequency_pattern")
-        target.check_transposed(config, [place.module for place in found])
-        if not config.proportional_parameters:
-            for path, out, ins in target.matrices(found, cls.kinds):
-                n = target.matching(config.n_frequency_pattern, path, config.n_frequency)
-                check_count("WaveFTConfig", "n_frequency", n, out * ins, path)
-            return found
         sizes = {path: out * ins for path, out, ins in target.matrices(found, cls.kinds)}
-        each = {p: config.n_frequency * len(sizes) * size / sum(sizes.values()) for p, size in sizes.items()}
+        counts = {path: target.matching(config.n_frequency_pattern, path, config.n_frequency) for path in sizes}
+        if config.proportional_parameters:
+            every = config.n_frequency * len(sizes)
+            counts = {path: max(1, round(every * size / sum(sizes.values()))) for path, size in sizes.items()}
         for path, size in sizes.items():
-            check_count("WaveFTConfig", "n_frequency", round(each[path]), size, path)
-        return [Place(p.path, p.module, role=str(max(1, round(each.get(p.path, 1))))) for p in found]
+            check_count("WaveFTConfig", "n_frequency", counts[path], size, path)
+        return [replace(place, role=str(counts.get(place.path, 0))) for place in found]
 
     def change(self) -> Tensor:
         entries = self.where(self.c).view(self.shape[0], -1)  # (O, I)
@@ -97,5 +93,4 @@ class WaveFT(AdditiveMethod):
         padded = F.pad(entries, (left, columns - entries.shape[1] - left, up, rows - entries.shape[0] - up))
         # The field's files have the details of rows where those of columns are as a rule, and the other way round.
         halves = padded.view(2, rows // 2, 2, columns // 2).transpose(0, 2).reshape(rows, columns)
-        across = synthesis(halves, self.lowpass, entries.shape[1])
-        return self.scale * synthesis(across.mT, self.lowpass, entries.shape[0]).mT.reshape(self.shape)
+        return self.scale * matrix_of(halves, self.lowpass, entries.shape).reshape(self.shape)
