@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PIP     = .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all dropin lint bench clean
+.PHONY: demo test test-all dropin docs lint bench clean
 
 demo: .venv/installed
 	.venv/bin/coadapt demo
@@ -19,6 +19,10 @@ test-all: lint
 dropin: .venv-dropin/installed .venv/installed-test
 	.venv/bin/basedpyright -p packages/peft/pyproject.toml --pythonpath .venv-dropin/bin/python
 	OMP_NUM_THREADS=1 .venv-dropin/bin/python -m pytest -q -c packages/peft/pyproject.toml packages/peft/tests
+
+# The pages, into build/docs; a link that leads nowhere is an error.
+docs: .venv/installed-test
+	.venv/bin/sphinx-build -q -W --keep-going -c docs . build/docs
 
 lint: .venv/installed-test
 	.venv/bin/ruff format --check

@@ -1,6 +1,7 @@
 """`coadapt demo`: a soft prompt and a LoRA, trained together in a minute on a task that their base fails."""
 
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,13 @@ Table = Mapping[str, Sequence[str]]
 """Who answered -> the answers, in the order of the questions."""
 
 
-def _invoke(out: Path, seed: int, overwrite: bool) -> int:
+def _invoke(out: Path, seed: int, overwrite: bool, files_only: bool) -> int:
+    data = out.with_name(f"{out.name}-data")
+    if files_only:
+        _write_data(data)
+        _copy_base(data / "base")
+        click.echo(f"The base is in {data / 'base'}, the rows in {data / 'train.jsonl'} and {data / 'held-out.jsonl'}.")
+        return 0
     import torch
 
     from coadapt.cli.output import console, quiet
@@ -53,7 +60,7 @@ def _invoke(out: Path, seed: int, overwrite: bool) -> int:
     # At this size more threads would mostly wait for each other.
     torch.set_num_threads(1)
     screen.print(_INTRODUCTION, soft_wrap=True)
-    data = _write_data(out.with_name(f"{out.name}-data"))
+    _write_data(data)
     run = RunConfig(
         model=str(BASE),
         data=str(data / "train.jsonl"),
@@ -77,14 +84,21 @@ def _invoke(out: Path, seed: int, overwrite: bool) -> int:
     return 0
 
 
-def _write_data(folder: Path) -> Path:
+def _write_data(folder: Path) -> None:
     from coadapt.demo.task import examples
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, split, count in (("train", "train", TRAIN_ROWS), ("held-out", "held-out", HELD_OUT_ROWS)):
         lines = (json.dumps(row) + "\n" for row in examples(split, count, DATA_SEED))  # type: ignore[arg-type]
         (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
-    return folder
+
+
+def _copy_base(folder: Path) -> None:
+    from coadapt.demo import BASE
+
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already. Move it away, or give another --out.")
+    shutil.copytree(BASE, folder)
 
 
 def _answers(view: "PeftModel", tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str]) -> dict[str, list[str]]:
@@ -174,5 +188,6 @@ command = click.Command(
         ),
         click.Option(["--seed"], type=int, default=0, show_default=True, help="Same seed, same numbers."),
         click.Option(["--overwrite"], is_flag=True, help="Replace the results of an earlier demo there."),
+        click.Option(["--files-only"], is_flag=True, help="Only write base and rows, into OUT-data, to try things on."),
     ],
 )

@@ -1,0 +1,22 @@
+"""How `make docs` makes pages of this folder, and of those outside of it that it links to."""
+
+from importlib.metadata import version as installed
+
+project = "coadapt"
+author = "The coadapt authors"
+version = release = installed("coadapt")
+
+# The source is the whole project, so that a link from here to a result or an example is the same on disk and on a page.
+root_doc = "docs/index"
+include_patterns = ["*.md", "docs/**", "benchmarks/results/*.md", "examples/*/README.md", "packages/*/README.md"]
+suppress_warnings = ["toc.not_included"]  # those are linked to where they are spoken of
+
+extensions = ["myst_parser", "sphinx_copybutton"]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+copybutton_prompt_text = "$ "
+
+html_theme = "furo"
+html_title = "coadapt"
+html_show_sphinx = False
+html_show_copyright = False
