@@ -295,17 +295,27 @@ class LycorisConfig(RankedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BiasConfig(TargetedConfig):
-    """Options of the methods that can train biases along."""
+class TransposedConfig(TargetedConfig):
+    """An option of the methods whose files say how the layers store their weights."""
 
-    bias: str = "none"
-    """Biases to train along: "none", "<method>_only" ("vera_only", of the targeted layers), or "all"."""
     fan_in_fan_out: bool = False
     """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class BiasConfig(TargetedConfig):
+    """An option of the methods that can train biases along."""
+
+    only: ClassVar[str | None] = None
+    """What the field calls "<method>_only", where that is another name."""
+
+    bias: str = "none"
+    """Biases to train along: "none", "<method>_only" ("vera_only", of the targeted layers), or "all"."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.choice("bias", ("none", f"{str(self.kind).lower()}_only", "all"))
+        names = [name for name in (self.only, f"{str(self.kind).lower()}_only") if name is not None]
+        self.choice("bias", ("none", *dict.fromkeys(names), "all"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,21 +5,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core import target
 from ..core.importance import Importance, best
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
 from ..core.method import Driven, Place, register
+from .bitfit import WithBiases
 from .lora import LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLoraConfig(TargetedConfig):
+class AdaLoraConfig(BiasConfig, TransposedConfig):
     """A LoRA as B diag(E) A that begins with the same rank everywhere and keeps the ranks that matter most."""
 
     kind = "ADALORA"
-    foreign: ClassVar[Mapping[str, Any]] = {**LoraConfig.foreign, "bias": "none", "qalora_group_size": 16}
+    foreign: ClassVar[Mapping[str, Any]] = {**LoraConfig.foreign, "qalora_group_size": 16}
+    only = "lora_only"
 
     total_step: int
     """The steps of the whole training; `coadapt train` fills it in."""
@@ -43,8 +45,6 @@ class AdaLoraConfig(TargetedConfig):
     """Scale of the change: it is multiplied by alpha / init_r."""
     lora_dropout: float = 0.0
     """Share of the inputs to A that are dropped while training."""
-    fan_in_fan_out: bool = False
-    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
     init_lora_weights: bool = True
     """True: E zero, so that nothing changes at the start; False: A, B and E normal."""
     rank_pattern: Mapping[str, Sequence[bool]] | None = None
@@ -71,7 +71,7 @@ class AdaLoraConfig(TargetedConfig):
 
 
 @register(AdaLoraConfig)
-class AdaLoRA(Driven, LowRankMethod):
+class AdaLoRA(WithBiases, Driven, LowRankMethod):
     """W' = W + (alpha / init_r) B diag(E) A, E with fewer and fewer entries
 
     Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, Zhang et al. 2023, arXiv:2303.10512. It drives

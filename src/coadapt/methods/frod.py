@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import BiasConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core.layer import Layer
 from ..core.method import Place, WeightMethod, register
 from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrodConfig(BiasConfig):
+class FrodConfig(BiasConfig, TransposedConfig):
     """W' = U (S + diag(l)) V^T where W = U diag(l0) V^T; V is the same for the layers of one name, S is sparse."""
 
     kind = "FROD"

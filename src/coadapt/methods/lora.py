@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import RankedConfig
+from ..config import BiasConfig, RankedConfig, TransposedConfig
 from ..core import target
 from ..core.adapter import Adapter
 from ..core.layer import Layer, kind_of
@@ -38,7 +38,7 @@ _OPTIONS: Mapping[str, type[Options]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig(RankedConfig):
+class LoraConfig(BiasConfig, RankedConfig, TransposedConfig):
     """W' = W + (alpha / r) B A at the layers that are targeted."""
 
     kind = "LORA"
@@ -50,10 +50,6 @@ class LoraConfig(RankedConfig):
     """Scale of the change: it is multiplied by alpha / r, or by alpha / sqrt(r) with `use_rslora`."""
     lora_dropout: float = 0.0
     """Share of the inputs to A that are dropped while training."""
-    fan_in_fan_out: bool = False
-    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
-    bias: str = "none"
-    """Biases to train along: "none", "lora_only" (of the targeted layers) or "all"."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (arXiv:2312.03732)."""
     init_lora_weights: bool | str = True
@@ -119,7 +115,6 @@ class LoraConfig(RankedConfig):
                 "LoraConfig: target_parameters names at least one parameter; lora_dropout and use_dora have no effect "
                 "on parameters, which have no input of their own. Put layers with those into another adapter."
             )
-        self.choice("bias", ("none", "lora_only", "all"))
         self.positive("qalora_group_size")
         for name, options in _OPTIONS.items():
             given = getattr(self, name)

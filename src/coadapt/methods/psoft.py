@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import TransposedConfig
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
 from ..core.method import FromBase, register
@@ -12,7 +12,7 @@ from ..core.rotation import cayley, cayley_neumann, skew
 
 
 @dataclass(frozen=True, kw_only=True)
-class PsoftConfig(TargetedConfig):
+class PsoftConfig(TransposedConfig):
     """The principal subspace of a layer's weight, rotated."""
 
     kind = "PSOFT"
@@ -21,8 +21,6 @@ class PsoftConfig(TargetedConfig):
     """Of how many singular directions."""
     psoft_dropout: float = 0.0
     """Share of the inputs to the change that are dropped while training."""
-    fan_in_fan_out: bool = False
-    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
     ab_svd_init: str = "psoft_init"
     """Where the singular values stand: "psoft_init", with the outputs, so that a rotation keeps angles; "pissa_init",
     half of each on both sides."""

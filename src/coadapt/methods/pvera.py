@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import BiasConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod
 from ..core.method import Place, register
@@ -16,7 +16,7 @@ from .vera import largest, projections
 
 
 @dataclass(frozen=True, kw_only=True)
-class PveraConfig(BiasConfig):
+class PveraConfig(BiasConfig, TransposedConfig):
     """VeRA whose inner values are drawn from a normal distribution that depends on the input."""
 
     kind = "PVERA"

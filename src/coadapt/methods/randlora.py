@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import BiasConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
 from ..core.method import Place, register
@@ -16,7 +16,7 @@ from .vera import largest
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandLoraConfig(BiasConfig):
+class RandLoraConfig(BiasConfig, TransposedConfig):
     """W' = W + (alpha / r) sum_n B_n diag(l_n) A diag(g_n) at the targets; A and all B_n are random and frozen."""
 
     kind = "RANDLORA"

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import BiasConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
@@ -15,7 +15,7 @@ from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class VBLoRAConfig(BiasConfig):
+class VBLoRAConfig(BiasConfig, TransposedConfig):
     """W' = W + B A at the targets; both are put together from the vectors of one bank, which all of them share."""
 
     kind = "VBLORA"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import BiasConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
 from ..core.method import Place, register
@@ -16,7 +16,7 @@ from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class VeraConfig(BiasConfig):
+class VeraConfig(BiasConfig, TransposedConfig):
     """W' = W + diag(b) B diag(d) A at the targeted layers; A and B are random, frozen, and the same for all."""
 
     kind = "VERA"
