@@ -261,6 +261,18 @@ CASES = {
     "llama-vblora": other("llama", "VBLoRAConfig", num_vectors=6, vector_length=8, target_modules="all-linear"),
     "gpt2-vblora": other("gpt2", "VBLoRAConfig", num_vectors=6, vector_length=16, topk=3),
     "t5-vblora": other("t5", "VBLoRAConfig", num_vectors=6, vector_length=4, target_modules=["q", "wo"]),
+    "gpt2-vblora-topk": other(
+        "gpt2", "VBLoRAConfig", num_vectors=300, vector_length=16, topk=3, save_only_topk_weights=True
+    ),
+    "t5-vblora-topk": other(
+        "t5",
+        "VBLoRAConfig",
+        num_vectors=6,
+        vector_length=4,
+        topk=1,
+        target_modules=["q", "wo"],
+        save_only_topk_weights=True,
+    ),
     "llama-unilora": other("llama", "UniLoraConfig", theta_d_length=50, target_modules="all-linear"),
     "llama-unilora-saved": other("llama", "UniLoraConfig", theta_d_length=50, save_indices=True),
     "gpt2-unilora": other("gpt2", "UniLoraConfig", proj_seed=3),
@@ -295,6 +307,9 @@ CASES = {
     ),
     "gpt2-waveft-bias": other("gpt2", "WaveFTConfig", n_frequency=40, target_modules=["c_attn"], bias="all"),
     "gpt2-adalora-bias": other("gpt2", "AdaLoraConfig", total_step=9, init_r=4, target_r=2, bias="lora_only"),
+    "llama-adalora-tokens": other(
+        "llama", "AdaLoraConfig", total_step=9, init_r=4, target_r=2, trainable_token_indices=[3, 7, 20]
+    ),
     "opt-adalora-bias": other(
         "opt", "AdaLoraConfig", total_step=9, init_r=4, target_r=2, bias="all", target_modules=["fc1"]
     ),

@@ -16,6 +16,7 @@ from ..core.composition import Node, names, trained_gates
 from ..core.gates import Learned
 from ..core.method import Reparametrization
 from ..core.routing import prepare
+from ..methods.vblora import VBLoRAConfig
 from . import adapterhub, checkpoint, files, vocabulary
 from .compositions import node_from_json, node_to_json
 from .configs import asked_start, asked_targets, described, takes_from_base, understood, with_start, without_start
@@ -256,6 +257,11 @@ def _load_adapter(reader: _Reader, where: Path, name: str, config: PeftConfig | 
                 f"virtual tokens ({TRAINING} is missing), so it cannot be trained on. Load it without is_trainable."
             )
         stored = stored.for_inference()
+    if is_trainable and isinstance(stored, VBLoRAConfig) and stored.save_only_topk_weights:
+        raise ValueError(
+            f"{where} was written with save_only_topk_weights, for inference: it says which vectors each piece has, "
+            "and nothing of the others, so it cannot be trained on. Load it without is_trainable."
+        )
     stored = replace_options(stored, inference_mode=not is_trainable, adapter_name=None)
     adapter = build(name, without_start(stored), reader.base, reader.half, blank=not again)
     adapter.config = replace_options(stored, modules_to_save=adapter.config.modules_to_save)

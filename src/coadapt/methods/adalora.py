@@ -1,11 +1,11 @@
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import BiasConfig, TransposedConfig
+from ..config import BiasConfig, TokensConfig, TransposedConfig
 from ..core import target
 from ..core.importance import Importance, best
 from ..core.layer import Layer
@@ -13,14 +13,21 @@ from ..core.lowrank import LowRankMethod, is_plain
 from ..core.method import Driven, Place, register
 from .bitfit import WithBiases
 from .lora import LoraConfig
+from .trainable_tokens import WithTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLoraConfig(BiasConfig, TransposedConfig):
+class AdaLoraConfig(BiasConfig, TokensConfig, TransposedConfig):
     """A LoRA as B diag(E) A that begins with the same rank everywhere and keeps the ranks that matter most."""
 
     kind = "ADALORA"
     foreign: ClassVar[Mapping[str, Any]] = {**LoraConfig.foreign, "qalora_group_size": 16}
+    unread: ClassVar[Mapping[str, str]] = {
+        **{option.name: "a LoRA has it; put one beside this" for option in fields(LoraConfig)},
+        **LoraConfig.unread,
+        **dict.fromkeys(("use_rslora", "alpha_pattern"), "the change is multiplied by lora_alpha / init_r everywhere"),
+        "r": "it is init_r, the rank to begin with, and target_r, the one to end with",
+    }
     only = "lora_only"
 
     total_step: int
@@ -71,7 +78,7 @@ class AdaLoraConfig(BiasConfig, TransposedConfig):
 
 
 @register(AdaLoraConfig)
-class AdaLoRA(WithBiases, Driven, LowRankMethod):
+class AdaLoRA(WithTokens, WithBiases, Driven, LowRankMethod):
     """W' = W + (alpha / init_r) B diag(E) A, E with fewer and fewer entries
 
     Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, Zhang et al. 2023, arXiv:2303.10512. It drives

@@ -61,8 +61,9 @@ class WithBiases:
 
     @classmethod
     def companions(cls, config: Any, base: nn.Module, places: list[Place]) -> list[Companion]:
+        inherited: list[Companion] = super().companions(config, base, places)  # type: ignore[misc]
         if config.bias == "none":
-            return []
+            return inherited
         copied = {m for place in ModuleCopy.places(config, base) for m in place.module.modules()}
         with_bias = {p: m for p in roles.with_bias(base) if (m := base.get_submodule(p)) not in copied}
         found = [Place(p, m) for p, m in with_bias.items()] if config.bias == "all" else places
@@ -70,4 +71,4 @@ class WithBiases:
         if not found:
             who = type(config).__name__
             raise ValueError(f"{who}: bias={config.bias!r}, but none of the layers concerned has a bias.")
-        return [Companion(BitFit, BitFitConfig(), found, below=cls.reads_bias)]
+        return [*inherited, Companion(BitFit, BitFitConfig(), found, below=cls.reads_bias)]

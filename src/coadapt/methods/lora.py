@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import BiasConfig, RankedConfig, TransposedConfig
+from ..config import BiasConfig, RankedConfig, TokensConfig, TransposedConfig
 from ..core import target
 from ..core.adapter import Adapter
 from ..core.layer import Layer, kind_of
@@ -24,7 +24,7 @@ from ..lora_options import (
 )
 from .bitfit import WithBiases
 from .lora_bias import LoraBias
-from .trainable_tokens import TrainableTokens, TrainableTokensConfig
+from .trainable_tokens import WithTokens
 
 _OPTIONS: Mapping[str, type[Options]] = {
     "use_bdlora": BdLoraConfig,
@@ -38,11 +38,16 @@ _OPTIONS: Mapping[str, type[Options]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig(BiasConfig, RankedConfig, TransposedConfig):
+class LoraConfig(BiasConfig, RankedConfig, TokensConfig, TransposedConfig):
     """W' = W + (alpha / r) B A at the layers that are targeted."""
 
     kind = "LORA"
     foreign: ClassVar[Mapping[str, Any]] = {"megatron_core": "megatron.core"}
+    unread: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("megatron_config", "megatron_core"), "Megatron's parallel layers are not adapted"),
+        "runtime_config": "nothing is moved to a GPU for a while; load the base with a device_map",
+        "arrow_config": "Arrow is a composition here: 'arrow(one, two)', or Arrow(...)",
+    }
 
     r: int = 8
     """Rank of the change."""
@@ -69,9 +74,6 @@ class LoraConfig(BiasConfig, RankedConfig, TransposedConfig):
     target_parameters: Sequence[str] | None = None
     """Ends of the names of parameters that are no layer's weight: fused experts (`mlp.experts.down_proj`), each expert
     with factors of its own."""
-    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
-    """Tokens whose embeddings are trained along, of a tied head too; for other layers than the input embedding
-    {module name: tokens}."""
     use_dora: bool = False
     """Train each row's length apart from its direction: DoRA (arXiv:2402.09353)."""
 
@@ -160,7 +162,7 @@ class LoraConfig(BiasConfig, RankedConfig, TransposedConfig):
 
 
 @register(LoraConfig)
-class LoRA(WithBiases, LowRankMethod):
+class LoRA(WithTokens, WithBiases, LowRankMethod):
     """W' = W + (alpha / r) B A, or W + (alpha / r) (B A - B0 A0)
 
     LoRA: Low-Rank Adaptation of Large Language Models, Hu et al. 2021, arXiv:2106.09685. On an embedding A starts at
@@ -215,16 +217,8 @@ class LoRA(WithBiases, LowRankMethod):
 
     @classmethod
     def companions(cls, config: LoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
-        tokens = config.trainable_token_indices
-        named = tokens if isinstance(tokens, Mapping) else {None: tokens} if tokens else {}
-        found_tokens = [
-            TrainableTokensConfig(token_indices=ids, target_modules=None if name is None else [name])
-            for name, ids in named.items()
-        ]
-        beside = [Companion(TrainableTokens, own, TrainableTokens.places(own, base)) for own in found_tokens]
-        if config.lora_bias:
-            beside.append(Companion(LoraBias, config, places))
-        return [*super().companions(config, base, places), *beside]
+        own = [Companion(LoraBias, config, places)] if config.lora_bias else []
+        return [*super().companions(config, base, places), *own]
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         if self.waits and self.training and torch.is_grad_enabled():

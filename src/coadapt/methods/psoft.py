@@ -1,5 +1,7 @@
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ class PsoftConfig(TransposedConfig):
     """The principal subspace of a layer's weight, rotated."""
 
     kind = "PSOFT"
+    unread: ClassVar[Mapping[str, str]] = {"psoft_alpha": "it has no effect, since it cancels itself out"}
 
     r: int = 32
     """Of how many singular directions."""

@@ -1,6 +1,7 @@
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ class PveraConfig(BiasConfig, TransposedConfig):
     """VeRA whose inner values are drawn from a normal distribution that depends on the input."""
 
     kind = "PVERA"
+    unread: ClassVar[Mapping[str, str]] = {"generator_seed": "numbers are drawn as torch draws; torch.manual_seed(...)"}
 
     r: int = 256
     """Rank of the change; costs 2 r numbers a site."""
