@@ -154,6 +154,12 @@ def method_named(word: str) -> MethodOptions:
     return methods()[name]
 
 
+def tasks_option(method: str) -> str | None:
+    """The option of a method that says how many tasks it tells apart; None where it does not tell any apart."""
+    known = method_named(method).names()
+    return next((name for name in ("n_tasks", "num_tasks") if name in known), None)
+
+
 def default_options(method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The starting values that `chosen` leaves open, but for the learning rate, which asks for the base's size."""
     known = method_named(method)
