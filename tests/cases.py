@@ -135,6 +135,7 @@ VARIANTS: dict[str, PeftConfig] = {
     "dora-pissa": LoraConfig(r=2, use_dora=True, init_lora_weights="pissa"),
     "lora-own-bias": LoraConfig(r=2, lora_bias=True, init_lora_weights=False),
     "lora-bias": LoraConfig(r=4, bias="lora_only", init_lora_weights=False),
+    "glora-bias": GloraConfig(r=2, config_D_E="vector", bias="glora_only", init_weights=False),
     "bottleneck-pfeiffer": BottleneckConfig(bottleneck_size=4, adapter_layer_norm="before"),
     "bottleneck-stream": BottleneckConfig(bottleneck_size=4, reads="stream"),
     "bottleneck-parallel-stream": BottleneckConfig(bottleneck_size=4, placement="parallel", reads="stream"),

@@ -62,6 +62,8 @@ class PeftConfig:
     """The method's name, as `peft_type` in adapter files."""
     foreign: ClassVar[Mapping[str, Any]] = {}
     """Fields of other programs' files that this method does not read, with the value at which they mean nothing."""
+    unread: ClassVar[Mapping[str, str]] = {}
+    """Options that the field has and this method does not -> why, or what is there instead."""
 
     peft_type: str | None = None
     """A check: the method that this configuration must be of. Left out, it is found."""
@@ -85,6 +87,8 @@ class PeftConfig:
     def __new__(cls, **options: Any) -> Self:
         known = [f.name for f in fields(cls)]
         for option in options:
+            if option not in known and option in cls.unread:
+                raise TypeError(f"{cls.__name__} does not read {option!r}, an option of peft's: {cls.unread[option]}.")
             if option not in known:
                 raise TypeError(
                     f"{cls.__name__} has no option {option!r}.{did_you_mean(option, known)} "
@@ -217,6 +221,7 @@ class PeftConfig:
             raise ValueError(
                 f"This {kind} file sets {', '.join(f'{k}={v!r}' for k, v in lost.items())}, which coadapt does "
                 "not read; leaving it out would give other results. Remove it only if you know that it had no effect."
+                + "".join(f" {k}: {target.unread[k]}." for k in lost if k in target.unread)
             )
         return target(**{k: v for k, v in values.items() if k in known})
 
@@ -313,17 +318,36 @@ class LycorisConfig(RankedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BiasConfig(TargetedConfig):
-    """Options of the methods that can train biases along."""
+class TransposedConfig(TargetedConfig):
+    """An option of the methods whose files say how the layers store their weights."""
 
-    bias: str = "none"
-    """Biases to train along: "none", "<method>_only" ("vera_only", of the targeted layers), or "all"."""
     fan_in_fan_out: bool = False
     """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class TokensConfig(TargetedConfig):
+    """An option of the methods that can train embeddings of tokens along."""
+
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    """Tokens whose embeddings are trained along, of a tied head too; for other layers than the input embedding
+    {module name: tokens}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasConfig(TargetedConfig):
+    """An option of the methods that can train biases along."""
+
+    only: ClassVar[str | None] = None
+    """What the field calls "<method>_only", where that is another name."""
+
+    bias: str = "none"
+    """Biases to train along: "none", "<method>_only" ("vera_only", of the targeted layers), or "all"."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.choice("bias", ("none", f"{str(self.kind).lower()}_only", "all"))
+        names = [name for name in (self.only, f"{str(self.kind).lower()}_only") if name is not None]
+        self.choice("bias", ("none", *dict.fromkeys(names), "all"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -261,6 +261,18 @@ CASES = {
     "llama-vblora": other("llama", "VBLoRAConfig", num_vectors=6, vector_length=8, target_modules="all-linear"),
     "gpt2-vblora": other("gpt2", "VBLoRAConfig", num_vectors=6, vector_length=16, topk=3),
     "t5-vblora": other("t5", "VBLoRAConfig", num_vectors=6, vector_length=4, target_modules=["q", "wo"]),
+    "gpt2-vblora-topk": other(
+        "gpt2", "VBLoRAConfig", num_vectors=300, vector_length=16, topk=3, save_only_topk_weights=True
+    ),
+    "t5-vblora-topk": other(
+        "t5",
+        "VBLoRAConfig",
+        num_vectors=6,
+        vector_length=4,
+        topk=1,
+        target_modules=["q", "wo"],
+        save_only_topk_weights=True,
+    ),
     "llama-unilora": other("llama", "UniLoraConfig", theta_d_length=50, target_modules="all-linear"),
     "llama-unilora-saved": other("llama", "UniLoraConfig", theta_d_length=50, save_indices=True),
     "gpt2-unilora": other("gpt2", "UniLoraConfig", proj_seed=3),
@@ -289,6 +301,28 @@ CASES = {
     ),
     "t5-waveft": other("t5", "WaveFTConfig", n_frequency=40, random_loc_seed=5, use_idwt=False),
     "plain-waveft": other("plain", "WaveFTConfig", n_frequency=40, target_modules=["first"], wavelet_family="db2"),
+    "gpt2-deft-bias": other("gpt2", "DeftConfig", r=4, bias="deft_only"),
+    "gpt2-fourierft-bias": other(
+        "gpt2", "FourierFTConfig", n_frequency=9, target_modules=["c_attn"], bias="fourier_only"
+    ),
+    "gpt2-waveft-bias": other("gpt2", "WaveFTConfig", n_frequency=40, target_modules=["c_attn"], bias="all"),
+    "gpt2-adalora-bias": other("gpt2", "AdaLoraConfig", total_step=9, init_r=4, target_r=2, bias="lora_only"),
+    "llama-adalora-tokens": other(
+        "llama", "AdaLoraConfig", total_step=9, init_r=4, target_r=2, trainable_token_indices=[3, 7, 20]
+    ),
+    "opt-adalora-bias": other(
+        "opt", "AdaLoraConfig", total_step=9, init_r=4, target_r=2, bias="all", target_modules=["fc1"]
+    ),
+    "opt-oft-bias": other("opt", "OFTConfig", oft_block_size=8, bias="oft_only"),
+    "bert-oft-bias": other("bert", "OFTConfig", oft_block_size=8, bias="all"),
+    "opt-boft-bias": other("opt", "BOFTConfig", boft_block_size=4, bias="boft_only"),
+    "opt-hra-bias": other("opt", "HRAConfig", r=4, bias="all"),
+    "plain-delora-bias": other("plain", "DeloraConfig", r=4, bias="delora_only", target_modules=["first"]),
+    "opt-glora-bias": other("opt", "GloraConfig", r=4, config_D_E="vector", bias="glora_only"),
+    "bert-glora-bias": other("bert", "GloraConfig", r=4, target_modules=["query", "value"], bias="all"),
+    "opt-miss-bias": other("opt", "MissConfig", r=8, bias="MiSS_only"),
+    "bert-bat-bias": other("bert", "MissConfig", r=4, init_weights="bat", bias="all"),
+    "plain-c3a-bias": other("plain", "C3AConfig", block_size=4, bias="c3a_only", target_modules=["first"]),
     "llama-ptuning": other("llama", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),
     "gpt2-ptuning": other("gpt2", "PromptEncoderConfig", num_virtual_tokens=3),
     "t5-ptuning": other("t5", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=8),
@@ -385,33 +419,47 @@ def field_loaded(base: nn.Module, folder: Path) -> Any:
 def gradients_as_stored(view: PeftModel) -> dict[str, Tensor]:
     """Gradients of the adapter "default" by the keys of files, in the layout of files.
 
-    Layouts are linear in what they hold, so gradients are laid out as values are.
+    But for what is fixed (the base's bias, where one is trained), layouts are linear in what they hold, so gradients
+    are laid out as values are.
     """
     adapter = view.get_adapter("default")
     values = {p: p.data for p in adapter.parameters()}
-    for parameter in values:
-        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    stored = {entry.key: entry.read().clone() for entry in entries(adapter, view.base)}
-    for parameter, value in values.items():
-        parameter.data = value
-    return stored
+
+    def read() -> dict[str, Tensor]:
+        return {entry.key: entry.read().clone() for entry in entries(adapter, view.base)}
+
+    return _read_as_gradients(values, read)
 
 
 def field_gradients(model: Any) -> dict[str, Tensor]:
     """The same of a model of the field's library."""
     values = {p: p.data for p in model.parameters() if p.requires_grad}
+
+    def read() -> dict[str, Tensor]:
+        state = field_quietly(lambda: peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+        return {k: v.detach().clone() for k, v in state.items() if not over_again(k)}
+
+    return _read_as_gradients(values, read)
+
+
+def _read_as_gradients(values: dict[nn.Parameter, Tensor], read: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `read` gives where each parameter is its gradient, without what is there whatever the parameters are."""
+    for parameter in values:
+        parameter.data = torch.zeros_like(parameter)
+    fixed = read()
     for parameter in values:
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    state = field_quietly(lambda: peft.get_peft_model_state_dict(model, save_embedding_layers=False))
-    stored = {k: v.detach().clone() for k, v in state.items() if not over_again(k)}
+    stored = {key: value - fixed[key] for key, value in read().items()}
     for parameter, value in values.items():
         parameter.data = value
     return stored
 
 
 def over_again(key: str) -> bool:
-    """Whether the field's file holds by this key what it holds once already: RandLoRA's bases, at each site."""
-    return key.startswith("base_model.model.") and key.endswith(("randlora_A", "randlora_B"))
+    """Whether the field's file holds by this key what it holds once already: RandLoRA's bases, at each site; with
+    `bias="all"` those of copied modules, and of their originals."""
+    copied = ("modules_to_save.bias", "original_module.bias")
+    return key.startswith("base_model.model.") and key.endswith(("randlora_A", "randlora_B", *copied))
 
 
 def far(a: Tensor, b: Tensor) -> float:

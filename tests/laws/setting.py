@@ -48,7 +48,7 @@ few = settings(max_examples=12, deadline=None, derandomize=True)
 
 def fits(case: str, model: str) -> bool:
     """Whether a method has a place in a model (BLOOM's attention takes no prefix; a plain module has no input)."""
-    if case == "lora-bias" and model in WITHOUT_BIAS:
+    if case in ("lora-bias", "glora-bias") and model in WITHOUT_BIAS:
         return False  # there is no bias
     if case.endswith("tokens") and model in ("vit", "conv"):
         return False  # there are none

@@ -12,8 +12,8 @@ from laws.setting import MAKE, attach, close, far, few, fits, gradients, logits,
 
 
 def same(case: str, one: torch.Tensor, other: torch.Tensor) -> None:
-    """To the bit, but for biases beside a LoRA: the field's files hold their sum with the base's, not the change."""
-    if case == "lora-bias":
+    """To the bit, but for biases trained along: the field's files hold their sum with the base's, not the change."""
+    if case in ("lora-bias", "glora-bias"):
         close(one, other)
     else:
         assert torch.equal(one, other)

@@ -89,3 +89,19 @@ def test_a_projected_prefix_is_the_papers_mlp() -> None:
         both = whole.view(3, len(sites), 2, *site.shape[2:])[:, i]  # (N, 2, H, D)
         for found, expected in zip(site.prefix(), both.unbind(1), strict=True):
             torch.testing.assert_close(found, expected.transpose(0, 1))
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_a_prefix_of_zeros_changes_the_model_and_trains(projected: bool) -> None:
+    view = get_peft_model(
+        gpt2(), PrefixTuningConfig(num_virtual_tokens=3, init_weights="zero", prefix_projection=projected)
+    )
+    for part in view.get_adapter("default").parts:
+        keys, values = part.method.prefix()  # type: ignore[operator]
+        assert not keys.any()
+        assert not values.any()
+    assert not torch.equal(logits(view), logits(gpt2()))
+    logits(view).pow(2).sum().backward()
+    assert any(p.grad is not None and p.grad.any() for p in view.parameters())
+    with pytest.raises(ValueError, match="would never train"):
+        PrefixTuningConfig(num_virtual_tokens=3, init_weights="zero", prefix_type="decoupled")

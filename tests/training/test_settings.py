@@ -171,7 +171,7 @@ def test_names_are_those_of_transformers_where_it_has_one() -> None:
         "eval_split",
         "prompt_separator",
     }
-    ours |= {f"{role}_column" for role in ("text", "prompt", "completion", "label", "image")} | {
+    ours |= {f"{role}_column" for role in ("text", "prompt", "completion", "label", "image", "task")} | {
         "completion_only_loss",
         "max_length",
     }

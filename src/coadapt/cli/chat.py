@@ -35,12 +35,14 @@ def _invoke(model: str | None, adapter: Path | None, adapters: tuple[str, ...], 
             raise click.UsageError("--compare puts the base beside its adapters; give --adapter too.")
     from coadapt.cli.output import quiet
     from coadapt.training.chat import Chat
-    from coadapt.training.load import load
+    from coadapt.training.load import load, tasks_told
     from coadapt.training.machine import chosen
 
     quiet()
     first, *beside = adapters or (None,)
     ready = load(model, adapter, first, device=chosen(use_cpu))
+    if (count := tasks_told(ready.model)) > 1:
+        raise click.UsageError(f"What is active tells {count} tasks apart; coadapt generate --task asks for one.")
     Talk(Chat(ready, beside=[text for text in beside if text is not None], **options)).run()
     return 0
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 KNOWN = ("exact_match", "accuracy", "perplexity", "loss", "rouge")
 ABOUT_ROWS = (
     *("data", "metric", "max_new_tokens", "max_length", "dataset_config", "show"),
-    *("text_column", "prompt_column", "completion_column", "label_column", "image_column"),
+    *("text_column", "prompt_column", "completion_column", "label_column", "image_column", "task_column", "task"),
 )
 """Options without a meaning for tasks of lm_eval."""
 
@@ -309,6 +309,11 @@ command = click.Command(
                 ("image", "images' files"),
             )
         ),
+        click.Option(
+            ["--task-column"],
+            help="Column of each row's task, where adapters tell tasks apart; left out, as in training, or `task_ids`.",
+        ),
+        click.Option(["--task"], metavar="TASK", help="The task of all rows, by its name or number, in its place."),
         click.Option(["--dataset-config"], help="Configuration of a dataset of the hub."),
         click.Option(
             ["--show"], type=click.IntRange(0), default=2, show_default=True, help="So many rows with all answers."

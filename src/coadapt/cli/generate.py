@@ -17,6 +17,7 @@ def _invoke(
     prompt: tuple[str, ...],
     image: tuple[Path, ...],
     raw: bool,
+    task: str | None,
     max_new_tokens: int,
     temperature: float,
     seed: int,
@@ -39,9 +40,9 @@ def _invoke(
     ready = load(model, adapter, adapters, device=chosen(use_cpu))
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "raw": raw}
     for file in image:
-        click.echo(answer_image(ready, file))
+        click.echo(answer_image(ready, file, task))
     for text in prompts:
-        click.echo(answer(ready, text, **options))
+        click.echo(answer(ready, text, task=task, **options))
     return 0
 
 
@@ -82,6 +83,11 @@ command = click.Command(
         ),
         click.Option(
             ["--raw"], is_flag=True, help="Take the prompt as it is, without the frame that it had in training."
+        ),
+        click.Option(
+            ["--task"],
+            metavar="TASK",
+            help="The task that is asked, by its name or number, where adapters tell tasks apart.",
         ),
         *answering(),
     ],

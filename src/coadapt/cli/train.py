@@ -184,6 +184,8 @@ def _invoke(config: Path | None, overrides: tuple[str, ...], **flags: Any) -> in
         return 1
     click.echo(f"\nSaved in {done.folder} (adapter, README.md, loss.png, metrics.jsonl, run.yaml). Try it:")
     which = f' --adapters "{next(iter(run.sources.values())).composition}"' if len(run.datasets) > 1 else ""
+    if (tasks := done.material.first.tasks) is not None:
+        which += f" --task {tasks.names[tasks.number] if tasks.names else tasks.number}"
     click.echo(f"  coadapt generate --model {run.model} --adapter {done.folder}{which} {asking(done.processor)}")
     return 0
 

@@ -16,7 +16,7 @@ from ..config import PeftConfig, TargetedConfig
 from . import roles, target, tied
 from .backbone import Backbone, backbones, stacks
 from .layer import Layer
-from .method import AttentionMethod, Driven, InputMethod, Method, ModuleMethod, WeightMethod, method_for
+from .method import AttentionMethod, Companion, Driven, InputMethod, Method, ModuleMethod, WeightMethod, method_for
 from .parameter import ParameterLayer
 from .precision import linear
 from .roles import Place
@@ -164,11 +164,11 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False, bl
     adapter.facts = cls.facts(config, base)
     with _seeded(config.init_seed), _Blank() if blank else nullcontext():
         adapter.shared = cls.shared(config, base, places)
-        for place in places:
-            adapter.add(place, _made(cls, config, place, base, adapter.shared, blank))
-        for companion in cls.companions(config, base, places):
-            for place in companion.places:
-                adapter.add(place, _made(companion.method, companion.config, place, base))
+        own = Companion(cls, config, places)
+        for one in sorted([own, *cls.companions(config, base, places)], key=lambda one: not one.below):
+            shared = adapter.shared if one is own else None
+            for place in one.places:
+                adapter.add(place, _made(one.method, one.config, place, base, shared, blank))
     for place in ModuleCopy.places(config, base):
         adapter.add(place, _made(ModuleCopy, config, place, base))
     if adapter.shared is not None:

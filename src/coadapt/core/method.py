@@ -30,6 +30,8 @@ class Companion:
     method: type["Method"]
     config: PeftConfig
     places: Sequence[Place]
+    below: bool = False
+    """Whether it changes the layer before the method itself does: the method reads what this leaves."""
 
 
 def register(config: type[PeftConfig], variant: str | None = None) -> Callable[[M], M]:

@@ -1,7 +1,7 @@
 """Which kind of data a table is, told by the names of its columns."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 Kind = Literal["text", "pair", "instruction", "messages", "labelled", "tagged", "pictured"]
@@ -32,6 +32,11 @@ class Format:
     kind: Kind
     columns: Mapping[str, str]
     note: str | None = field(default=None)
+
+    def beside(self, column: str, columns: Sequence[str]) -> "Format":
+        """The same, where one more of the table's `columns` is used."""
+        idle = self.note is not None and self.note == _unused(columns, self.columns)
+        return replace(self, note=_unused([c for c in columns if c != column], self.columns)) if idle else self
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import BaseImageProcessor
 
+from coadapt.data.by_task import TASK, Tasks
 from coadapt.data.prepare import Plan, Prepared, dropped, split_rows
 from coadapt.data.source import Source, fingerprint
 from coadapt.data.tokens import Tally, class_name
@@ -58,7 +59,8 @@ class ImageCollator:
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         seen = self.processor([opened(Path(e["image"])) for e in examples], return_tensors="pt")
-        return {**seen, "labels": torch.tensor([e["labels"] for e in examples])}
+        told = {key: torch.tensor([e[key] for e in examples]) for key in ("labels", TASK) if key in examples[0]}
+        return {**seen, **told}
 
 
 @dataclass
@@ -70,10 +72,10 @@ class _Looked:
     left_out: list[str] = field(default_factory=list[str])
 
 
-def prepare_images(found: Plan, *, eval_split: float, seed: int) -> Prepared:
+def prepare_images(found: Plan, *, eval_split: float, seed: int, tasks: Tasks | None = None) -> Prepared:
     """Splits, and looks at each file; those that are no images are left out, and named.
 
-    `eval_split` and `seed` as in `prepare`.
+    `eval_split`, `seed` and `tasks` as in `prepare`.
 
     Raises:
         ValueError: no row has an image that can be read, or pillow is missing.
@@ -82,10 +84,10 @@ def prepare_images(found: Plan, *, eval_split: float, seed: int) -> Prepared:
     rows, held_rows = split_rows(found, eval_split, seed)
     train, held = _Looked(), _Looked()
     place = found.source.root
-    examples = _examples(rows, found, place, train)
+    examples = _examples(rows, found, place, train, tasks)
     held_out = None
     if held_rows is not None:
-        held_out = _examples(held_rows, found, place if found.held_out is None else found.held_out.root, held)
+        held_out = _examples(held_rows, found, place if found.held_out is None else found.held_out.root, held, tasks)
     return Prepared(
         train=examples,
         held_out=held_out,
@@ -98,9 +100,11 @@ def prepare_images(found: Plan, *, eval_split: float, seed: int) -> Prepared:
     )
 
 
-def _examples(rows: Dataset, found: Plan, place: Path, looked: _Looked) -> Dataset:
+def _examples(rows: Dataset, found: Plan, place: Path, looked: _Looked, tasks: Tasks | None) -> Dataset:
     columns, made, tally = found.form.columns, list[dict[str, Any]](), looked.tally
-    for image, label in zip(rows[columns["image"]], rows[columns["label"]], strict=True):
+    for row in rows:
+        image, label = row[columns["image"]], row[columns["label"]]  # type: ignore[index, call-overload]
+        own = {} if tasks is None else {TASK: tasks.of(row)}  # type: ignore[arg-type]
         tally.rows += 1
         name = class_name(label, found.classes)
         if not image or label is None or label == "":
@@ -112,7 +116,7 @@ def _examples(rows: Dataset, found: Plan, place: Path, looked: _Looked) -> Datas
             looked.left_out.append(str(image))
         else:
             tally.trained += 1
-            made.append({"image": str(place / image), "labels": found.classes.index(name)})
+            made.append({"image": str(place / image), "labels": found.classes.index(name), **own})
     if not made:
         raise ValueError(
             f"None of the {tally.rows} rows has an image that can be read: {dropped(tally)}"

@@ -8,6 +8,7 @@ import datasets
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from coadapt.data.by_task import TASK, Tasks
 from coadapt.data.columns import PATTERNS, Format, Told, find_format
 from coadapt.data.segments import Framing, find_framing
 from coadapt.data.source import Source, fingerprint
@@ -130,8 +131,9 @@ def prepare(
     seed: int,
     completion_only_loss: bool = True,
     separator: str = "\n",
+    tasks: Tasks | None = None,
 ) -> Prepared:
-    """Tokenises and splits.
+    """Tokenises and splits; with `tasks` each example says its own.
 
     `eval_split` is the share of rows to hold out (0: none), drawn by `seed`, where the source has no held-out part.
 
@@ -146,8 +148,8 @@ def prepare(
     encode = encoder(found, tokenizer, task, framing, max_length, completion_only_loss)
     rows, held_rows = split_rows(found, eval_split, seed)
     tally, held_tally = Tally(), Tally()
-    train = _encode(rows, encode, tally)
-    held_out = None if held_rows is None else _encode(held_rows, encode, held_tally)
+    train = _encode(rows, encode, tally, tasks)
+    held_out = None if held_rows is None else _encode(held_rows, encode, held_tally, tasks)
     if found.source.document and held_out is None and eval_split:
         train, held_out = _split_tail(train, eval_split)
     if held_out is not None and len(held_out) == 0:
@@ -214,15 +216,17 @@ def _split_tail(examples: Dataset, share: float) -> tuple[Dataset, Dataset | Non
     return examples.select(range(at)), examples.select(range(at, len(examples)))
 
 
-def _encode(rows: Dataset, encode: Encode, tally: Tally) -> Dataset:
+def _encode(rows: Dataset, encode: Encode, tally: Tally, tasks: Tasks | None) -> Dataset:
     def batch(columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         made: dict[str, list[Any]] = {}
         for number in range(len(next(iter(columns.values())))):
             row = {name: values[number] for name, values in columns.items()}
+            own = {} if tasks is None else {TASK: tasks.of(row)}
             for example in encode(row, tally):
-                for key, value in example.items():
+                for key, value in (example | own).items():
                     made.setdefault(key, []).append(value)
-        return made or {"input_ids": [], "attention_mask": [], "labels": []}
+        empty = {} if tasks is None else {TASK: []}
+        return made or {"input_ids": [], "attention_mask": [], "labels": [], **empty}
 
     made = rows.map(
         batch,

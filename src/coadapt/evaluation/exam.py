@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from coadapt.data.by_task import TASK
 from coadapt.data.collate import Collator
 from coadapt.data.tokens import IGNORED, Example, end_tokens, pad_token
 from coadapt.evaluation.losses import row_losses, trained
@@ -148,7 +149,9 @@ class Exam:
         assert self.tokenizer is not None
         prompts = [self.parts[row][0] for row in batch]
         longest = min(self._longest(row) for row in batch)
-        return answers(view, self.tokenizer, prompts, max_new_tokens=longest, left=self.task != "seq2seq")
+        told = [self.rows[row][TASK] for row in batch] if TASK in self.rows[batch[0]] else None
+        left = self.task != "seq2seq"
+        return answers(view, self.tokenizer, prompts, max_new_tokens=longest, left=left, task_ids=told)
 
     def _longest(self, row: int) -> int:
         """Tokens of an answer that there is room for."""
@@ -187,12 +190,14 @@ def answers(
     *,
     max_new_tokens: int,
     left: bool = True,
+    task_ids: Sequence[int] | None = None,
 ) -> list[str]:
     """What a model goes on with, greedily, without prompts and special tokens.
 
     Args:
         prompts: token ids.
         left: pad on the left, as what goes on behind its prompt must; an encoder-decoder is padded as in training.
+        task_ids: the task of each prompt, where adapters tell tasks apart.
     """
     longest, fill = max(map(len, prompts)), pad_token(tokenizer)
     gaps = [[0] * (longest - len(prompt)) for prompt in prompts]
@@ -210,6 +215,7 @@ def answers(
         max_new_tokens=max_new_tokens,
         pad_token_id=fill,
         eos_token_id=end_tokens(model.generation_config.eos_token_id, tokenizer),
+        **({} if task_ids is None else {TASK: task_ids}),
     )
     start = 0 if model.config.is_encoder_decoder else longest
     return cast(list[str], tokenizer.batch_decode(out[:, start:], skip_special_tokens=True))

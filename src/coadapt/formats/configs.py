@@ -313,11 +313,13 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
 
 _Said = Mapping[str, Any]
 _IDLE: Mapping[str, Mapping[str, Callable[[_Said], bool]]] = {
+    "ADALORA": dict.fromkeys(("use_rslora", "alpha_pattern"), lambda said: True),  # which it does not read there either
     "CPT": {"cpt_prompt_init": lambda said: True},  # of the start
     "DEFT": {
         **dict.fromkeys(("alpha", "deft_dropout"), lambda said: bool(said.get("para"))),
         "init_scale": lambda said: True,  # of the start
     },
+    "FROD": dict.fromkeys(("progressbar", "runtime_offload_base_weight"), lambda said: True),  # of how it runs
     "MISS": {
         "mini_r": lambda said: said.get("init_weights") != "mini",
         "miss_dropout": lambda said: said.get("init_weights") == "bat",
@@ -327,6 +329,7 @@ _IDLE: Mapping[str, Mapping[str, Callable[[_Said], bool]]] = {
         "num_cayley_neumann_terms": lambda said: not said.get("use_cayley_neumann"),
         "module_dropout": lambda said: bool(said.get("block_share")),
     },
+    "OSF": {"target_svd_config": lambda said: True},  # which nobody reads
     "PSOFT": {
         "psoft_alpha": lambda said: True,  # cancels itself out
         **dict.fromkeys(("psoft_svd_lowrank_niter", "random_seed"), lambda said: said.get("psoft_svd") != "lowrank"),
@@ -336,6 +339,7 @@ _IDLE: Mapping[str, Mapping[str, Callable[[_Said], bool]]] = {
             lambda said: not (said.get("psoft_orth", True) and said.get("use_cayley_neumann")),
         ),
     },
+    "PVERA": {"generator_seed": lambda said: True},  # of what is drawn
 }
 """Method -> fields that others write although they say nothing there; given here they would be refused."""
 

@@ -16,6 +16,7 @@ from ..core.composition import Node, names, trained_gates
 from ..core.gates import Learned
 from ..core.method import Reparametrization
 from ..core.routing import prepare
+from ..methods.vblora import VBLoRAConfig
 from . import adapterhub, checkpoint, files, vocabulary
 from .compositions import node_from_json, node_to_json
 from .configs import asked_start, asked_targets, described, takes_from_base, understood, with_start, without_start
@@ -256,6 +257,11 @@ def _load_adapter(reader: _Reader, where: Path, name: str, config: PeftConfig | 
                 f"virtual tokens ({TRAINING} is missing), so it cannot be trained on. Load it without is_trainable."
             )
         stored = stored.for_inference()
+    if is_trainable and isinstance(stored, VBLoRAConfig) and stored.save_only_topk_weights:
+        raise ValueError(
+            f"{where} was written with save_only_topk_weights, for inference: it says which vectors each piece has, "
+            "and nothing of the others, so it cannot be trained on. Load it without is_trainable."
+        )
     stored = replace_options(stored, inference_mode=not is_trainable, adapter_name=None)
     adapter = build(name, without_start(stored), reader.base, reader.half, blank=not again)
     adapter.config = replace_options(stored, modules_to_save=adapter.config.modules_to_save)
@@ -283,6 +289,7 @@ def _fill(adapter: Adapter, reader: _Reader, tensors: Mapping[str, Tensor], file
     others = {k: t for k, t in tensors.items() if k not in known}
     done = vocabulary.taken(adapter, reader.base, others, reader.half, file)
     done |= {k for k, t in others.items() if _is_the_bases(k, t, reader.base) or _is_shared(k, t, adapter, tensors)}
+    done |= {k for k, t in others.items() if _is_copied(k, t, tensors)}
     used = {k: t for k, t in tensors.items() if k not in done}
     checkpoint.refuse_misfits(file, {k: e.shape for k, e in known.items()}, used)
     for key, tensor in used.items():
@@ -302,6 +309,13 @@ def _is_shared(key: str, tensor: Tensor, adapter: Adapter, tensors: Mapping[str,
     """Whether a tensor is what all sites share over again, as the field writes it at each site for RandLoRA."""
     once = shared_keys(adapter).get(key.rpartition(".")[2])
     return once is not None and once in tensors and torch.equal(tensors[once], tensor)
+
+
+def _is_copied(key: str, tensor: Tensor, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor is the bias of a trained copy over again, or that of its original, which nothing uses: the field
+    writes both with `bias="all"`."""
+    once = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+    return once != key and once in tensors and (".original_module." in key or torch.equal(tensors[once], tensor))
 
 
 def _keys_of_the_base(base: nn.Module) -> dict[str, nn.Parameter]:

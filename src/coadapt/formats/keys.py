@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import VirtualTokensConfig
+from ..config import TokensConfig, VirtualTokensConfig
 from ..core.adapter import Adapter, ModuleCopy, Part
 from ..core.layer import kind_of
 from ..core.method import FromBase, InputMethod, Progress, Reparametrization, method_for
@@ -28,11 +28,12 @@ from ..methods.hira import HiRA
 from ..methods.ia3 import IA3
 from ..methods.loha import LoHa
 from ..methods.lokr import LoKr
-from ..methods.lora import LoRA, LoraConfig
+from ..methods.lora import LoRA
 from ..methods.lora_bias import LoraBias
 from ..methods.multitask_prompt import MultitaskPromptTuning
 from ..methods.prefix import Blocks, PrefixTuning, PrefixTuningConfig
 from ..methods.trainable_tokens import KeptRows, TrainableTokens
+from ..methods.vblora import VBLoRA
 from . import names
 from .vocabulary import ROOT, embeddings
 
@@ -114,10 +115,13 @@ def _entries(adapter: Adapter, base: nn.Module, taken: bool) -> Iterator[Entry]:
                 yield from (_zeros(f"{ROOT}{path}.glora_{n}.zeros", shape) for n, shape in method.absent.items())
             case KeptRows():
                 yield from _kept(adapter, part, base)
-            case TrainableTokens() if isinstance(adapter.config, LoraConfig):
+            case TrainableTokens() if isinstance(adapter.config, TokensConfig):
                 yield from _tokens_beside(adapter, part, path)
             case LoRA() as method if part.place.parameter:
                 yield from _of_parameter(adapter, part, method, path.rpartition(".")[0], taken)
+            case VBLoRA() as method if method.best_only:
+                for name in ("zA", "zB"):
+                    yield from _chosen(method, name, _key(adapter, part, path, name))
             case AdaMSS() as method:
                 yield from _grouped(method, f"{ROOT}{path}.")
             case _:
@@ -263,6 +267,30 @@ def _grouped(method: AdaMSS, inside: str) -> Iterator[Entry]:
 
         shape = len(rows), rank
         yield Entry(f"{inside}adamss_B.{k}", shape, lambda r=rows, n=rank: method.B.detach()[r, :n].clone(), write)
+
+
+def _chosen(method: VBLoRA, name: str, key: str) -> Iterator[Entry]:
+    """Which vectors each piece has, in as few bits as there are vectors, and the weights of all but the last."""
+    logits = method.get_parameter(name)
+    *pieces, count = logits.shape
+    k = method.topk
+    small = torch.uint8 if count < 2**8 else torch.int16 if count < 2**15 else torch.int32
+    got: dict[str, Tensor] = {}
+
+    def write(what: str, tensor: Tensor) -> None:
+        _refuse_meta(logits)
+        got[what] = tensor
+        if len(got) == 2:
+            method.settle(logits, got["indices"], got["weights"])
+
+    def indices() -> Tensor:
+        return logits.detach().topk(k, dim=-1).indices.to(small)
+
+    def weights() -> Tensor:
+        return logits.detach().topk(k, dim=-1).values.softmax(-1)[..., :-1].contiguous()
+
+    yield Entry(f"{key}_topk_indices", (*pieces, k), indices, lambda t: write("indices", t))
+    yield Entry(f"{key}_topk_weights", (*pieces, k - 1), weights, lambda t: write("weights", t))
 
 
 def _kept(adapter: Adapter, part: Part, base: nn.Module) -> Iterator[Entry]:

@@ -1,25 +1,34 @@
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import BiasConfig, TokensConfig, TransposedConfig
 from ..core.importance import Importance, best
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod
 from ..core.method import Driven, Place, register
 from ..core.orthonormal import pull
+from .bitfit import WithBiases
 from .lora import LoraConfig
+from .trainable_tokens import WithTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLoraConfig(TargetedConfig):
+class AdaLoraConfig(BiasConfig, TokensConfig, TransposedConfig):
     """A LoRA as B diag(E) A that begins with the same rank everywhere and keeps the ranks that matter most."""
 
     kind = "ADALORA"
-    foreign: ClassVar[Mapping[str, Any]] = {**LoraConfig.foreign, "bias": "none", "qalora_group_size": 16}
+    foreign: ClassVar[Mapping[str, Any]] = {**LoraConfig.foreign, "qalora_group_size": 16}
+    unread: ClassVar[Mapping[str, str]] = {
+        **{option.name: "a LoRA has it; put one beside this" for option in fields(LoraConfig)},
+        **LoraConfig.unread,
+        **dict.fromkeys(("use_rslora", "alpha_pattern"), "the change is multiplied by lora_alpha / init_r everywhere"),
+        "r": "it is init_r, the rank to begin with, and target_r, the one to end with",
+    }
+    only = "lora_only"
 
     total_step: int
     """The steps of the whole training; `coadapt train` fills it in."""
@@ -43,8 +52,6 @@ class AdaLoraConfig(TargetedConfig):
     """Scale of the change: it is multiplied by alpha / init_r."""
     lora_dropout: float = 0.0
     """Share of the inputs to A that are dropped while training."""
-    fan_in_fan_out: bool = False
-    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
     init_lora_weights: bool = True
     """True: E zero, so that nothing changes at the start; False: A, B and E normal."""
     rank_pattern: Mapping[str, Sequence[bool]] | None = None
@@ -71,7 +78,7 @@ class AdaLoraConfig(TargetedConfig):
 
 
 @register(AdaLoraConfig)
-class AdaLoRA(Driven, LowRankMethod):
+class AdaLoRA(WithTokens, WithBiases, Driven, LowRankMethod):
     """W' = W + (alpha / init_r) B diag(E) A, E with fewer and fewer entries
 
     Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, Zhang et al. 2023, arXiv:2303.10512. It drives

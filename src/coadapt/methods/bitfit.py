@@ -1,11 +1,12 @@
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import TargetedConfig
 from ..core import roles, target
+from ..core.adapter import ModuleCopy
 from ..core.layer import Layer, kind_of
 from ..core.method import Companion, Place, WeightMethod, register
 
@@ -55,14 +56,19 @@ class BitFit(WeightMethod):
 class WithBiases:
     """Mixed into a method whose configuration has a field `bias`: "none", "all", or "<method>_only"."""
 
+    reads_bias: ClassVar[bool] = False
+    """Whether the method does something to the bias itself, which is then the trained one, as in the field."""
+
     @classmethod
     def companions(cls, config: Any, base: nn.Module, places: list[Place]) -> list[Companion]:
+        inherited: list[Companion] = super().companions(config, base, places)  # type: ignore[misc]
         if config.bias == "none":
-            return []
-        with_bias = set(roles.with_bias(base))
-        found = [Place(p, base.get_submodule(p)) for p in roles.with_bias(base)] if config.bias == "all" else places
+            return inherited
+        copied = {m for place in ModuleCopy.places(config, base) for m in place.module.modules()}
+        with_bias = {p: m for p in roles.with_bias(base) if (m := base.get_submodule(p)) not in copied}
+        found = [Place(p, m) for p, m in with_bias.items()] if config.bias == "all" else places
         found = [p for p in found if p.path in with_bias and kind_of(p.module) is not None]
         if not found:
             who = type(config).__name__
             raise ValueError(f"{who}: bias={config.bias!r}, but none of the layers concerned has a bias.")
-        return [Companion(BitFit, BitFitConfig(), found)]
+        return [*inherited, Companion(BitFit, BitFitConfig(), found, below=cls.reads_bias)]

@@ -1,22 +1,20 @@
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core.layer import Layer
 from ..core.method import register
 from ..core.rotation import Rotation, cayley, check_blocks, features, in_blocks
+from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class BOFTConfig(TargetedConfig):
+class BOFTConfig(BiasConfig, TransposedConfig):
     """The inputs of layers, rotated in blocks of features several times, with other neighbours each time."""
 
     kind = "BOFT"
-    foreign: ClassVar[Mapping[str, Any]] = {"bias": "none"}
 
     boft_block_size: int = 4
     """Features in a block; 0 where `boft_block_num` is given. It divides the input features of each target."""
@@ -26,8 +24,6 @@ class BOFTConfig(TargetedConfig):
     """How often blocks are rotated: with m, each output sees 2^(m - 1) blocks rotated together."""
     boft_dropout: float = 0.0
     """Share of the blocks that are left unrotated, in one of the rotations, drawn for each call while training."""
-    fan_in_fan_out: bool = False
-    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
     init_weights: bool = True
     """True: nothing changes at the start; False: random."""
 
@@ -39,7 +35,7 @@ class BOFTConfig(TargetedConfig):
 
 
 @register(BOFTConfig)
-class BOFT(Rotation):
+class BOFT(WithBiases, Rotation):
     """W' = diag(s) W (R_m ... R_1)^T, R_i = P_i diag(R_i1 ... R_ib) P_i^T, R_ij = (I - Q) (I + Q)^-1
 
     Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization, Liu et al. 2023, arXiv:2311.06243. Q is the

@@ -1,23 +1,22 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import BiasConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.method import AdditiveMethod, Place, register
+from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class C3AConfig(TargetedConfig):
+class C3AConfig(BiasConfig):
     """A change of the weight whose blocks are circulant: each is one trained row, turned further from row to row."""
 
     kind = "C3A"
-    foreign: ClassVar[Mapping[str, Any]] = {"bias": "none"}
 
     patterns = ("block_size_pattern",)
 
@@ -36,7 +35,7 @@ class C3AConfig(TargetedConfig):
 
 
 @register(C3AConfig)
-class C3A(AdditiveMethod):
+class C3A(WithBiases, AdditiveMethod):
     """W' = W + C(w) / I, C of blocks C_mn[i, j] = w_mn[(j - i) mod b]
 
     Parameter-Efficient Fine-Tuning via Circular Convolution, Chen et al. 2024, arXiv:2407.19342. Convolution kernels

@@ -18,6 +18,7 @@ class CartridgeConfig(AttentionConfig):
     prefix_layout: ClassVar[str] = "own"
     prefix_projection: ClassVar[bool] = False
     encoder_hidden_size: ClassVar[int | None] = None
+    init_weights: ClassVar[str | None] = None
 
     num_frozen_tokens: int = 1
     """How many of the first tokens stay as they are: attention rests on the first, and training is steadier so."""

@@ -1,23 +1,21 @@
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core.layer import Layer
 from ..core.lowrank import is_plain
 from ..core.method import WeightMethod, register
+from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeftConfig(TargetedConfig):
+class DeftConfig(BiasConfig, TransposedConfig):
     """Some directions of a layer's output, taken out of the weight and made anew."""
 
     kind = "DEFT"
-    foreign: ClassVar[Mapping[str, Any]] = {"bias": "none"}
 
     r: int = 8
     """How many directions; no more than the layer has outputs."""
@@ -27,8 +25,6 @@ class DeftConfig(TargetedConfig):
     """Scale of what comes in: it is multiplied by alpha / r; 1 if left out."""
     para: bool = False
     """Only take out, put nothing in: PaRa."""
-    fan_in_fan_out: bool = False
-    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
     deft_dropout: float = 0.0
     """Share of the inputs to R that are dropped while training."""
     init_weights: bool = True
@@ -47,7 +43,7 @@ class DeftConfig(TargetedConfig):
 
 
 @register(DeftConfig)
-class DEFT(WeightMethod):
+class DEFT(WithBiases, WeightMethod):
     """W' = W - Q V^T W + s Q R, with Q = P, V = relu(P), or Q = V = the orthonormal factor of P
 
     DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models, Kumar et al. 2025, arXiv:2509.22793; without

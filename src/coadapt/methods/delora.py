@@ -1,24 +1,23 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import BiasConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod
 from ..core.method import register
+from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeloraConfig(TargetedConfig):
+class DeloraConfig(BiasConfig):
     """W' = W + (lambda / r) B A with ranks of unit length, at the layers that are targeted."""
 
     kind = "DELORA"
-    foreign: ClassVar[Mapping[str, Any]] = {"bias": "none"}
 
     patterns = ("rank_pattern", "lambda_pattern")
 
@@ -42,7 +41,7 @@ class DeloraConfig(TargetedConfig):
 
 
 @register(DeloraConfig)
-class DeLoRA(LowRankMethod):
+class DeLoRA(WithBiases, LowRankMethod):
     """W' = W + (lambda / r) B diag(1 / (norm(b_i) norm(a_i))) A diag(n), n_j = norm(W_j)
 
     Decoupling Angles and Strength in Low-rank Adaptation, Bini et al. 2025, arXiv:2503.18225. b_i are the columns of B,

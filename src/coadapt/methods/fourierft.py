@@ -1,24 +1,24 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.method import AdditiveMethod, Place, register
 from ..core.scattered import Places, check_count
+from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class FourierFTConfig(TargetedConfig):
+class FourierFTConfig(BiasConfig, TransposedConfig):
     """A change of the weight with few frequencies, whose coefficients train."""
 
     kind = "FOURIERFT"
-    foreign: ClassVar[Mapping[str, Any]] = {"bias": "none"}
+    only = "fourier_only"
 
     patterns = ("n_frequency_pattern",)
 
@@ -28,8 +28,6 @@ class FourierFTConfig(TargetedConfig):
     """What the change is multiplied by: 100 to 150 for encoders, 300 for decoders and images, in the paper."""
     random_loc_seed: int = 777
     """Seed of the frequencies, which are the same at all layers of one shape."""
-    fan_in_fan_out: bool = False
-    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
     n_frequency_pattern: Mapping[str, int] = field(default_factory=dict)
     """Other numbers for some layers: end of a module's name, or a regular expression for it -> number."""
     init_weights: bool = False
@@ -42,7 +40,7 @@ class FourierFTConfig(TargetedConfig):
 
 
 @register(FourierFTConfig)
-class FourierFT(AdditiveMethod):
+class FourierFT(WithBiases, AdditiveMethod):
     """W' = W + s Re(IDFT2(F)), F zero but for n coefficients
 
     Parameter-Efficient Fine-Tuning with Discrete Fourier Transform, Gao et al. 2024, arXiv:2405.03003. Convolution

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import BiasConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core.decompositions import common_basis
 from ..core.layer import Layer
 from ..core.method import Place, WeightMethod, register
@@ -15,11 +15,15 @@ from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrodConfig(BiasConfig):
+class FrodConfig(BiasConfig, TransposedConfig):
     """W' = U (S + diag(l)) V^T where W = U diag(l0) V^T; V is the same for the layers of one name, S is sparse."""
 
     kind = "FROD"
-    foreign: ClassVar[Mapping[str, Any]] = {"progressbar": True, "runtime_offload_base_weight": False}
+    foreign: ClassVar[Mapping[str, Any]] = {"progressbar": True}
+    unread: ClassVar[Mapping[str, str]] = {
+        "progressbar": "no bar is shown",
+        "runtime_offload_base_weight": "the base stays in use, for other adapters and without them",
+    }
 
     sparse_rate: float = 0.01
     """Share of the entries of S that train."""

@@ -1,22 +1,21 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import BiasConfig
 from ..core.layer import Layer
 from ..core.method import WeightMethod, register
+from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class GloraConfig(TargetedConfig):
+class GloraConfig(BiasConfig):
     """Weights and biases, each scaled and shifted, and biases shifted by weights."""
 
     kind = "GLORA"
-    foreign: ClassVar[Mapping[str, Any]] = {"bias": "none"}
 
     r: int = 8
     """Rank of what is "lora"."""
@@ -57,7 +56,7 @@ class Support(nn.Module):
 
 
 @register(GloraConfig)
-class GLoRA(WeightMethod):
+class GLoRA(WithBiases, WeightMethod):
     """W' = W + W * A + B, b' = b + b * D + E + W C, * entry by entry
 
     One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning, Chavan et al. 2023, arXiv:2306.07967. The form of
@@ -67,6 +66,7 @@ class GLoRA(WeightMethod):
     """
 
     widens = False
+    reads_bias = True
 
     def __init__(self, config: GloraConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)

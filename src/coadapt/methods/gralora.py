@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import BiasConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod
@@ -13,7 +13,7 @@ from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class GraloraConfig(BiasConfig):
+class GraloraConfig(BiasConfig, TransposedConfig):
     """The weight in k x k blocks, each with a LoRA of rank r / k of its own."""
 
     kind = "GRALORA"

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import TransposedConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.method import WeightMethod, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiraConfig(TargetedConfig):
+class HiraConfig(TransposedConfig):
     """Weights, each multiplied by 1 + a product of two factors."""
 
     kind = "HIRA"
@@ -24,8 +24,6 @@ class HiraConfig(TargetedConfig):
     """Rank of the product."""
     hira_dropout: float = 0.0
     """Share of the inputs to the change that are dropped while training."""
-    fan_in_fan_out: bool = False
-    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
     init_weights: bool | str = True
     """True: A random, B zero, so that nothing changes at the start; "gaussian": A normal; False: both random."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)

@@ -1,23 +1,22 @@
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import BiasConfig
 from ..core.layer import Layer
 from ..core.method import register
 from ..core.rotation import Rotation, features
+from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class HRAConfig(TargetedConfig):
+class HRAConfig(BiasConfig):
     """The inputs of layers, mirrored r times."""
 
     kind = "HRA"
-    foreign: ClassVar[Mapping[str, Any]] = {"bias": "none"}
 
     r: int = 8
     """How many reflections."""
@@ -33,7 +32,7 @@ class HRAConfig(TargetedConfig):
 
 
 @register(HRAConfig)
-class HRA(Rotation):
+class HRA(WithBiases, Rotation):
     """W' = W H_1 ... H_r, H_i = I - 2 u_i u_i^T / norm(u_i)^2
 
     Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation, Yuan et al. 2024,

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import TransposedConfig
 from ..core import roles, target
 from ..core.layer import Layer, kind_of
 from ..core.method import Place, WeightMethod, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class IA3Config(TargetedConfig):
+class IA3Config(TransposedConfig):
     """Keys, values and the inner states of feed-forward parts, each feature multiplied by a trained number."""
 
     kind = "IA3"
@@ -19,8 +19,6 @@ class IA3Config(TargetedConfig):
     feedforward_modules: Sequence[str] | str | None = None
     """Targets whose input is rescaled and not their output, named as in `target_modules`. Left out, those that end the
     feed-forward part of a block."""
-    fan_in_fan_out: bool = False
-    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
     init_ia3_weights: bool = True
     """True: all numbers start at 1, so that nothing changes; False: random."""
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import RankedConfig
+from ..config import BiasConfig, RankedConfig, TokensConfig, TransposedConfig
 from ..core import target
 from ..core.adapter import Adapter
 from ..core.layer import Layer, kind_of
@@ -24,7 +24,7 @@ from ..lora_options import (
 )
 from .bitfit import WithBiases
 from .lora_bias import LoraBias
-from .trainable_tokens import TrainableTokens, TrainableTokensConfig
+from .trainable_tokens import WithTokens
 
 _OPTIONS: Mapping[str, type[Options]] = {
     "use_bdlora": BdLoraConfig,
@@ -38,11 +38,16 @@ _OPTIONS: Mapping[str, type[Options]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig(RankedConfig):
+class LoraConfig(BiasConfig, RankedConfig, TokensConfig, TransposedConfig):
     """W' = W + (alpha / r) B A at the layers that are targeted."""
 
     kind = "LORA"
     foreign: ClassVar[Mapping[str, Any]] = {"megatron_core": "megatron.core"}
+    unread: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("megatron_config", "megatron_core"), "Megatron's parallel layers are not adapted"),
+        "runtime_config": "nothing is moved to a GPU for a while; load the base with a device_map",
+        "arrow_config": "Arrow is a composition here: 'arrow(one, two)', or Arrow(...)",
+    }
 
     r: int = 8
     """Rank of the change."""
@@ -50,10 +55,6 @@ class LoraConfig(RankedConfig):
     """Scale of the change: it is multiplied by alpha / r, or by alpha / sqrt(r) with `use_rslora`."""
     lora_dropout: float = 0.0
     """Share of the inputs to A that are dropped while training."""
-    fan_in_fan_out: bool = False
-    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
-    bias: str = "none"
-    """Biases to train along: "none", "lora_only" (of the targeted layers) or "all"."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (arXiv:2312.03732)."""
     init_lora_weights: bool | str = True
@@ -73,9 +74,6 @@ class LoraConfig(RankedConfig):
     target_parameters: Sequence[str] | None = None
     """Ends of the names of parameters that are no layer's weight: fused experts (`mlp.experts.down_proj`), each expert
     with factors of its own."""
-    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
-    """Tokens whose embeddings are trained along, of a tied head too; for other layers than the input embedding
-    {module name: tokens}."""
     use_dora: bool = False
     """Train each row's length apart from its direction: DoRA (arXiv:2402.09353)."""
 
@@ -119,7 +117,6 @@ class LoraConfig(RankedConfig):
                 "LoraConfig: target_parameters names at least one parameter; lora_dropout and use_dora have no effect "
                 "on parameters, which have no input of their own. Put layers with those into another adapter."
             )
-        self.choice("bias", ("none", "lora_only", "all"))
         self.positive("qalora_group_size")
         for name, options in _OPTIONS.items():
             given = getattr(self, name)
@@ -165,7 +162,7 @@ class LoraConfig(RankedConfig):
 
 
 @register(LoraConfig)
-class LoRA(WithBiases, LowRankMethod):
+class LoRA(WithTokens, WithBiases, LowRankMethod):
     """W' = W + (alpha / r) B A, or W + (alpha / r) (B A - B0 A0)
 
     LoRA: Low-Rank Adaptation of Large Language Models, Hu et al. 2021, arXiv:2106.09685. On an embedding A starts at
@@ -220,16 +217,8 @@ class LoRA(WithBiases, LowRankMethod):
 
     @classmethod
     def companions(cls, config: LoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
-        tokens = config.trainable_token_indices
-        named = tokens if isinstance(tokens, Mapping) else {None: tokens} if tokens else {}
-        found_tokens = [
-            TrainableTokensConfig(token_indices=ids, target_modules=None if name is None else [name])
-            for name, ids in named.items()
-        ]
-        beside = [Companion(TrainableTokens, own, TrainableTokens.places(own, base)) for own in found_tokens]
-        if config.lora_bias:
-            beside.append(Companion(LoraBias, config, places))
-        return [*super().companions(config, base, places), *beside]
+        own = [Companion(LoraBias, config, places)] if config.lora_bias else []
+        return [*super().companions(config, base, places), *own]
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         if self.waits and self.training and torch.is_grad_enabled():

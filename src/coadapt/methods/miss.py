@@ -1,23 +1,22 @@
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import BiasConfig
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod
 from ..core.method import WeightMethod, register
+from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class MissConfig(TargetedConfig):
+class MissConfig(BiasConfig):
     """One small matrix, added to a layer's weight over and over."""
 
     kind = "MISS"
-    foreign: ClassVar[Mapping[str, Any]] = {"bias": "none"}
+    only = "MiSS_only"
 
     r: int = 64
     """Columns that are trained: the weight's columns have them in turns."""
@@ -43,7 +42,7 @@ class MissConfig(TargetedConfig):
 
 
 @register(MissConfig)
-class MiSS(LowRankMethod):
+class MiSS(WithBiases, LowRankMethod):
     """W' = W + D^T [I I ... I], D of r rows: w'_j = w_j + d_(j mod r)
 
     MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure, Kang et al. 2024,
@@ -72,7 +71,7 @@ class MiSS(LowRankMethod):
 
 
 @register(MissConfig, variant="BAT")
-class Bat(WeightMethod):
+class Bat(WithBiases, WeightMethod):
     """W'_ij = W_ij + W_ij D_i + D_i for each block of r by r entries
 
     The form "bat" of the same paper, which was called Bone before, arXiv:2409.15371. It multiplies the weight, so that

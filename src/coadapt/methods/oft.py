@@ -1,23 +1,23 @@
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core.layer import Layer
 from ..core.method import Driven, register
 from ..core.rotation import Rotation, cayley, cayley_neumann, check_blocks, features, in_blocks, skew
+from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class OFTConfig(TargetedConfig):
+class OFTConfig(BiasConfig, TransposedConfig):
     """The inputs of layers, rotated in blocks of features."""
 
     kind = "OFT"
-    foreign: ClassVar[Mapping[str, Any]] = {"bias": "none"}
 
     r: int = 0
     """How many blocks, in place of `oft_block_size`."""
@@ -25,8 +25,6 @@ class OFTConfig(TargetedConfig):
     """Features in a block; 0 where `r` is given. It divides the input features of each target."""
     module_dropout: float = 0.0
     """Share of the blocks that are left unrotated, drawn for each call while training."""
-    fan_in_fan_out: bool = False
-    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
     init_weights: bool = True
     """True: nothing is rotated at the start; False: random rotations."""
     coft: bool = False
@@ -57,7 +55,7 @@ class OFTConfig(TargetedConfig):
 
 
 @register(OFTConfig)
-class OFT(Rotation):
+class OFT(WithBiases, Rotation):
     """W' = W R^T, R = diag(R_1 ... R_b), R_i = (I - Q_i) (I + Q_i)^-1, Q_i^T = -Q_i
 
     Controlling Text-to-Image Diffusion by Orthogonal Finetuning, Qiu et al. 2023, arXiv:2306.07280; rotating inputs

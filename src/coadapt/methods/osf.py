@@ -1,7 +1,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ class OSFConfig(TargetedConfig):
     unless targets are named."""
 
     kind = "OSF"
+    unread: ClassVar[Mapping[str, str]] = {"target_svd_config": "peft does not read it either; see rank_pattern"}
 
     effective_rank: int | float | None = None
     """How many of the largest singular values stay as they are, or which share of all; left out, half of them."""

@@ -29,13 +29,18 @@ class PrefixTuningConfig(AttentionConfig):
     """"peft" for an encoder-decoder: as the field's library reads it, in the decoder's self-attention only, half of the
     blocks unused and the others used twice. Kept when such a folder is loaded."""
     init_weights: str | None = None
-    """Only None: the prefix starts normal with a spread of 0.02."""
+    """Left out, the prefix starts normal with a spread of 0.02; "zero": all of it at 0, which changes the model all the
+    same, since tokens of nothing take their share of attention."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.positive("encoder_hidden_size")
         self.choice("prefix_type", ("joint", "decoupled"))
-        self.choice("init_weights", (None,))
+        self.choice("init_weights", (None, "zero"))
+        if self.init_weights == "zero" and self.prefix_type == "decoupled":
+            raise ValueError(
+                "PrefixTuningConfig: init_weights='zero' would never train in a decoupled prefix, whose gate is 0 then."
+            )
         self.choice("prefix_layout", ("own", "peft"))
         if self.prefix_layout == "peft" and (
             self.prefix_sites or self.prefix_projection or self.prefix_type != "joint"
@@ -54,17 +59,24 @@ class PrefixTuningConfig(AttentionConfig):
         return replace(self, prefix_projection=False, encoder_hidden_size=None) if self.prefix_projection else self
 
 
+def _start(zero: bool, *shape: int) -> Tensor:
+    return torch.zeros(shape) if zero else 0.02 * torch.randn(shape)
+
+
 class Projection(Reparametrization):
     """P = W_2 tanh(W_1 E): one embedding and W_1 for all sites, a W_2 for each (the paper's section 4.3).
 
     The rows of one large W_2, kept apart: the gradient of a slice is as large as all of it, and there is one for each.
     """
 
-    def __init__(self, tokens: int, width: int, hidden: int, outputs: Sequence[int]) -> None:
+    def __init__(self, tokens: int, width: int, hidden: int, outputs: Sequence[int], zero: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(tokens, width))  # (N, D)
         self.first = nn.Linear(width, hidden)
         self.second = nn.ModuleList(nn.Linear(hidden, size) for size in outputs)
+        if zero:
+            for parameter in self.second.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, number: int) -> Tensor:
         """(N, 2 H D) of one site."""
@@ -74,10 +86,10 @@ class Projection(Reparametrization):
 class Blocks(nn.Module):
     """The field's layout for encoder-decoders: a block per layer; decoder layer i uses number 2i modulo layers."""
 
-    def __init__(self, tokens: int, outputs: Sequence[int]) -> None:
+    def __init__(self, tokens: int, outputs: Sequence[int], zero: bool) -> None:
         super().__init__()
         self.outputs = list(outputs)
-        self.P = nn.Parameter(0.02 * torch.randn(tokens, sum(outputs)))  # (N, layers 2 H D)
+        self.P = nn.Parameter(_start(zero, tokens, sum(outputs)))  # (N, layers 2 H D)
 
     def forward(self, number: int) -> Tensor:
         """(N, 2 H D) of one block."""
@@ -120,7 +132,7 @@ class PrefixTuning(AttentionMethod):
         self.position_offset, self.bias_of = place.offset, place.bias_of
         self.projection = (shared, place.number) if shared is not None else None
         if shared is None:
-            self.P = nn.Parameter(0.02 * torch.randn(self.shape))  # (N, 2, H, D): keys, then values
+            self.P = nn.Parameter(_start(config.init_weights == "zero", *self.shape))  # (N, 2, H, D): keys, then values
         if not self.joint:
             self.gate = nn.Parameter(torch.zeros(()))
 
@@ -138,13 +150,13 @@ class PrefixTuning(AttentionMethod):
 
     @classmethod
     def shared(cls, config: PrefixTuningConfig, base: Any, places: list[Any]) -> nn.Module | None:
-        outputs = [2 * p.heads * p.head_dim for p in places]
+        outputs, zero = [2 * p.heads * p.head_dim for p in places], config.init_weights == "zero"
         if _is_field_layout(config, base):
-            return Blocks(config.num_virtual_tokens, outputs)
+            return Blocks(config.num_virtual_tokens, outputs, zero)
         if not config.prefix_projection:
             return None
         width = base.config.get_text_config().hidden_size
-        return Projection(config.num_virtual_tokens, width, config.encoder_hidden_size or width, outputs)
+        return Projection(config.num_virtual_tokens, width, config.encoder_hidden_size or width, outputs, zero)
 
     @classmethod
     def facts(cls, config: PrefixTuningConfig, base: Any) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import TransposedConfig
 from ..core.decompositions import singular_vectors
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod
@@ -13,17 +15,16 @@ from ..core.rotation import cayley, cayley_neumann, skew
 
 
 @dataclass(frozen=True, kw_only=True)
-class PsoftConfig(TargetedConfig):
+class PsoftConfig(TransposedConfig):
     """The principal subspace of a layer's weight, rotated."""
 
     kind = "PSOFT"
+    unread: ClassVar[Mapping[str, str]] = {"psoft_alpha": "it has no effect, since it cancels itself out"}
 
     r: int = 32
     """Of how many singular directions."""
     psoft_dropout: float = 0.0
     """Share of the inputs to the change that are dropped while training."""
-    fan_in_fan_out: bool = False
-    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
     ab_svd_init: str = "psoft_init"
     """Where the singular values stand: "psoft_init", with the outputs, so that a rotation keeps angles; "pissa_init",
     half of each on both sides."""

@@ -1,4 +1,6 @@
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ class PveraConfig(VectorsConfig):
     """VeRA whose inner values are drawn from a normal distribution that depends on the input."""
 
     kind = "PVERA"
+    unread: ClassVar[Mapping[str, str]] = {"generator_seed": "numbers are drawn as torch draws; torch.manual_seed(...)"}
 
     pvera_dropout: float = 0.0
     """Share of the inputs to A that are dropped while training."""

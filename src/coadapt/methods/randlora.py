@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import BiasConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod
@@ -15,7 +15,7 @@ from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandLoraConfig(BiasConfig):
+class RandLoraConfig(BiasConfig, TransposedConfig):
     """W' = W + (alpha / r) sum_n B_n diag(l_n) A diag(g_n) at the targets; A and all B_n are random and frozen."""
 
     kind = "RANDLORA"

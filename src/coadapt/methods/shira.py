@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import TransposedConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.method import AdditiveMethod, Place, register
@@ -12,7 +12,7 @@ from ..core.scattered import check_count, drawn, scattered
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShiraConfig(TargetedConfig):
+class ShiraConfig(TransposedConfig):
     """A few entries of the weight, as many as a LoRA has parameters, trained where they stand."""
 
     kind = "SHIRA"
@@ -23,8 +23,6 @@ class ShiraConfig(TargetedConfig):
     """How they are chosen; at random is the one way there is."""
     random_seed: int | None = None
     """Seed of the choice; without one it is the same each time, too. Files hold the choice itself."""
-    fan_in_fan_out: bool = False
-    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
     init_weights: bool = True
     """True: the changes start at zero; False: normal."""
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import BiasConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod
 from ..core.method import Place, register
@@ -15,7 +15,7 @@ from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyLoraConfig(BiasConfig):
+class TinyLoraConfig(BiasConfig, TransposedConfig):
     """W' = W + U S^1/2 (sum_i v_i P_i) S^1/2 V at the targets: a few numbers v, shared by as many layers as wanted."""
 
     kind = "TINYLORA"

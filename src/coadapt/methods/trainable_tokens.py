@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from ..config import TargetedConfig
 from ..core import roles, target
 from ..core.backbone import backbones
 from ..core.layer import Layer
-from ..core.method import Method, Place, WeightMethod, register
+from ..core.method import Companion, Method, Place, WeightMethod, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,3 +99,19 @@ class KeptRows(TrainableTokens):
         rows = self.rows.detach()
         del self.rows
         self.register_buffer("rows", rows)
+
+
+class WithTokens:
+    """Mixed into a method whose configuration has a field `trainable_token_indices`."""
+
+    @classmethod
+    def companions(cls, config: Any, base: nn.Module, places: list[Place]) -> list[Companion]:
+        tokens = config.trainable_token_indices
+        named = tokens if isinstance(tokens, Mapping) else {None: tokens} if tokens else {}
+        found = [
+            TrainableTokensConfig(token_indices=ids, target_modules=None if name is None else [name])
+            for name, ids in named.items()
+        ]
+        inherited: Any = super()
+        beside = [Companion(TrainableTokens, own, TrainableTokens.places(own, base)) for own in found]
+        return [*inherited.companions(config, base, places), *beside]

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import BiasConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod
 from ..core.method import Place, register
@@ -16,7 +16,7 @@ from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class UniLoraConfig(BiasConfig):
+class UniLoraConfig(BiasConfig, TransposedConfig):
     """W' = W + B A at the targets; all entries of all A and B are numbers out of one trained vector."""
 
     kind = "UNILORA"

@@ -1,12 +1,10 @@
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config import BiasConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod
@@ -15,11 +13,10 @@ from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class VBLoRAConfig(BiasConfig):
+class VBLoRAConfig(BiasConfig, TransposedConfig):
     """W' = W + B A at the targets; both are put together from the vectors of one bank, which all of them share."""
 
     kind = "VBLORA"
-    foreign: ClassVar[Mapping[str, Any]] = {"save_only_topk_weights": False}
 
     r: int = 4
     """Rank of the change."""
@@ -35,6 +32,8 @@ class VBLoRAConfig(BiasConfig):
     """The bank starts uniform between minus and plus this."""
     init_logits_std: float = 0.1
     """Spread of the normal numbers with which the choice of vectors starts."""
+    save_only_topk_weights: bool = False
+    """Write only which vectors each piece has, and their weights: smaller files, which cannot be trained on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,6 +69,7 @@ class VBLoRA(WithBiases, LowRankMethod):
         pieces, std = [size // length for size in sizes], config.init_logits_std
         self.zA = nn.Parameter(torch.empty(config.r, pieces[1], config.num_vectors).normal_(0, std))  # (R, I/b, h)
         self.zB = nn.Parameter(torch.empty(pieces[0], config.r, config.num_vectors).normal_(0, std))  # (O/b, R, h)
+        self.best_only, self.settled = config.save_only_topk_weights, False
 
     @classmethod
     def places(cls, config: VBLoRAConfig, base: nn.Module) -> list[Place]:
@@ -81,7 +81,20 @@ class VBLoRA(WithBiases, LowRankMethod):
     def shared(cls, config: VBLoRAConfig, base: nn.Module, places: list[Place]) -> Bank:
         return Bank(config)
 
+    def settle(self, logits: Tensor, which: Tensor, weights: Tensor) -> None:
+        """Sets `logits` to those that give the vectors `which` (..., k) these weights (..., k - 1), and no others any.
+        They say nothing about the others, so that there is nothing to train."""
+        weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1).clamp(min=0).to(logits)
+        with torch.no_grad():
+            logits.fill_(-math.inf).scatter_(-1, which.to(logits.device, torch.long), weights.log())
+        self.settled = True
+
     def factors(self) -> tuple[Tensor, Tensor, float]:
+        if self.settled and self.training and self.zA.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "This VB-LoRA was written with save_only_topk_weights, for inference: its choice of vectors cannot be "
+                "trained on. Train one that was written without."
+            )
         a, b = self.mixed(self.zA), self.mixed(self.zB)  # (R, I/b, b) and (O/b, R, b)
         return a.reshape(-1, *self.shape), b.mT.flatten(0, 1), 1.0
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import BiasConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod
@@ -16,7 +16,7 @@ from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class VectorsConfig(BiasConfig):
+class VectorsConfig(BiasConfig, TransposedConfig):
     """Options of the methods that train vectors beside random, frozen matrices A and B, the same for all targets."""
 
     r: int = 256

@@ -1,26 +1,25 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import BiasConfig, TransposedConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.method import AdditiveMethod, Place, register
 from ..core.scattered import Places, check_count
 from ..core.wavelets import matrix_of, scaling_filter
+from .bitfit import WithBiases
 
 
 @dataclass(frozen=True, kw_only=True)
-class WaveFTConfig(TargetedConfig):
+class WaveFTConfig(BiasConfig, TransposedConfig):
     """A change of the weight with few wavelet coefficients, which train."""
 
     kind = "WAVEFT"
-    foreign: ClassVar[Mapping[str, Any]] = {"bias": "none"}
 
     patterns = ("n_frequency_pattern",)
 
@@ -34,8 +33,6 @@ class WaveFTConfig(TargetedConfig):
     """False: the coefficients are entries of the weight themselves."""
     random_loc_seed: int = 777
     """Seed of the coefficients' places, which are the same at all layers of one shape."""
-    fan_in_fan_out: bool = False
-    """A check: True is refused where no target stores its weight transposed, as GPT-2's Conv1D does."""
     n_frequency_pattern: Mapping[str, int] = field(default_factory=dict)
     """Other numbers for some layers: end of a module's name, or a regular expression for it -> number."""
     proportional_parameters: bool = False
@@ -54,7 +51,7 @@ class WaveFTConfig(TargetedConfig):
 
 
 @register(WaveFTConfig)
-class WaveFT(AdditiveMethod):
+class WaveFT(WithBiases, AdditiveMethod):
     """W' = W + s IDWT2(C), C zero but for n coefficients
 
     Exploring Sparsity for Parameter Efficient Fine Tuning Using Wavelets, Bilican et al. 2025, arXiv:2505.12532. One

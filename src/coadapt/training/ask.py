@@ -1,6 +1,6 @@
 """One prompt, one answer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,20 +16,29 @@ from coadapt.training.load import Ready
 
 
 def answer(
-    ready: Ready, text: str, *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 42, raw: bool = False
+    ready: Ready,
+    text: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 42,
+    raw: bool = False,
+    task: str | None = None,
 ) -> str:
     """What the model says to `text`, without the prompt and without special tokens; its class, from a classifier; its
     words (parted by white space) as `word/tag`, from a classifier of tokens.
 
-    `temperature` 0 takes the likeliest token; otherwise tokens are drawn, the same for the same `seed`.
+    `temperature` 0 takes the likeliest token; otherwise tokens are drawn, the same for the same `seed`. `task` is the
+    name or the number of the task that is asked, where adapters tell tasks apart.
     """
+    told = ready.told(task)
     if classifies(ready.model, "Token"):
-        return _tagged(ready.model, ready.tokenizer, text.split())
+        return _tagged(ready.model, ready.tokenizer, text.split(), told)
     asked = text if raw else ready.framing.prompt(text, ready.tokenizer)
     inputs = tokens(ready, asked, special=raw or ready.framing.style != "chat")
     if classifies(ready.model):
-        return classify(ready, inputs)
-    return say(ready, inputs, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return classify(ready, {**inputs, **told})
+    return say(ready, {**inputs, **told}, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
 
 def tokens(ready: Ready, text: str, *, special: bool) -> dict[str, torch.Tensor]:
@@ -39,18 +48,19 @@ def tokens(ready: Ready, text: str, *, special: bool) -> dict[str, torch.Tensor]
     return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
-def answer_image(ready: Ready, file: Path) -> str:
-    """The class of the image in a file.
+def answer_image(ready: Ready, file: Path, task: str | None = None) -> str:
+    """The class of the image in a file; `task` as of `answer`.
 
     Raises:
         FileNotFoundError, ValueError: there is no such image, or the model takes text.
     """
     seen = ready.image_processor(opened(file), return_tensors="pt")
-    return classify(ready, {name: tensor.to(cast(Any, ready.model).device) for name, tensor in seen.items()})
+    inputs = {name: tensor.to(cast(Any, ready.model).device) for name, tensor in seen.items()}
+    return classify(ready, {**inputs, **ready.told(task)})
 
 
 @torch.no_grad()
-def classify(ready: Ready, inputs: dict[str, torch.Tensor]) -> str:
+def classify(ready: Ready, inputs: Mapping[str, Any]) -> str:
     """The class that a classifier finds."""
     model = cast(Any, ready.model)
     return str(model.config.id2label[int(model(**inputs).logits.argmax())])
@@ -59,7 +69,7 @@ def classify(ready: Ready, inputs: dict[str, torch.Tensor]) -> str:
 @torch.no_grad()
 def say(
     ready: Ready,
-    inputs: dict[str, torch.Tensor],
+    inputs: Mapping[str, Any],
     *,
     max_new_tokens: int,
     temperature: float,
@@ -96,9 +106,9 @@ def classifies(model: nn.Module, what: str = "Sequence") -> bool:
 
 
 @torch.no_grad()
-def _tagged(model: Any, tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> str:
+def _tagged(model: Any, tokenizer: PreTrainedTokenizerBase, words: Sequence[str], told: Mapping[str, Any]) -> str:
     ids, firsts = words_as_tokens(words, tokenizer)
-    logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0]  # (T, classes)
+    logits = model(input_ids=torch.tensor([ids], device=model.device), **told).logits[0]  # (T, classes)
     tags = [
         model.config.id2label[int(logits[firsts[word]].argmax())] if word in firsts else "?"
         for word in range(len(words))

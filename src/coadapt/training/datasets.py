@@ -32,6 +32,7 @@ class DatasetSettings(BaseModel):
     completion_column: str | None = None
     label_column: str | None = None
     image_column: str | None = None
+    task_column: str | None = None
     prompt_separator: str | None = None
     completion_only_loss: bool | None = None
     max_length: int | None = Field(default=None, ge=2)

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from coadapt.training import memory
 from coadapt.training.assemble import load_config
 from coadapt.training.machine import chosen
-from coadapt.training.material import gather
+from coadapt.training.material import gather, refuse_tasks
 from coadapt.training.memory import Room
 from coadapt.training.proof import ROWS
 from coadapt.training.rehearsal import Rehearsal, rehearsal, synchronize
@@ -142,6 +142,7 @@ def estimated(run: RunConfig, calibrate: bool = False) -> Estimate:
     config = load_config(run.model, run.revision)
     _refuse(run, config)
     material = gather(run, timetable(run)) if run.data or run.datasets else None
+    refuse_tasks([material], "An estimate")
     found = kinds(run, config, material)
     run = run.model_copy(update={"task": found.train.task})
     device, dtype = chosen(run.use_cpu), dtype_of(run, config)

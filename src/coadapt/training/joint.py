@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from coadapt.core.method import InputMethod
+from coadapt.data.by_task import TASK
 from coadapt.data.tokens import IGNORED
 from coadapt.evaluation.losses import row_losses, trained
 from coadapt.training.course import Course
@@ -54,6 +55,8 @@ class JointTrainer(AdapterTrainer):
         self._rows = torch.empty(0, dtype=torch.long)
         self._means = torch.zeros(0)
         self._evaluated = 0
+        self._by_task = {d for d, rows in enumerate(self.mixture.sets.values()) if TASK in next(iter(rows), {})}
+        """The data sets whose rows say their task."""
         self._sums, self._steps = torch.zeros(len(weights)), [0] * len(weights)
         """Since the last line of the log: the means of each data set, added up, and the steps that it was drawn in."""
 
@@ -91,7 +94,10 @@ class JointTrainer(AdapterTrainer):
     def _collated(self, examples: Sequence[tuple[int, Any]]) -> dict[str, Tensor]:
         if not examples:  # no data set is drawn in this batch
             return {str(self.view.main_input_name): torch.zeros(0, 0), "labels": torch.zeros(0, 0)}
-        batch: dict[str, Tensor] = dict(self.data_collator([row for _, row in examples]))
+        rows = [row for _, row in examples]
+        if any(TASK in row for row in rows):  # rows that use nothing that tells tasks apart are of any
+            rows = [{TASK: 0, **row} for row in rows]
+        batch: dict[str, Tensor] = dict(self.data_collator(rows))
         return {**batch, DATASET: torch.tensor([d for d, _ in examples])} if self.several else batch
 
     def get_batch_samples(
@@ -139,6 +145,8 @@ class JointTrainer(AdapterTrainer):
         here = torch.full((len(inputs["labels"]),), self._evaluated, device=inputs["labels"].device)
         self._rows = inputs.pop(DATASET, here)
         inputs["adapter_names"] = [nodes[d] for d in self._rows.tolist()]
+        if not self._by_task.intersection(self._rows.tolist()):
+            inputs.pop(TASK, None)
         if self.task == "seq2seq":  # the labels stay here, and with them what the decoder reads
             base: Any = self.view.get_base_model()
             inputs["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])

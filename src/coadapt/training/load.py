@@ -1,7 +1,7 @@
 """A trained folder and its base, ready to be asked."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
+from coadapt.core import routing
+from coadapt.data.by_task import TASK, number_of
 from coadapt.data.segments import Framing
 from coadapt.formats.facts import read_facts
 from coadapt.formats.files import PROVENANCE, read_json, settle
@@ -33,6 +35,24 @@ class Ready:
     trained: bool = False
     """Whether the framing is that of a training; otherwise nothing is known of one."""
     task: Task = "causal-lm"
+    task_names: Sequence[str] = ()
+    """Of the tasks that its adapters tell apart, by number; none where the training knew them by number."""
+
+    def told(self, task: str | None) -> dict[str, list[int]]:
+        """What a call of one row says of its task, by its name or number; None: nothing.
+
+        Raises:
+            ValueError: there is no such task, or what is active tells none apart, or a task is missing.
+        """
+        count = tasks_told(self.model)
+        if task is None and count > 1:
+            known = ", ".join(self.task_names) or f"a number from 0 to {count - 1}"
+            raise ValueError(f"What is active tells {count} tasks apart: say which one with --task ({known}).")
+        if task is None:
+            return {}
+        if not count:
+            raise ValueError(f"--task {task} has no effect: nothing that is active tells tasks apart. Leave it out.")
+        return {TASK: [number_of(task, self.task_names, count, "--task")]}
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -47,6 +67,13 @@ class Ready:
         if isinstance(self.processor, PreTrainedTokenizerBase):
             raise ValueError("This model takes text, not images. Ask it with: coadapt generate --prompt TEXT")
         return self.processor
+
+
+def tasks_told(model: Any) -> int:
+    """How many tasks what is active tells apart; 0: none."""
+    if not isinstance(model, PeftModel):
+        return 0
+    return routing.tasks([model.composition], {name: model.get_adapter(name) for name in model.peft_config})
 
 
 def asking(processor: Processor) -> str:
@@ -144,7 +171,13 @@ def load_bare(
     told = _provenance(adapter if adapter is not None else Path(name))  # a merged model keeps its adapter's
     # Where nothing is known of its training, a prompt is taken as it is.
     framing = Framing(**told.get("prompt", {"separator": ""}))
-    how: dict[str, Any] = {"processor": processor, "framing": framing, "trained": "prompt" in told, "task": task}
+    how: dict[str, Any] = {
+        "processor": processor,
+        "framing": framing,
+        "trained": "prompt" in told,
+        "task": task,
+        "task_names": tuple(told.get("tasks", {}).get("names", ())),
+    }
     if adapter is None:
         return Ready(model=load_base(name, task, processor).eval(), **how)
     quantisation = told.get("quantisation") if quantised else None

@@ -1,13 +1,17 @@
 """What a run trains on: each of its data sets read, recognised and made into examples."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from datasets import Dataset
 from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from coadapt.core.composition import trained_gates
+from coadapt.core.routers import TaskRouter
+from coadapt.data.by_task import TASK, Tasks, by_task
 from coadapt.data.collate import Collator
 from coadapt.data.columns import Told
 from coadapt.data.images import ImageCollator, prepare_images
@@ -26,6 +30,7 @@ from coadapt.training.assemble import (
 )
 from coadapt.training.datasets import DatasetSettings
 from coadapt.training.mixing import temperature_weights
+from coadapt.training.options import tasks_option
 from coadapt.training.settings import RunConfig, Task
 from coadapt.training.timetable import Timetable
 
@@ -37,6 +42,8 @@ class Part:
     settings: DatasetSettings
     found: Plan
     made: Prepared
+    tasks: Tasks | None = None
+    """Of its rows, where what they train tells tasks apart."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +88,21 @@ class Material:
         }
         several = {"classes": self.classes, "datasets": each}
         facts: dict[str, Any] = {"data": several if len(each) > 1 else next(iter(each.values()))}
+        if told := [part.tasks for part in self.parts.values() if part.tasks is not None]:
+            facts["tasks"] = {"count": told[0].count, "names": told[0].names}
         if self.framing is not None:
             facts["prompt"] = {"style": self.framing.style, "separator": self.framing.separator}
         return facts
+
+    @property
+    def by_task(self) -> bool:
+        """Whether rows say their task."""
+        return any(part.tasks is not None for part in self.parts.values())
+
+    def tasks(self, table: Timetable) -> dict[str, int]:
+        """Adapter -> of how many tasks the rows are that it trains on, where they are told apart."""
+        found = {d: part.tasks.count for d, part in self.parts.items() if part.tasks is not None}
+        return {name: found[d] for d in found for name in table.uses(d)}
 
     def weights(self, temperature: float | None) -> list[float]:
         """What the rows of a batch are shared out by."""
@@ -104,6 +123,9 @@ class Material:
             if len(self.parts) > 1:
                 console.print(Text(f"\n{name}", "bold"), Text(f"trains {part.settings.composition}", "dim"))
             console.print(describe(part.found, part.made))
+            if part.tasks is not None:
+                mine = part.tasks.column or part.tasks.names[part.tasks.number]
+                console.print(Text(f"{part.tasks} (of these rows: {mine})"), soft_wrap=True)
             if isinstance(self.processor, PreTrainedTokenizerBase):
                 console.print(Text("\none example, trained tokens between ⟦ and ⟧:", "dim"))
                 console.print(one_sample(part.made.train[0], self.processor, part.found.classes), "")
@@ -125,11 +147,13 @@ def gather(run: RunConfig, table: Timetable) -> Material:
     task = next(iter(seen.values()))[0]
     check_sight(run.model, config, task)
     processor = load_processor(run.model, task, run.revision)
+    tasks = tasks_of(run, table, {name: source.rows for name, (source, _) in rows.items()})
     parts = {
         name: Part(
             settings=settings,
             found=seen[name][1],
-            made=_made(run, config, processor, task, settings, seen[name][1], table.uses(name)),
+            made=_made(run, config, processor, task, settings, seen[name][1], table.uses(name), tasks.get(name)),
+            tasks=tasks.get(name),
         )
         for name, settings in run.sources.items()
     }
@@ -201,12 +225,15 @@ def _made(
     settings: DatasetSettings,
     found: Plan,
     uses: list[str],
+    tasks: Tasks | None,
 ) -> Prepared:
+    if tasks is not None and tasks.column is not None:
+        found = replace(found, form=found.form.beside(tasks.column, list(found.features)))
     split = run.eval_split if settings.eval_split is None else settings.eval_split
     if not isinstance(processor, PreTrainedTokenizerBase):
         if settings.max_length is not None:
             raise ValueError(f"max_length={settings.max_length} has no effect on images. Leave it out.")
-        return prepare_images(found, eval_split=split, seed=run.seed)
+        return prepare_images(found, eval_split=split, seed=run.seed, tasks=tasks)
     limit = longest(settings.max_length, [run.adapters[name] for name in uses], config, processor)
     return prepare(
         found,
@@ -217,7 +244,62 @@ def _made(
         seed=run.seed,
         completion_only_loss=bool(settings.completion_only_loss),
         separator=run.prompt_separator if settings.prompt_separator is None else settings.prompt_separator,
+        tasks=tasks,
     )
+
+
+def tasks_of(run: RunConfig, table: Timetable, rows: Mapping[str, Dataset]) -> dict[str, Tasks]:
+    """The tasks of the data sets whose rows train something that tells tasks apart.
+
+    Raises:
+        ValueError: it does, and nothing says which rows are of which task, or there are more tasks than it knows; or
+            a column is named, and it does not.
+    """
+    settings = run.sources
+    known = {name: tasks_known(run, table, name) for name in rows}
+    for name in rows:
+        if not known[name] and settings[name].task_column is not None:
+            raise ValueError(
+                f"task_column={settings[name].task_column!r} has no effect: nothing that trains on {name} tells tasks "
+                "apart. Leave it out, or use poly, mtl_lora, multitask_prompt_tuning or task_router(...)."
+            )
+    asking = {name: rows[name] for name in rows if known[name]}
+    found = by_task(asking, {name: settings[name].task_column for name in asking})
+    for name in asking:
+        for who, count in known[name].items():
+            if count is not None and count > 1 and name not in found:
+                raise ValueError(
+                    f"{who} tells {count} tasks apart, and nothing says which rows are of which: name the column that "
+                    f"does (task_column), call it {TASK}, or give several data sets, one for each task."
+                )
+            if count is not None and name in found and found[name].count > count:
+                raise ValueError(
+                    f"{who} tells {count} tasks apart, and the rows are of {found[name]}. Give it as many."
+                )
+    return found
+
+
+def refuse_tasks(materials: Iterable[Material | None], who: str) -> None:
+    """Raises ValueError where rows are of several tasks, which `who` does not tell its model."""
+    if any(material is not None and material.by_task for material in materials):
+        raise ValueError(
+            f"{who} knows no tasks. Give each adapter n_tasks=1 (num_tasks=1), so that its rows are of one; "
+            "coadapt train takes several."
+        )
+
+
+def tasks_known(run: RunConfig, table: Timetable, dataset: str) -> dict[str, int | None]:
+    """What tells tasks apart among all that a data set's rows use -> how many; None: as many as there are."""
+    found: dict[str, int | None] = {}
+    for name in table.uses(dataset):
+        adapter = run.adapters[name]
+        option = tasks_option(adapter.method)
+        if option is not None and adapter.options.get(option) != 1:
+            found[name] = adapter.options.get(option)
+    for gate in trained_gates(table.compositions[dataset]):
+        if isinstance(gate, TaskRouter):
+            found[repr(gate)] = gate.num_tasks
+    return found
 
 
 def _check_held_out(run: RunConfig, table: Timetable, material: Material) -> None:

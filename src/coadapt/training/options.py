@@ -2,7 +2,7 @@
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -110,7 +110,7 @@ class MethodOptions:
         return [o.name for o in (*self.own, *self.inherited)]
 
 
-CLASS = re.compile(r"^class (\w+Config)\((\w+)\):(.*?)(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
+CLASS = re.compile(r"^class (\w+Config)\(([\w, ]+)\):(.*?)(?=^\S|\Z)", re.MULTILINE | re.DOTALL)
 KIND = re.compile(r'^    kind\b.*= "(\w+)"$', re.MULTILINE)
 
 
@@ -121,14 +121,14 @@ def methods() -> dict[str, MethodOptions]:
     assert spec is not None
     assert spec.submodule_search_locations
     root = Path(spec.submodule_search_locations[0])
-    bases: dict[str, str] = {}
+    bases: dict[str, list[str]] = {}
     kinds: dict[str, str] = {}
     options: dict[str, list[Option]] = {}
     for file in (root / "config.py", *sorted((root / "methods").glob("*.py"))):
         source = file.read_text("utf-8")
         options |= declared_options(source)
         for name, base, body in CLASS.findall(source):
-            bases[name] = base
+            bases[name] = base.split(", ")
             kinds |= {kind.lower(): name for kind in KIND.findall(body)}
     found = {
         kind: MethodOptions(name=kind, own=tuple(options[name]), inherited=_inherited(name, bases, options))
@@ -154,6 +154,12 @@ def method_named(word: str) -> MethodOptions:
     return methods()[name]
 
 
+def tasks_option(method: str) -> str | None:
+    """The option of a method that says how many tasks it tells apart; None where it does not tell any apart."""
+    known = method_named(method).names()
+    return next((name for name in ("n_tasks", "num_tasks") if name in known), None)
+
+
 def default_options(method: str, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The starting values that `chosen` leaves open, but for the learning rate, which asks for the base's size."""
     known = method_named(method)
@@ -175,9 +181,12 @@ def default_rate(method: str, parameters: int | None = None) -> tuple[float, str
     return defaults.learning_rate, defaults.source
 
 
-def _inherited(name: str, bases: Mapping[str, str], options: Mapping[str, list[Option]]) -> tuple[Option, ...]:
-    base = bases.get(name)
-    if base is None:
-        return ()
-    own = (option for option in options.get(base, []) if option.name not in NOT_CHOSEN)
-    return (*_inherited(base, bases, options), *own)
+def _inherited(
+    name: str, bases: Mapping[str, Sequence[str]], options: Mapping[str, list[Option]]
+) -> tuple[Option, ...]:
+    """Those of the classes that `name` is made of, most general first; each once."""
+    found: dict[str, Option] = {}
+    for base in reversed(bases.get(name, ())):
+        own = (option for option in options.get(base, []) if option.name not in NOT_CHOSEN)
+        found |= {option.name: option for option in (*_inherited(base, bases, options), *own)}
+    return tuple(found.values())

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from coadapt.data.by_task import TASK, Tasks, number_of
 from coadapt.data.columns import Format
 from coadapt.data.images import ImageCollator, prepare_images
 from coadapt.data.prepare import CLASSIFYING, Plan, Prepared, column_kinds, dropped, plan, prepare, split_rows
@@ -20,7 +21,7 @@ from coadapt.model import PeftModel
 from coadapt.training.assemble import USUAL_LENGTH, load_config, positions
 from coadapt.training.datasets import DatasetSettings
 from coadapt.training.folder import RUN
-from coadapt.training.load import Ready
+from coadapt.training.load import Ready, tasks_told
 from coadapt.training.material import columns
 
 COLUMNS = ("text_column", "prompt_column", "completion_column", "label_column", "image_column")
@@ -140,8 +141,11 @@ def _prepared(
         notes.append(f"{limit} of them, drawn (seed {DRAW})")
         drawn = sorted(random.Random(DRAW).sample(range(len(asked.source.rows)), limit))
         asked = replace(asked, source=replace(asked.source, rows=asked.source.rows.select(drawn)))
+    tasks = _tasks(ready, rows.source, run, settings)
+    if tasks is not None and tasks.column is not None:
+        found = replace(found, form=found.form.beside(tasks.column, list(found.features)))
     if ready.task == "image-classification":
-        return prepare_images(asked, eval_split=0, seed=0), found, notes
+        return prepare_images(asked, eval_split=0, seed=0, tasks=tasks), found, notes
     made = prepare(
         asked,
         ready.tokenizer,
@@ -151,6 +155,7 @@ def _prepared(
         seed=0,
         completion_only_loss=run.get("completion_only_loss") is not False,
         separator=ready.framing.separator if ready.trained and ready.framing.style == "plain" else "\n",
+        tasks=tasks,
     )
     if tail:
         if made.held_out is None:
@@ -160,6 +165,33 @@ def _prepared(
         notes.append(f"the first {limit} of {len(made.train)} blocks")
         made = replace(made, train=made.train.select(range(limit)))
     return made, found, notes
+
+
+def _tasks(ready: Ready, source: Source, run: Mapping[str, Any], settings: Mapping[str, Any]) -> Tasks | None:
+    """Which task the rows are of, where what is active tells tasks apart.
+
+    Raises:
+        ValueError: nothing says it, or it is said and nothing tells tasks apart.
+    """
+    count, names = tasks_told(ready.model), tuple(ready.task_names)
+    column, task = settings.get("task_column"), settings.get("task")
+    if count <= 1:
+        if column is not None or task is not None:
+            said = f"--task-column {column}" if task is None else f"--task {task}"
+            raise ValueError(f"{said} has no effect: nothing that is active tells tasks apart. Leave it out.")
+        return None
+    if task is not None:
+        return Tasks(number=number_of(task, names, count, "--task"), names=names, count=count)
+    there = source.rows.column_names
+    if column is not None and column not in there:
+        raise ValueError(f"There is no column {column!r} (--task-column); there are {', '.join(there)}.")
+    column = column or next((c for c in (run.get("task_column"), TASK) if c in there), None)
+    if column is None:
+        raise ValueError(
+            f"What is active tells {count} tasks apart: say with --task-column which column has the task of each row, "
+            "or with --task which one all rows are of."
+        )
+    return Tasks(column=column, names=names, count=count)
 
 
 def _asked(found: Plan, rows: Rows, seed: int, tail: bool) -> tuple[Plan, list[str]]:

@@ -86,7 +86,7 @@ def _attached(
     """The run with what was open, and the base with its adapters."""
     task = material.task
     seed_everything(run.seed)
-    run = run.with_steps(spans(run, table, material))
+    run = run.with_steps(spans(run, table, material)).with_tasks(material.tasks(table))
     configs = {
         # With one data set by itself, starts are drawn one after another, as they always were.
         name: adapter_config(name, a, task, run.revision, own_seed(run.seed, name) if run.datasets else None)

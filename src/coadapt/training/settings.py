@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from coadapt.config import check_name
 from coadapt.training.datasets import DatasetSettings, check_adapters, check_datasets, datasets_of
-from coadapt.training.options import default_options, default_rate, method_named, methods
+from coadapt.training.options import default_options, default_rate, method_named, methods, tasks_option
 from coadapt.training.vocabulary import adapters_of, plain_value, refuse_unknown, renamed
 
 Task = Literal["causal-lm", "seq2seq", "sequence-classification", "token-classification", "image-classification"]
@@ -117,6 +117,10 @@ class RunConfig(BaseModel):
     """Column of the class, or of the words' tags."""
     image_column: str | None = None
     """Column of the images' files, relative to the file that names them."""
+    task_column: str | None = None
+    """Column of each row's task, a name or a number from 0, for adapters that tell tasks apart (poly, mtl_lora,
+    multitask_prompt_tuning) and for `task_router(...)`; left out, `task_ids` where there is one. Without one, each of
+    several `datasets` that train such an adapter is a task."""
     prompt_separator: str = "\n"
     """Joins a plain prompt and its completion where neither has white space there."""
     completion_only_loss: bool = True
@@ -314,6 +318,16 @@ class RunConfig(BaseModel):
         found = {
             name: a.model_copy(update={"total_step": steps[name]})
             if "total_step" in method_named(a.method).names() and a.options.get("total_step") is None
+            else a
+            for name, a in self.adapters.items()
+        }
+        return self.model_copy(update={"adapters": found})
+
+    def with_tasks(self, tasks: Mapping[str, int]) -> Self:
+        """The run in which each adapter that is named tells so many tasks apart, where it leaves that open."""
+        found = {
+            name: a.model_copy(update={option: tasks[name]})
+            if (option := tasks_option(a.method)) and name in tasks and a.options.get(option) is None
             else a
             for name, a in self.adapters.items()
         }

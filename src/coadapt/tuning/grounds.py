@@ -14,7 +14,7 @@ from coadapt.formats.files import aside
 from coadapt.training import machine
 from coadapt.training.assemble import adapter_config, attach, load_base
 from coadapt.training.datasets import starts_from
-from coadapt.training.material import Material, gather
+from coadapt.training.material import Material, gather, refuse_tasks
 from coadapt.training.recommend import parameters
 from coadapt.training.settings import RunConfig
 from coadapt.training.timetable import timetable
@@ -102,6 +102,7 @@ def known_of(runs: Mapping[str, RunConfig], score: str | None) -> tuple[dict[str
     And the metric of the score, and the base.
     """
     materials = {name: _told(name, lambda run=run: gather(run, timetable(run))) for name, run in runs.items()}
+    refuse_tasks(materials.values(), "A comparison")
     first, run = next(iter(materials.values())), next(iter(runs.values()))
     metric = metric_of(score, first, run)
     # What is left open depends on the virtual tokens of each; here all see the same.
