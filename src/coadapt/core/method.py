@@ -137,7 +137,13 @@ class WeightMethod(Method):
     """
 
     kinds: ClassVar[Sequence[str]] = ("linear", "embedding", "conv")
-    """The kinds of layer that it adapts; all others are refused."""
+    """The kinds of layer that it adapts; all others are refused. Fused experts ("experts", (E, O, I)) it need not know:
+    it is made for each of them, as for a linear layer."""
+    batches: ClassVar[bool] = True
+    """Whether vmap goes through `merge`: then all experts are one call."""
+    needs_call: str = ""
+    """Why it has to stand around a call, where `merge` is not all of it: then it has no place at a parameter, which is
+    multiplied by the model's own code."""
 
     def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__()
@@ -155,7 +161,7 @@ class WeightMethod(Method):
 
     @classmethod
     def places(cls, config: Any, base: nn.Module) -> list[Place]:
-        found = target.places(config, base)
+        found = target.places(config, base, cls.kinds)
         if isinstance(config, RankedConfig):
             target.check_patterns(config, found, "rank_pattern", "alpha_pattern")
         if hasattr(config, "fan_in_fan_out"):

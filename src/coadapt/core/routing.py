@@ -24,7 +24,7 @@ def site_name(part: Part) -> str:
         case InputMethod():
             return input_site(part.place.path)
         case _:
-            return span_site(part.place.path) if part.place.reads else part.place.path
+            return span_site(part.place.path) if part.place.reads else part.place.site
 
 
 def prepare(node: Node, adapters: Mapping[str, Adapter], base: nn.Module) -> None:

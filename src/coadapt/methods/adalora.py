@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core import target
 from ..core.importance import Importance, best
 from ..core.layer import Layer
@@ -15,7 +15,7 @@ from .lora import LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaLoraConfig(TargetedConfig):
+class AdaLoraConfig(WeightConfig):
     """A LoRA as B diag(E) A that begins with the same rank everywhere and keeps the ranks that matter most."""
 
     kind = "ADALORA"

@@ -5,14 +5,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core.layer import Layer
 from ..core.method import register
 from ..core.rotation import Rotation, cayley, features, in_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
-class BOFTConfig(TargetedConfig):
+class BOFTConfig(WeightConfig):
     """The inputs of layers, rotated in blocks of features several times, with other neighbours each time."""
 
     kind = "BOFT"

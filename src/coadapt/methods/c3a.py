@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.method import AdditiveMethod, Place, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class C3AConfig(TargetedConfig):
+class C3AConfig(WeightConfig):
     """A change of the weight whose blocks are circulant: each is one trained row, turned further from row to row."""
 
     kind = "C3A"

@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core.layer import Layer
 from ..core.lowrank import is_plain
 from ..core.method import WeightMethod, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeftConfig(TargetedConfig):
+class DeftConfig(WeightConfig):
     """Some directions of a layer's output, taken out of the weight and made anew."""
 
     kind = "DEFT"

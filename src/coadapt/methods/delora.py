@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
@@ -14,7 +14,7 @@ from ..core.method import Place, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeloraConfig(TargetedConfig):
+class DeloraConfig(WeightConfig):
     """W' = W + (lambda / r) B A with ranks of unit length, at the layers that are targeted."""
 
     kind = "DELORA"

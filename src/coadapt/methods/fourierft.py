@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.method import AdditiveMethod, Place, register
@@ -14,7 +14,7 @@ from ..core.scattered import Places, check_count
 
 
 @dataclass(frozen=True, kw_only=True)
-class FourierFTConfig(TargetedConfig):
+class FourierFTConfig(WeightConfig):
     """A change of the weight with few frequencies, whose coefficients train."""
 
     kind = "FOURIERFT"

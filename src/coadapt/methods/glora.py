@@ -6,13 +6,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core.layer import Layer
 from ..core.method import WeightMethod, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class GloraConfig(TargetedConfig):
+class GloraConfig(WeightConfig):
     """Weights and biases, each scaled and shifted, and biases shifted by weights."""
 
     kind = "GLORA"

@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core.layer import Layer
 from ..core.method import register
 from ..core.rotation import Rotation, features
 
 
 @dataclass(frozen=True, kw_only=True)
-class HRAConfig(TargetedConfig):
+class HRAConfig(WeightConfig):
     """The inputs of layers, mirrored r times."""
 
     kind = "HRA"

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config import RankedConfig
-from ..core import target
 from ..core.adapter import Adapter
 from ..core.layer import Layer, kind_of
 from ..core.lowrank import LowRankMethod, is_plain
@@ -70,9 +69,6 @@ class LoraConfig(RankedConfig):
     """Options of "loftq": train for a weight that is quantised, in the adapter (arXiv:2310.08659)."""
     lora_ga_config: LoraGAConfig | Mapping[str, Any] | None = None
     """Options of "lora_ga"."""
-    target_parameters: Sequence[str] | None = None
-    """Ends of the names of parameters that are no layer's weight: fused experts (`mlp.experts.down_proj`), each expert
-    with factors of its own."""
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
     """Tokens whose embeddings are trained along, of a tied head too; for other layers than the input embedding
     {module name: tokens}."""
@@ -114,11 +110,6 @@ class LoraConfig(RankedConfig):
         super().__post_init__()
         self.positive("r")
         self.probability("lora_dropout")
-        if self.target_parameters is not None and (self.lora_dropout or self.use_dora or not self.target_parameters):
-            raise ValueError(
-                "LoraConfig: target_parameters names at least one parameter; lora_dropout and use_dora have no effect "
-                "on parameters, which have no input of their own. Put layers with those into another adapter."
-            )
         self.choice("bias", ("none", "lora_only", "all"))
         self.positive("qalora_group_size")
         for name, options in _OPTIONS.items():
@@ -158,10 +149,6 @@ class LoraConfig(RankedConfig):
                 f"LoraConfig: init_lora_weights={self.init_lora_weights!r} starts plain LoRAs and DoRA; "
                 f"{variants[0] if variants else 'lora_bias'} has a start of its own. Leave it out."
             )
-        if self.target_parameters and (variants or self.lora_bias):
-            raise ValueError(
-                "LoraConfig: target_parameters takes plain LoRA; put layers with a variant into another adapter."
-            )
 
 
 @register(LoraConfig)
@@ -174,7 +161,7 @@ class LoRA(WithBiases, LowRankMethod):
     first: it merges, and every program loads it. Parameters per site: r (O + I K).
     """
 
-    kinds = ("linear", "embedding", "conv", "experts", "parameter")
+    kinds = ("linear", "embedding", "conv", "experts")
     keeps_taken: ClassVar[bool] = True
     """Whether files hold A0 and B0, as further ranks; otherwise they are worked out again."""
     B: Tensor
@@ -208,15 +195,6 @@ class LoRA(WithBiases, LowRankMethod):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.waits = ""
-
-    @classmethod
-    def places(cls, config: LoraConfig, base: nn.Module) -> list[Place]:
-        raw = target.parameters(config, base)
-        places = [] if raw and config.target_modules is None else super().places(config, base)
-        places += [place for place in raw if place not in places]
-        target.check_patterns(config, places, "rank_pattern", "alpha_pattern")
-        target.check_transposed(config, [place.module for place in places])
-        return places
 
     @classmethod
     def companions(cls, config: LoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:

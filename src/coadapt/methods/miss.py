@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
 from ..core.method import WeightMethod, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class MissConfig(TargetedConfig):
+class MissConfig(WeightConfig):
     """One small matrix, added to a layer's weight over and over."""
 
     kind = "MISS"

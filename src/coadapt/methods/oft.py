@@ -6,14 +6,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core.layer import Layer
 from ..core.method import Driven, register
 from ..core.rotation import Rotation, cayley, cayley_neumann, features, in_blocks, skew
 
 
 @dataclass(frozen=True, kw_only=True)
-class OFTConfig(TargetedConfig):
+class OFTConfig(WeightConfig):
     """The inputs of layers, rotated in blocks of features."""
 
     kind = "OFT"

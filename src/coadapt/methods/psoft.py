@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod, is_plain
 from ..core.method import FromBase, register
@@ -12,7 +12,7 @@ from ..core.rotation import cayley, cayley_neumann, skew
 
 
 @dataclass(frozen=True, kw_only=True)
-class PsoftConfig(TargetedConfig):
+class PsoftConfig(WeightConfig):
     """The principal subspace of a layer's weight, rotated."""
 
     kind = "PSOFT"

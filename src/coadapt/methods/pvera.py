@@ -54,6 +54,7 @@ class PVeRA(WithBiases, LowRankMethod):
 
     kinds = ("linear", "embedding")
     by_factors = False
+    needs_call = "it draws what it adds in each call"
 
     def __init__(self, config: PveraConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)

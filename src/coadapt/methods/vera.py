@@ -75,7 +75,7 @@ class VeRA(WithBiases, LowRankMethod):
 
 def largest(places: Sequence[Place]) -> tuple[int, int]:
     """The most output features of the places, and the most input features, each entry of a kernel counted."""
-    shapes = [Layer(place.module, place.path).shape for place in places]
+    shapes = [place.layer.shape for place in places]
     return max(shape[0] for shape in shapes), max(math.prod(shape[1:]) for shape in shapes)
 
 

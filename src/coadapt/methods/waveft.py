@@ -1,13 +1,13 @@
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.method import AdditiveMethod, Place, register
@@ -16,7 +16,7 @@ from ..core.wavelets import scaling_filter, synthesis
 
 
 @dataclass(frozen=True, kw_only=True)
-class WaveFTConfig(TargetedConfig):
+class WaveFTConfig(WeightConfig):
     """A change of the weight with few wavelet coefficients, which train."""
 
     kind = "WAVEFT"
@@ -85,7 +85,7 @@ class WaveFT(AdditiveMethod):
         each = {p: config.n_frequency * len(sizes) * size / sum(sizes.values()) for p, size in sizes.items()}
         for path, size in sizes.items():
             check_count("WaveFTConfig", "n_frequency", round(each[path]), size, path)
-        return [Place(p.path, p.module, role=str(max(1, round(each.get(p.path, 1))))) for p in found]
+        return [replace(p, role=str(max(1, round(each.get(p.path, 1))))) for p in found]
 
     def change(self) -> Tensor:
         entries = self.where(self.c).view(self.shape[0], -1)  # (O, I)
