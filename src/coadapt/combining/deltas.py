@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.adapter import Adapter, ModuleCopy, Part
 from ..core.around import around
 from ..core.composition import Node, Seq, Sum, names, terms
+from ..core.experts import Experts
 from ..core.gates import Learned, Routed, is_zero
 from ..core.layer import Around, Layer
 from ..core.lowrank import LowRankMethod
@@ -176,9 +177,9 @@ class Site:
             for method in self.methods[name]:
                 if isinstance(method, BitFit):
                     continue
-                if not isinstance(method, LowRankMethod):
+                if not isinstance(method, LowRankMethod | Experts) or (own := method.factors()) is None:
                     return None
-                a, b, scale = method.factors()
+                a, b, scale = own
                 a, b = (wide(_there(factor, self.place.path)) for factor in (a, b))
                 out.append((a if b.dim() == 3 else a.flatten(1), b, gate.number * scale))  # (E, R, I) of experts
         return out
@@ -202,7 +203,8 @@ class Site:
 
     def obstacle(self) -> str:
         """The method that has no factors, and where."""
-        kinds = (type(m).__name__ for found in self.methods.values() for m in found if not isinstance(m, LowRankMethod))
+        every = (m.each[0] if isinstance(m, Experts) else m for found in self.methods.values() for m in found)
+        kinds = (type(m).__name__ for m in every if not isinstance(m, LowRankMethod))
         return f"{next(k for k in kinds if k != BitFit.__name__)} at {self.place.path!r}"
 
 

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
+from .lowrank import LowRankMethod
 from .method import Progress
 
 
@@ -22,34 +24,44 @@ class Experts(nn.Module):
 
     def merge(self, weight: Tensor) -> Tensor:
         """(E, O, I) -> (E, O, I)"""
-        if not self.alike:
+        if not self.alike or torch.compiler.is_compiling():  # which cannot look into copies of modules
             return torch.stack([method.merge(w) for method, w in zip(self.each, weight, strict=True)])
         states = [_state(method) for method in self.each]
         stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
         return vmap(self._one, randomness="different")(stacked, weight)
 
     def _one(self, state: Mapping[str, Tensor], weight: Tensor) -> Tensor:
-        return functional_call(_Merge(self.each[0]), dict(state), (weight,))
+        return _holding(self.each[0], state).merge(weight)
+
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """As LoRA's at experts, A (E, R, I), B (E, O, R) and a scale; None where they have none."""
+        if not all(isinstance(method, LowRankMethod) for method in self.each):
+            return None
+        each = [method.factors() for method in self.each]
+        most = max(len(a) for a, _, _ in each)
+        a = torch.stack([F.pad(a, (0, 0, 0, most - len(a))) for a, _, _ in each])
+        return a, torch.stack([F.pad(b * s, (0, most - b.shape[1])) for _, b, s in each]), 1.0
 
 
-class _Merge(nn.Module):
-    """A method, called by its `merge`."""
-
-    def __init__(self, method: Any) -> None:
-        super().__init__()
-        self.method = method
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return self.method.merge(weight)
+def _holding(module: Any, state: Mapping[str, Tensor], path: str = "") -> Any:
+    """A copy of `module` with these tensors. Not the module itself, with others for a while: threads share that."""
+    made = object.__new__(type(module))
+    vars(made).update(vars(module))
+    vars(made)["_parameters"] = {name: state.get(f"{path}{name}", p) for name, p in module._parameters.items()}
+    vars(made)["_buffers"] = {name: state.get(f"{path}{name}", b) for name, b in module._buffers.items()}
+    inner = {n: m if m is None else _holding(m, state, f"{path}{n}.") for n, m in module._modules.items()}
+    vars(made)["_modules"] = inner
+    return made
 
 
 def _state(method: nn.Module) -> dict[str, Tensor]:
-    """What a method multiplies by, by the names that it has in a _Merge."""
+    """What a method multiplies by."""
     found: dict[str, Tensor] = {}
-    for path, module in method.named_modules(prefix="method"):
+    for path, module in method.named_modules():
         if not isinstance(module, Progress):
-            found |= {f"{path}.{name}": p for name, p in module.named_parameters(recurse=False)}
-            found |= {f"{path}.{name}": b for name, b in module.named_buffers(recurse=False)}
+            inside = f"{path}." if path else ""
+            found |= {f"{inside}{name}": p for name, p in module.named_parameters(recurse=False)}
+            found |= {f"{inside}{name}": b for name, b in module.named_buffers(recurse=False)}
     return found
 
 
