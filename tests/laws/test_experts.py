@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from coadapt import LoraConfig, OFTConfig, PeftModel, VeraConfig
 from coadapt.config import PeftConfig
@@ -152,6 +153,43 @@ def test_several_kinds_at_one_parameter_add_up_and_follow_one_another() -> None:
         close(mixed[i : i + 1], logits(view, ids()[i : i + 1], adapters=row), 1e-5)
 
 
+def test_experts_that_are_stored_as_inputs_by_outputs() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    base: Any = GptOssForCausalLM(GptOssConfig(vocab_size=64, pad_token_id=0, **sizes, **heads)).eval()
+    view = PeftModel(base, LoraConfig(r=2, use_dora=True, init_lora_weights=False, target_modules="experts"))
+    parts = [p for p in view.get_adapter("default").parts if p.place.parameter == "down_proj"][:4]
+    weight = base.model.layers[0].mlp.experts.down_proj.detach()  # (E, I, O)
+    assert [part.place.layer.shape for part in parts] == [(32, 48)] * 4
+    view.merge_adapter()
+    methods: list[Any] = [part.method for part in parts]
+    close(
+        base.model.layers[0].mlp.experts.down_proj,
+        torch.stack([m.merge(weight[e].mT).mT for e, m in enumerate(methods)]),
+    )
+
+
+def test_trained_gates_have_one_place_at_a_parameter() -> None:
+    view = view_with(a=config_of("oft-experts"), b=config_of("vera-experts"))
+    for node in ("learned*a + b", "learned_per_layer*a + b"):
+        view.set_adapter(node)
+        loss(view).backward()
+        found = gradients(view)
+        assert all(g is not None for g in found.values())
+        gates = {name: g for name, g in found.items() if not name.startswith("adapters.")}
+        assert sum(g.numel() for g in gates.values() if g is not None) == (6 if "per_layer" in node else 1)
+
+
+def test_experts_of_unlike_ranks_become_one_lora() -> None:
+    pattern = {r"down_proj\[1\]": 3}
+    view = view_with(
+        a=LoraConfig(r=2, kasa_config={}, target_modules="experts", rank_pattern=pattern), b=config_of("lora")
+    )
+    view.combine("a + 0.5*b", adapter_name="one")
+    close(logits(view, adapters="one"), logits(view, adapters="a + 0.5*b"), 1e-5)
+
+
 def test_files_hold_one_tensor_for_all_experts_and_say_that_peft_cannot_read_them(tmp_path: Path) -> None:
     from safetensors import safe_open
 
@@ -224,5 +262,4 @@ def test_experts_in_a_list_are_layers_to_every_method(case: str, word: str) -> N
     assert paths
     x = torch.randn(2, 3, 16)
     far(view(x), view.base(x))
-    if word == "shared_experts":
-        assert {path.split(".")[2] for path in paths} == {word}
+    assert {path.split(".")[2] for path in paths} == {word}
