@@ -178,7 +178,7 @@ def test_trained_gates_have_one_place_at_a_parameter() -> None:
         found = gradients(view)
         assert all(g is not None for g in found.values())
         gates = {name: g for name, g in found.items() if not name.startswith("adapters.")}
-        assert sum(g.numel() for g in gates.values() if g is not None) == (6 if "per_layer" in node else 1)
+        assert sum(g.numel() for g in gates.values() if g is not None) == (2 if "per_layer" in node else 1)
 
 
 def test_experts_of_unlike_ranks_become_one_lora() -> None:

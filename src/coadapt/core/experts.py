@@ -1,7 +1,8 @@
 """A method at each expert of a fused mixture, (O, I), as one map of the parameter that holds them all, (E, O, I)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,9 @@ from torch.func import vmap
 
 from .lowrank import LowRankMethod
 from .method import Progress
+
+_ALIKE: MutableMapping[nn.Module, tuple[tuple[int, ...], bool]] = WeakKeyDictionary()
+"""The method at a first expert -> which ones stood at all of them, and whether they are alike; to be found out once."""
 
 
 class Experts(nn.Module):
@@ -20,7 +24,10 @@ class Experts(nn.Module):
     def __init__(self, each: Sequence[Any]) -> None:
         super().__init__()
         self.each = tuple(each)  # they are the adapter's
-        self.alike = each[0].batches and all(_alike(each[0], other) for other in each[1:])
+        ids = tuple(map(id, each))
+        if (known := _ALIKE.get(each[0])) is None or known[0] != ids:
+            known = _ALIKE[each[0]] = ids, all(_alike(each[0], other) for other in each[1:])
+        self.alike = known[1]
 
     def merge(self, weight: Tensor) -> Tensor:
         """(E, O, I) -> (E, O, I)"""

@@ -138,9 +138,7 @@ class WeightMethod(Method):
 
     kinds: ClassVar[Sequence[str]] = ("linear", "embedding", "conv")
     """The kinds of layer that it adapts; all others are refused. Fused experts ("experts", (E, O, I)) it need not know:
-    it is made for each of them, as for a linear layer."""
-    batches: ClassVar[bool] = True
-    """Whether vmap goes through `merge`: then all experts are one call."""
+    it is made for each of them, as for a linear layer, and vmap goes through `merge`."""
     needs_call: str = ""
     """Why it has to stand around a call, where `merge` is not all of it: then it has no place at a parameter, which is
     multiplied by the model's own code."""
