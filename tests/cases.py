@@ -129,6 +129,11 @@ VARIANTS: dict[str, PeftConfig] = {
     "lora-experts": LoraConfig(
         r=2, target_parameters=["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"], init_lora_weights=False
     ),
+    "oft-experts": OFTConfig(
+        oft_block_size=2, use_cayley_neumann=False, init_weights=False, target_modules=["experts", "router"]
+    ),
+    "vera-experts": VeraConfig(r=6, target_parameters=["experts.down_proj", "mlp.gate.weight"], init_weights=False),
+    "adalora-experts": AdaLoraConfig(total_step=9, init_r=4, target_r=2, target_modules="experts"),
     "lora-tokens": LoraConfig(r=2, trainable_token_indices=[3, 7, 20], init_lora_weights=False),
     "lora-pissa": LoraConfig(r=2, lora_alpha=4, init_lora_weights="pissa"),
     "lora-mica": LoraConfig(r=2, init_lora_weights="mica"),

@@ -149,6 +149,11 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         BottleneckConfig(target_modules=["second"]),
         "features do not stand last",
     ),
+    "a list of modules": (
+        "llama",
+        BottleneckConfig(target_modules=["layers"]),
+        "'model.layers' is a ModuleList, which nothing calls",
+    ),
     "a prefix without attention": ("conv", CASES["prefix"], "no attention that a prefix could join"),
 }
 

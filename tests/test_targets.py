@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import models
-from coadapt import BottleneckConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
+from coadapt import BitFitConfig, BottleneckConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from coadapt.core import bypass, parts
 from coadapt.core.layer import kind_of
 from coadapt.training.inspect import targets_tables
@@ -196,14 +196,24 @@ def test_a_part_that_is_not_there(model: str, word: str, message: str) -> None:
 
 def test_a_method_without_experts_says_so() -> None:
     with pytest.raises(ValueError, match="names parameters that are no layers in this MixtralForCausalLM"):
-        PeftModel(models.mixtral(), IA3Config(target_modules="experts", feedforward_modules=[]))
+        PeftModel(models.mixtral(), BitFitConfig(target_modules="experts"))
     with pytest.raises(ValueError, match="names parameters that are no layers"):
         PeftModel(models.mixtral(), BottleneckConfig(target_modules=["router"], bottleneck_size=4))
+
+
+def test_ia3_scales_what_goes_into_the_end_of_each_expert() -> None:
+    view = PeftModel(models.mixtral(), IA3Config(target_modules="experts"))
+    parts = view.adapters.default.parts
+    assert {(p.place.parameter, p.method.on_input, len(p.method.l)) for p in parts} == {
+        ("down_proj", True, 48),
+        ("gate_up_proj", False, 96),
+    }
 
 
 def test_the_table_says_what_each_word_means() -> None:
     for make, lines in (
         (models.mixtral, ["experts 4", "mlp none", "router 2", "model.layers.*.mlp.experts.down_proj"]),
+        (shared_experts, ["experts 2", "shared_experts 4", "model.layers.*.mlp.shared_expert.gate_proj"]),
         (mamba, ["ssm 2", "attention none", "backbone.layers.*.mixer.out_proj Mamba2Mixer.forward reads its weight"]),
     ):
         text = io.StringIO()

@@ -24,11 +24,24 @@ from coadapt.formats.configs import READABLE  # noqa: E402
 from laws.setting import MAKE, attach, config_of, fits, logits, stir  # noqa: E402
 from models import Holder  # noqa: E402
 
+
+class Fused(nn.Module):
+    """Experts in one parameter, all of them used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Parameter(torch.randn(4, 32, 32) / 6, requires_grad=False)  # (E, O, I)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("eoi,...i->...o", self.layers, x)
+
+
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(32, 32), (2, 3, 32)),
     "conv": (lambda: nn.Conv2d(32, 32, 3, padding=1), (2, 32, 4, 4)),
     "embedding": (lambda: nn.Embedding(32, 32), (2, 3)),
     "norm": (lambda: nn.LayerNorm(32), (2, 3, 32)),
+    "experts": (Fused, (2, 3, 32)),
 }
 ORDER = ("llama", "mixtral", "plain", "conv")
 """Models to try a method on: the first that it has a place in."""
@@ -50,7 +63,8 @@ def _adapts(config: TargetedConfig, kind: str) -> bool:
     torch.manual_seed(0)
     layer = make()
     x = torch.randint(0, 32, shape) if kind == "embedding" else torch.randn(shape)
-    named: dict[str, Any] = {"target_modules": ["layer"]}
+    fused = {"target_modules": None, "target_parameters": ["layers"]}
+    named: dict[str, Any] = fused if kind == "experts" else {"target_modules": ["layer"]}
     if getattr(config, "use_bdlora", None):
         named["use_bdlora"] = {"target_modules_bd_a": ["layer"], "nblocks": 2}
     try:

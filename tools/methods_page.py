@@ -106,9 +106,10 @@ to start from: [learning_rates.md](learning_rates.md).
 ## What each can do
 
 Tried by `tools/abilities.py` on small models when the table was made. All of them train beside any other in one call,
-save and load, and take part in compositions; experts and other raw parameters are LoRA's.
+save and load, and take part in compositions.
 """
-NOTES = """- *layers*: kinds of layer that it adapts; `-` where it stands around something else.
+NOTES = """- *layers*: kinds of layer that it adapts, "experts" being fused ones, each a linear layer to it, and the
+  matrices of routers; `-` where it stands around something else.
 - *several at once*: two adapters of the method and a LoRA in one call. *rows*: each row of a batch with its own.
 - *gates*: any weight; 0 is the base to the bit. *merge*: into the base's weights, and out again to the bit.
 - *files of peft*: peft 0.21.2 loads the folder and computes the same.

@@ -280,7 +280,34 @@ class TargetedConfig(PeftConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankedConfig(TargetedConfig):
+class WeightConfig(TargetedConfig):
+    """Options of the methods that are maps of a weight, whosever that is."""
+
+    target_parameters: Sequence[str] | None = None
+    """Ends of the names of parameters that are no layer's weight: fused experts (`mlp.experts.down_proj`), each of them
+    adapted for itself, or a router's matrix (`mlp.gate.weight`)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_parameters is not None:
+            if isinstance(self.target_parameters, str) or not self.target_parameters:
+                raise ValueError(
+                    f"{type(self).__name__}: target_parameters is a list of at least one name; got "
+                    f"{self.target_parameters!r}."
+                )
+            self.without_input(", ".join(self.target_parameters))
+
+    def without_input(self, where: str) -> None:
+        """Refuses what has no effect on parameters, which nothing goes into but the model's own code."""
+        if idle := [f.name for f in fields(self) if "dropout" in f.name and getattr(self, f.name)]:
+            raise ValueError(
+                f"{type(self).__name__}: {' and '.join(idle)} would have no effect on {where}: a parameter has no "
+                "input or output of its own to drop. Set it to 0; put layers that need it into another adapter."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedConfig(WeightConfig):
     """Options of the methods that can have another rank, and another scale, at some of their targets."""
 
     patterns = ("rank_pattern", "alpha_pattern")
@@ -335,7 +362,7 @@ class TokensConfig(TargetedConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BiasConfig(TargetedConfig):
+class BiasConfig(WeightConfig):
     """An option of the methods that can train biases along."""
 
     only: ClassVar[str | None] = None

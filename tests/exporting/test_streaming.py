@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from cases import CASES as METHOD_CASES
-from coadapt import BitFitConfig, IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from coadapt import BitFitConfig, IA3Config, LoraConfig, OFTConfig, PeftModel, PromptTuningConfig, get_peft_model
 from coadapt.config import PeftConfig
 from coadapt.core.method import METHODS, WeightMethod
 from coadapt.exporting import streaming
@@ -39,6 +39,10 @@ CASES: dict[str, tuple[Callable[..., Any], PeftConfig]] = {
     "mixtral experts": (
         mixtral,
         LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]),
+    ),
+    "mixtral rotated experts": (
+        mixtral,
+        OFTConfig(oft_block_size=4, use_cayley_neumann=False, target_modules=["experts", "router"]),
     ),
 }
 

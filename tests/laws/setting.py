@@ -64,7 +64,7 @@ def fits(case: str, model: str) -> bool:
         return False  # a causal language model's
     if case.endswith("-stream"):
         return model in ("llama", "gpt2", "bloom", "t5", "bert", "vit", "qwen2", "qwen3")  # whose norms' order is told
-    if case == "lora-experts":
+    if case.endswith("-experts"):
         return model == "mixtral"
     if case.endswith("all-linear") and model == "mixtral":
         return False  # says in a warning what it leaves out: tests/test_coverage.py

@@ -101,7 +101,8 @@ def test_bd_lora_is_block_diagonal_where_it_was_told() -> None:
         ({"qalora_group_size": 8}, "no effect without use_qalora"),
         ({"kasa_config": {"beta": -1}}, "beta=-1 must be at least 0"),
         ({"use_bdlora": {"target_modules_bd_a": ["q"], "target_modules_bd_b": ["q"]}}, "choose one"),
-        ({"target_parameters": ["experts"], "use_qalora": True}, "target_parameters takes plain LoRA"),
+        ({"target_parameters": ["experts"], "lora_dropout": 0.1}, "lora_dropout would have no effect on experts"),
+        ({"target_parameters": []}, "at least one name"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], why: str) -> None:

@@ -1,19 +1,20 @@
 """What a composition does to the weights of a base, site by site: as factors where it has them, else as W' - W."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.adapter import Adapter, ModuleCopy
+from ..core.adapter import Adapter, ModuleCopy, Part
 from ..core.around import around
 from ..core.composition import Node, Seq, Sum, names, terms
+from ..core.experts import Experts
 from ..core.gates import Learned, Routed, is_zero
 from ..core.layer import Around, Layer
 from ..core.lowrank import LowRankMethod
-from ..core.parameter import ParameterLayer
+from ..core.parameter import methods_at
 from ..core.roles import Place
 from ..methods.bitfit import BitFit
 
@@ -155,13 +156,10 @@ def wide(tensor: Tensor) -> Tensor:
 class Site:
     """A layer, or a parameter, of the base, with the methods that some adapters have there."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self.methods: dict[str, list[Any]] = {}
-        layer = Layer(place.module, place.path)
-        if place.parameter:
-            layer = ParameterLayer(place.module, place.path, place.parameter)
-        self.layer, self._wide = layer, _Wide(layer)
+    def __init__(self, place: Place, methods: Mapping[str, Sequence[Any]]) -> None:
+        self.place, self.methods = place, methods
+        self.layer = place.layer
+        self._wide = _Wide(self.layer)
 
     @property
     def is_matrix(self) -> bool:
@@ -179,9 +177,9 @@ class Site:
             for method in self.methods[name]:
                 if isinstance(method, BitFit):
                     continue
-                if not isinstance(method, LowRankMethod):
+                if not isinstance(method, LowRankMethod | Experts) or (own := method.factors()) is None:
                     return None
-                a, b, scale = method.factors()
+                a, b, scale = own
                 a, b = (wide(_there(factor, self.place.path)) for factor in (a, b))
                 out.append((a if b.dim() == 3 else a.flatten(1), b, gate.number * scale))  # (E, R, I) of experts
         return out
@@ -205,18 +203,22 @@ class Site:
 
     def obstacle(self) -> str:
         """The method that has no factors, and where."""
-        kinds = (type(m).__name__ for found in self.methods.values() for m in found if not isinstance(m, LowRankMethod))
+        every = (m.each[0] if isinstance(m, Experts) else m for found in self.methods.values() for m in found)
+        kinds = (type(m).__name__ for m in every if not isinstance(m, LowRankMethod))
         return f"{next(k for k in kinds if k != BitFit.__name__)} at {self.place.path!r}"
 
 
 def sites(adapters: Mapping[str, Adapter], node: Node) -> Sequence[Site]:
     """Every layer and parameter that `node` adapts (and does not copy)."""
-    found: dict[tuple[Any, str], Site] = {}
+    found: dict[tuple[Any, str], dict[str, list[Part]]] = {}
     for name in names(node):
         for part in adapters[name].parts:
-            if isinstance(part.method, ModuleCopy):
-                continue
-            place = part.place
-            site = found.setdefault((place.module, place.parameter), Site(place))
-            site.methods.setdefault(name, []).append(part.method)
-    return list(found.values())
+            if not isinstance(part.method, ModuleCopy):
+                key = part.place.module, part.place.parameter
+                found.setdefault(key, {}).setdefault(name, []).append(part)
+    out: list[Site] = []
+    for parts in found.values():
+        place = next(iter(parts.values()))[0].place
+        methods = {name: methods_at(own) for name, own in parts.items()}
+        out.append(Site(replace(place, path=place.site, expert=None), methods))
+    return out

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..config import PeftConfig, TargetedConfig
+from ..config import PeftConfig, TargetedConfig, WeightConfig
 from . import roles, target, tied
 from .backbone import Backbone, backbones, stacks
 from .layer import Layer
 from .method import AttentionMethod, Companion, Driven, InputMethod, Method, ModuleMethod, WeightMethod, method_for
-from .parameter import ParameterLayer
 from .precision import linear
 from .roles import Place
 from .store import float_form, quantised, take_form, value
@@ -233,15 +232,33 @@ def _made(
     blank: bool = False,
 ) -> Method:
     made: Callable[..., Method] = cls
-    layer = Layer(place.module, place.path)
     if place.parameter:
-        layer = ParameterLayer(place.module, place.path, place.parameter)
+        _check_parameter(cls, config, place)
+    layer = place.layer
     layer.role, layer.blank = place.role, blank
     if place.reads is not None:
         return made(config, layer, shared, Layer(place.reads[1], place.reads[0]))
     if issubclass(cls, WeightMethod | ModuleMethod):
-        return made(config, layer, shared)
+        method = made(config, layer, shared)
+        if place.parameter and (why := getattr(method, "needs_call", "")):
+            raise ValueError(_at_parameter(cls, place, why))
+        return method
     return made(config, place, base, shared)
+
+
+def _check_parameter(cls: type[Method], config: PeftConfig, place: Place) -> None:
+    """Refuses what has no effect on a parameter, or not all of it."""
+    if isinstance(config, WeightConfig):
+        config.without_input(repr(place.site))
+    if not issubclass(cls, WeightMethod):
+        raise ValueError(_at_parameter(cls, place, "it is no map of weights"))
+
+
+def _at_parameter(cls: type[Method], place: Place, why: str) -> str:
+    return (
+        f"{cls.__name__} cannot adapt {place.site!r}, a parameter that the model multiplies itself: {why}. Target "
+        "layers with it; LoRA, OFT and other maps of weights adapt parameters."
+    )
 
 
 M = TypeVar("M", bound=nn.Module)

@@ -16,7 +16,7 @@ from .layer import Layer, kind_of
 from .lowrank import LowRankMethod
 from .method import AttentionMethod, InputMethod, WeightMethod
 from .modes import evaluating
-from .parameter import adapted
+from .parameter import adapted, methods_at
 from .precision import plus_product
 from .repacking import INTO, Full, MergeReport, Repacked, float_dtype, repacked
 from .store import form_of, packed_store, store_of, take_form
@@ -224,8 +224,8 @@ def _plus_products(layer: Layer, methods: Mapping[str, LowRankMethod], node: Nod
 
 
 def _new_parameter(module: nn.Module, name: str, parts: Mapping[str, Sequence[Part]], node: Node) -> list[Write]:
-    path = next(iter(parts.values()))[0].place.path
-    methods = {adapter: [p.method for p in found] for adapter, found in parts.items()}
+    path = next(iter(parts.values()))[0].place.site
+    methods = {adapter: methods_at(found) for adapter, found in parts.items()}
     return [(module, name, adapted(node, module, path, name, methods))]
 
 

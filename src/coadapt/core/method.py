@@ -140,7 +140,11 @@ class WeightMethod(Method):
     """
 
     kinds: ClassVar[Sequence[str]] = ("linear", "embedding", "conv")
-    """The kinds of layer that it adapts; all others are refused."""
+    """The kinds of layer that it adapts; all others are refused. Fused experts ("experts", (E, O, I)) it need not know:
+    it is made for each of them, as for a linear layer, and vmap goes through `merge`."""
+    needs_call: str = ""
+    """Why it has to stand around a call, where `merge` is not all of it: then it has no place at a parameter, which is
+    multiplied by the model's own code."""
 
     def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__()
@@ -164,7 +168,7 @@ class WeightMethod(Method):
 
     @classmethod
     def places(cls, config: Any, base: nn.Module) -> list[Place]:
-        found = target.places(config, base)
+        found = target.places(config, base, cls.kinds)
         target.check_patterns(config, found, *config.patterns)
         if hasattr(config, "fan_in_fan_out"):
             target.check_transposed(config, [place.module for place in found])

@@ -3,59 +3,29 @@
 The module's own code runs on a stand-in for it, which has what the adapters make of its parameters.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .adapter import Part
 from .around import Methods, around
 from .composition import Node
+from .experts import Experts
 from .frame import Frame
 from .gates import per_row
-from .layer import Kind, Layer, StandIn, same, transposed
+from .layer import StandIn
+from .parameter_layer import ParameterLayer
 from .site import first_input, plain_class
 from .store import value
 
 
-def _no_call(module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
-    raise TypeError("A parameter has no call of its own: only maps of weights adapt it.")
-
-
-EXPERTS = Kind("experts", _no_call)
-_TRANSPOSED_EXPERTS = Kind("experts", _no_call, transposed)
-MATRIX = Kind("parameter", _no_call, same)
-
-
-class ParameterLayer(Layer):
-    """A parameter of a module, seen as the weight of a layer: (E, O, I), or (O, I)."""
-
-    def __init__(self, module: nn.Module, path: str, name: str) -> None:
-        super().__init__(module, path)
-        self.name = name
-
-    @property
-    def kind(self) -> Kind:
-        match self.value(self.name).dim():
-            case 3:
-                # transformers' experts say so where they are stored as (E, I, O)
-                return _TRANSPOSED_EXPERTS if getattr(self.module, "is_transposed", False) else EXPERTS
-            case 2:
-                return MATRIX
-            case dims:
-                raise ValueError(f"{self.path!r} has {dims} dims; a matrix (O, I) or experts (E, O, I) can be adapted.")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.weight().shape)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return None
-
-    def weight(self) -> Tensor:
-        return self.kind.canonical(value(self.module, self.name))
+def methods_at(parts: Sequence[Part]) -> list[nn.Module]:
+    """The methods that one adapter has at one parameter; those at its experts as one."""
+    methods = [part.method for part in parts]
+    return [Experts(methods)] if parts[0].place.expert is not None else list(methods)
 
 
 def adapted(node: Node, module: nn.Module, path: str, name: str, methods: Methods) -> Tensor:

@@ -21,7 +21,7 @@ from .layer import Layer
 from .lowrank import LowRankCall, Term, is_fused, is_plain
 from .merging import Merged
 from .method import AttentionMethod, InputMethod
-from .parameter import ParameterCall
+from .parameter import ParameterCall, methods_at
 from .pooling import SeenCall
 from .roles import siblings
 
@@ -138,10 +138,11 @@ class Plan:
         self.calls[first] = NotingCall(path, self.calls.get(first))
 
     def _parameters(self, module: nn.Module, parts: Mapping[str, Sequence[Part]]) -> None:
-        at: dict[tuple[str, str], dict[str, list[nn.Module]]] = {}
-        for name, found in parts.items():
-            for part in found:
-                at.setdefault((part.place.path, part.place.parameter), {}).setdefault(name, []).append(part.method)
+        found: dict[tuple[str, str], dict[str, list[Part]]] = {}
+        for name, own in parts.items():
+            for part in own:
+                found.setdefault((part.place.site, part.place.parameter), {}).setdefault(name, []).append(part)
+        at = {key: {name: methods_at(own) for name, own in here.items()} for key, here in found.items()}
         self.calls[module] = ParameterCall(module, self.nodes, at, self.calls.get(module))
 
     def _attention(self, module: nn.Module, parts: Mapping[str, Sequence[Part]]) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from .bypass import bypassed
-from .layer import kind_of
+from .layer import Layer, kind_of
 from .mixture import is_linear, mixtures
+from .parameter_layer import layer_at, whole
 from .tied import weights
 
 PROJECTIONS = {
@@ -43,6 +44,18 @@ class Place:
     """Which of several alike this is: "encoder", "decoder" or "cross", or what else a method tells apart."""
     parameter: str = ""
     """The name of the parameter that is adapted, where that is no layer's weight; `path` ends in it."""
+    expert: int | None = None
+    """Which one of fused experts is adapted, (O, I) of that parameter; `path` ends in it: "...down_proj[3]"."""
+
+    @property
+    def layer(self) -> Layer:
+        """What is adapted, seen as a layer."""
+        return layer_at(self)
+
+    @property
+    def site(self) -> str:
+        """What gates call it: its path; of all experts of a parameter that of the parameter."""
+        return whole(self.path) if self.parameter else self.path
 
 
 def linears(base: nn.Module) -> list[tuple[str, nn.Module]]:

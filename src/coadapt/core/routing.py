@@ -24,7 +24,7 @@ def site_name(part: Part) -> str:
         case InputMethod():
             return input_site(part.place.path)
         case _:
-            return span_site(part.place.path) if part.place.reads else part.place.path
+            return span_site(part.place.path) if part.place.reads else part.place.site
 
 
 def prepare(node: Node, adapters: Mapping[str, Adapter], base: nn.Module) -> None:
@@ -94,11 +94,13 @@ def _spot(site: str, part: Part, methods: Mapping[int, Sequence[nn.Module]], str
     outputs = layer.width
     if place.path in streams.mixtures:
         width = outputs = streams.mixtures[place.path]
+    if place.parameter:
+        outputs, width = place.layer.shape[-2:]
     if width is None or outputs is None:
         raise ValueError(f"Nothing tells how wide the input of {place.path!r} is, so no router can read it.")
     return Spot(
         site=site,
-        path=place.path,
+        path=place.site,
         width=width,
         outputs=outputs,
         children=tuple(methods),

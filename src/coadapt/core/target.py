@@ -4,15 +4,17 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from ..config import TargetedConfig, did_you_mean, nearest
+from ..config import TargetedConfig, WeightConfig, did_you_mean, nearest
 from . import parts
 from .bypass import bypassed
-from .layer import Layer, kind_of
+from .layer import kind_of
 from .mixture import Mixture, mixtures
+from .parameter_layer import MATRIX, numbered, whole
 from .roles import Place, heads, linears, query_and_value
 
 
@@ -53,19 +55,32 @@ def layers(config: TargetedConfig, base: nn.Module, usual: Sequence[str] | None 
     return found
 
 
-def places(config: TargetedConfig, base: nn.Module, usual: Sequence[str] | None = None) -> list[Place]:
-    """As `layers`, with the parameters that the named parts of a model hold beside layers: fused experts, routers."""
+def places(
+    config: TargetedConfig, base: nn.Module, kinds: Sequence[str], usual: Sequence[str] | None = None
+) -> list[Place]:
+    """As `layers`, with parameters that are no layer's weight: those that are named, fused experts, routers.
+
+    Args:
+        kinds: what the method adapts; without "experts" each expert is a place of its own.
+    """
     words = _words(config, base, layers_only=True)
     meant = [_part(config, base, word) for word in words]
-    raw = [path for _, parameters in meant for path in parameters]
+    named = parameters(config, base) if isinstance(config, WeightConfig) else []
+    raw = list(dict.fromkeys([*(path for _, found in meant for path in found), *named]))
     only_raw = raw and len(words) == len(_listed(config)) and not any(paths for paths, _ in meant)
     found = [] if only_raw else layers(config, base, usual)
-    inside = _in_layers(config, [path for path in raw if not _excluded(config, path)]) if raw else []
-    owners = [(path, *path.rpartition(".")[::2]) for path in inside]
-    return [
-        *(Place(path, module) for path, module in found),
-        *(Place(path, base.get_submodule(owner), parameter=name) for path, owner, name in owners),
-    ]
+    kept = _without_excluded(config, raw) if only_raw else [path for path in raw if not _excluded(config, path)]
+    at = [place for path in (_in_layers(config, kept) if kept else []) for place in _raw_places(base, path, kinds)]
+    return [*(Place(path, module) for path, module in found), *at]
+
+
+def _raw_places(base: nn.Module, path: str, kinds: Sequence[str]) -> list[Place]:
+    owner, _, name = path.rpartition(".")
+    place = Place(path, base.get_submodule(owner), parameter=name)
+    kind = place.layer.kind.name
+    if kind in kinds or kind == MATRIX.name:
+        return [place]
+    return [replace(place, path=numbered(path, e), expert=e) for e in range(place.layer.shape[0])]
 
 
 ALL_LINEAR = "all-linear"
@@ -84,8 +99,13 @@ def _listed(config: TargetedConfig) -> Sequence[str]:
 def _words(config: TargetedConfig, base: nn.Module, layers_only: bool) -> list[str]:
     """Those of the targets that name a part of the model, and no module that can be adapted itself."""
     found = named_parts(config)
-    every = [(p, m) for p, m in base.named_modules() if found and (not layers_only or kind_of(m) is not None)]
-    return [word for word in found if not any(suffix_match(path, word) for path, _ in every)]
+    every = [p for p, m in base.named_modules() if found and (kind_of(m) is not None if layers_only else _is_called(m))]
+    return [word for word in found if not any(suffix_match(path, word) for path in every)]
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Not so a list of experts, say: a model calls what is in it."""
+    return not isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
 def _part(config: TargetedConfig, base: nn.Module, word: str) -> tuple[list[str], list[str]]:
@@ -103,7 +123,8 @@ def _part(config: TargetedConfig, base: nn.Module, word: str) -> tuple[list[str]
             "Name the modules; LoRA takes convolutions, too."
         )
     raw = [m for m in mixtures(base) if m.raw]
-    if raw and "experts" not in _listed(config) and not getattr(config, "target_parameters", None):
+    named = isinstance(config, WeightConfig) and config.target_parameters
+    if raw and "experts" not in _listed(config) and not named:
         warnings.warn(_left_out(config, paths, raw), stacklevel=2)
     return paths, []
 
@@ -122,7 +143,7 @@ def modules(
         if not wanted:
             raise ValueError(
                 f"{_who(config)}: target_modules={config.target_modules!r} names parameters that are no layers in this "
-                f"{type(base).__name__}; this method adapts modules."
+                f"{type(base).__name__}; this method adapts modules. Maps of weights adapt those (LoRA, OFT ...)."
             )
     match wanted:
         case None:
@@ -146,13 +167,18 @@ def modules(
         raise ValueError(
             f"{_who(config)}: {never!r} cannot be adapted: {skipped[never]}, so an adapter there would never run."
         )
+    if lists := [path for path in paths if not _is_called(every[path])]:
+        raise ValueError(
+            f"{_who(config)}: {lists[0]!r} is a {type(every[lists[0]]).__name__}, which nothing calls, so an adapter "
+            "there would never run. Name modules inside of it."
+        )
     if both := sorted({p for p in paths for name in config.modules_to_save or () if suffix_match(p, name)}):
         raise ValueError(f"{_who(config)}: {both} are in target_modules and in modules_to_save; choose one.")
     return [(p, every[p]) for p in paths]
 
 
-def parameters(config: Any, base: nn.Module) -> list[Place]:
-    """The parameters that `config.target_parameters` names: ends of their paths, in whole parts.
+def parameters(config: WeightConfig, base: nn.Module) -> list[str]:
+    """The paths of the parameters that `config.target_parameters` names: ends of their paths, in whole parts.
 
     Raises:
         ValueError: a name matches nothing, or the weight of a layer.
@@ -162,7 +188,7 @@ def parameters(config: Any, base: nn.Module) -> list[Place]:
         return []
     floats = {name: p for name, p in base.named_parameters() if p.is_floating_point()}  # not what is quantised
     every = {name: name.rpartition(".") for name, p in floats.items() if p.dim() in (2, 3)}
-    raw = {n: (owner, end) for n, (owner, _, end) in every.items() if kind_of(base.get_submodule(owner)) is None}
+    raw = [n for n, (owner, _, _) in every.items() if kind_of(base.get_submodule(owner)) is None]
     if missing := [name for name in wanted if not any(suffix_match(path, name) for path in raw)]:
         layer = [path for path in every if any(suffix_match(path, name) for name in missing)]
         there = list(dict.fromkeys(".".join(path.split(".")[-3:]) for path in raw))
@@ -171,11 +197,7 @@ def parameters(config: Any, base: nn.Module) -> list[Place]:
             f"{_who(config)}: target_parameters {missing} match no parameter of this {type(base).__name__} that is not "
             f"a layer's weight.{hint} There are: {', '.join(there) or 'none'}."
         )
-    return [
-        Place(path, base.get_submodule(owner), parameter=end)
-        for path, (owner, end) in raw.items()
-        if any(suffix_match(path, name) for name in wanted)
-    ]
+    return [path for path in raw if any(suffix_match(path, name) for name in wanted)]
 
 
 def _left_out(config: TargetedConfig, paths: Sequence[str], mixed: Sequence[Mixture]) -> str:
@@ -265,15 +287,15 @@ def among(config: TargetedConfig, field: str, paths: Sequence[str], usual: Seque
     """
     wanted = getattr(config, field)
     if wanted is None:
-        return [path for path in paths if path in usual]
+        return [path for path in paths if whole(path) in usual]
     if isinstance(wanted, str):
         found, idle = [p for p in paths if re.fullmatch(wanted, p)], [wanted]
         idle = [] if found else idle
     else:
-        found = [p for p in paths if any(suffix_match(p, name) for name in wanted)]
-        idle = [name for name in wanted if not any(suffix_match(p, name) for p in paths)]
+        found = [p for p in paths if any(suffix_match(whole(p), name) for name in wanted)]
+        idle = [name for name in wanted if not any(suffix_match(whole(p), name) for p in paths)]
     if idle:
-        ends = sorted({p.rpartition(".")[2] for p in paths})
+        ends = sorted({whole(p).rpartition(".")[2] for p in paths})
         raise ValueError(f"{_who(config)}: {field} {idle} matches none of the targets, which are called {ends}.")
     return found
 
@@ -281,14 +303,14 @@ def among(config: TargetedConfig, field: str, paths: Sequence[str], usual: Seque
 def matrices(places: Sequence[Place], kinds: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     """(path, O, I K) of the places at layers of these kinds."""
     for place in places:
-        layer = Layer(place.module, place.path)
+        layer = place.layer
         if layer.kind.name in kinds:
             yield place.path, layer.shape[0], math.prod(layer.shape[1:])
 
 
 def largest(places: Sequence[Place]) -> tuple[int, int]:
     """The most O and the most I K of the places."""
-    shapes = [Layer(place.module, place.path).shape for place in places]
+    shapes = [place.layer.shape for place in places]
     return max(shape[0] for shape in shapes), max(math.prod(shape[1:]) for shape in shapes)
 
 
@@ -312,7 +334,7 @@ def check_divides(config: Any, name: str, places: Sequence[Place]) -> None:
     """Refuses a field that does not divide the inputs and outputs of all places."""
     size = getattr(config, name)
     for place in places:
-        out, *rest = Layer(place.module, place.path).shape
+        out, *rest = place.layer.shape
         if out % size or math.prod(rest) % size:
             raise ValueError(
                 f"{_who(config)}: {name}={size} does not divide the {math.prod(rest)} inputs and {out} outputs of "
@@ -321,7 +343,7 @@ def check_divides(config: Any, name: str, places: Sequence[Place]) -> None:
 
 
 def _fits(key: str, path: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({key})", path) is not None
+    return any(re.fullmatch(rf"(.*\.)?({key})", name) for name in {path, whole(path)})
 
 
 def check_transposed(config: Any, modules: Sequence[nn.Module]) -> None:

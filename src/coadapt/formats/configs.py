@@ -230,6 +230,8 @@ def _same(config: TargetedConfig, changes: Mapping[str, Any], places: Sequence[P
 def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
     """Whether the field's library, given this folder, computes what coadapt does."""
     as_theirs = all(getattr(config, k) == v for k, v in _assumed(config.peft_type, base).items())
+    if config.method != "LORA" and any(part.place.parameter for part in adapter.parts):
+        return False  # which has parameters for plain LoRA only
     match config:
         case MultitaskPromptTuningConfig():
             return as_theirs

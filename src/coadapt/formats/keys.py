@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,38 +94,76 @@ def _entries(adapter: Adapter, base: nn.Module, taken: bool) -> Iterator[Entry]:
         for name, value in adapter.shared.state_dict(keep_vars=True).items():
             first, dot, rest = name.partition(".")
             yield _whole(known.get(first, f"{VIRTUAL_ROOT}{first}") + dot + rest, value)
+    for parts in _together(adapter):
+        each = [list(_of_part(adapter, part, base, taken)) for part in parts]
+        place = parts[0].place
+        yield from each[0] if place.expert is None else _of_experts(each, plain_path(base, place.site))
+
+
+def _together(adapter: Adapter) -> list[list[Part]]:
+    """Its parts, those at the experts of one parameter together."""
+    found: dict[Any, list[Part]] = {}
     for part in adapter.parts:
-        path = plain_path(base, part.place.path)
-        match part.method:
-            case InputMethod():
-                continue
-            case PrefixTuning() if in_one_tensor(adapter) or isinstance(adapter.shared, Blocks):
-                continue
-            case PrefixTuning() as method if method.projection is not None:
-                yield _computed(method, f"{ROOT}{path}.P")
-                yield from _plain(adapter, part, path)
-            case LoraBias() as method:
-                yield _whole(f"{ROOT}{path}.lora_B.bias", method.delta)
-            case BitFit() if not issubclass(method_for(adapter.config), BitFit):
-                layers = {p.place.path for p in adapter.parts if isinstance(p.method, method_for(adapter.config))}
-                inside = "base_layer." if part.place.path in layers else ""
-                yield _bias(part, f"{ROOT}{path}.{inside}bias")
-            case GLoRA() as method:
-                yield from _plain(adapter, part, path)
-                yield from (_zeros(f"{ROOT}{path}.glora_{n}.zeros", shape) for n, shape in method.absent.items())
-            case KeptRows():
-                yield from _kept(adapter, part, base)
-            case TrainableTokens() if isinstance(adapter.config, TokensConfig):
-                yield from _tokens_beside(adapter, part, path)
-            case LoRA() as method if part.place.parameter:
-                yield from _of_parameter(adapter, part, method, path.rpartition(".")[0], taken)
-            case VBLoRA() as method if method.best_only:
-                for name in ("zA", "zB"):
-                    yield from _chosen(method, name, _key(adapter, part, path, name))
-            case AdaMSS() as method:
-                yield from _grouped(method, f"{ROOT}{path}.")
-            case _:
-                yield from _plain(adapter, part, path, taken)
+        key = part if part.place.expert is None else (part.place.site, type(part.method))
+        found.setdefault(key, []).append(part)
+    return list(found.values())
+
+
+def _of_experts(each: Sequence[Sequence[Entry]], path: str) -> Iterator[Entry]:
+    """What all experts have, in one tensor with the experts first; what differs in shape, for each by its number."""
+    by_key: dict[str, dict[int, Entry]] = {}
+    for e, found in enumerate(each):
+        for entry in found:
+            by_key.setdefault(entry.key, {})[e] = entry
+    for key, found in by_key.items():
+        shapes = {entry.shape for entry in found.values()}
+        if len(found) == len(each) and len(shapes) == 1:
+            yield _stacked(key, list(found.values()))
+            continue
+        for e, entry in found.items():
+            yield replace(entry, key=f"{ROOT}{path}.{e}.{key.removeprefix(f'{ROOT}{path}.')}")
+
+
+def _stacked(key: str, found: Sequence[Entry]) -> Entry:
+    def write(tensor: Tensor) -> None:
+        for entry, own in zip(found, tensor, strict=True):
+            entry.write(own)
+
+    return Entry(key, (len(found), *found[0].shape), lambda: torch.stack([entry.read() for entry in found]), write)
+
+
+def _of_part(adapter: Adapter, part: Part, base: nn.Module, taken: bool) -> Iterator[Entry]:
+    path = plain_path(base, part.place.site)
+    match part.method:
+        case InputMethod():
+            return
+        case PrefixTuning() if in_one_tensor(adapter) or isinstance(adapter.shared, Blocks):
+            return
+        case PrefixTuning() as method if method.projection is not None:
+            yield _computed(method, f"{ROOT}{path}.P")
+            yield from _plain(adapter, part, path)
+        case LoraBias() as method:
+            yield _whole(f"{ROOT}{path}.lora_B.bias", method.delta)
+        case BitFit() if not issubclass(method_for(adapter.config), BitFit):
+            layers = {p.place.path for p in adapter.parts if isinstance(p.method, method_for(adapter.config))}
+            inside = "base_layer." if part.place.path in layers else ""
+            yield _bias(part, f"{ROOT}{path}.{inside}bias")
+        case GLoRA() as method:
+            yield from _plain(adapter, part, path)
+            yield from (_zeros(f"{ROOT}{path}.glora_{n}.zeros", shape) for n, shape in method.absent.items())
+        case KeptRows():
+            yield from _kept(adapter, part, base)
+        case TrainableTokens() if isinstance(adapter.config, TokensConfig):
+            yield from _tokens_beside(adapter, part, path)
+        case LoRA() as method if part.place.parameter and type(method) is LoRA:
+            yield from _of_parameter(adapter, part, method, path.rpartition(".")[0], taken)
+        case VBLoRA() as method if method.best_only:
+            for name in ("zA", "zB"):
+                yield from _chosen(method, name, _key(adapter, part, path, name))
+        case AdaMSS() as method:
+            yield from _grouped(method, f"{ROOT}{path}.")
+        case _:
+            yield from _plain(adapter, part, path, taken)
 
 
 def shared_keys(adapter: Adapter) -> Mapping[str, str]:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core.clusters import groups
 from ..core.decompositions import singular_vectors
 from ..core.layer import Layer
@@ -13,7 +13,7 @@ from ..core.method import AdditiveMethod, FromBase, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamssConfig(TargetedConfig):
+class AdamssConfig(WeightConfig):
     """The outputs of a layer in groups, each with a small change within the layer's largest singular vectors."""
 
     kind = "ADAMSS"

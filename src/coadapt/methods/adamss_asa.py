@@ -28,7 +28,7 @@ class AdaMSSASA(Driven, AdaMSS):
     @classmethod
     def places(cls, config: AdamssConfig, base: nn.Module) -> list[Place]:
         found = super().places(config, base)
-        every = sum(min(config.num_subspaces, Layer(p.module, p.path).shape[0]) for p in found)
+        every = sum(min(config.num_subspaces, p.layer.shape[0]) for p in found)
         if config.use_asa and config.asa_target_subspaces >= every:
             raise ValueError(
                 f"AdamssConfig: use_asa has no effect: asa_target_subspaces={config.asa_target_subspaces} is not below "

@@ -25,10 +25,6 @@ class DoRA(WeightMethod):
         self.m = nn.Parameter(self.norms(layer))  # (O,)
 
     @classmethod
-    def places(cls, config: LoraConfig, base: nn.Module) -> list[Place]:
-        return LoRA.places(config, base)
-
-    @classmethod
     def companions(cls, config: LoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
         return LoRA.companions(config, base, places)
 

@@ -50,9 +50,10 @@ class Bases(nn.Module):
 
     def __init__(self, config: FrodConfig, places: list[Place]) -> None:
         super().__init__()
-        weights: dict[str, dict[int, Tensor]] = {}
+        weights: dict[str, dict[tuple[int, int], Tensor]] = {}
         for i, place in enumerate(places):
-            weights.setdefault(_role(place.path), {})[_number(place.path, i)] = _matrix(Layer(place.module))
+            at = _number(place.path, i), place.expert or 0
+            weights.setdefault(_role(place.site), {})[at] = _matrix(place.layer)
         draws = torch.Generator().manual_seed(config.projection_prng_key)
         self.V, self.entries, self.sizes = nn.Module(), nn.Module(), nn.Module()
         for role in sorted(weights):
@@ -79,7 +80,7 @@ class FRoD(WithBiases, WeightMethod):
 
     def __init__(self, config: FrodConfig, layer: Layer, shared: Any = None) -> None:
         super().__init__(config, layer, shared)
-        self.role, self.layer = _role(layer.path), (layer,)  # in a tuple: it is the base's
+        self.role, self.layer = _role(layer.site), (layer,)  # in a tuple: it is the base's
         self.dropout, self.state = config.frod_dropout, None
         self.register_buffer("U", None, persistent=False)  # (O, I)
         self.register_buffer("l0", None, persistent=False)  # (I,)
@@ -94,7 +95,7 @@ class FRoD(WithBiases, WeightMethod):
     @classmethod
     def shared(cls, config: FrodConfig, base: nn.Module, places: list[Place]) -> Bases:
         for place in places:  # before all of their weights are taken apart
-            cls.check(Layer(place.module, place.path))
+            cls.check(place.layer)
         return Bases(config, places)
 
     def basis(self) -> Tensor:

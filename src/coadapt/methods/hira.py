@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import TransposedConfig
+from ..config import TransposedConfig, WeightConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.method import WeightMethod, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiraConfig(TransposedConfig):
+class HiraConfig(WeightConfig, TransposedConfig):
     """Weights, each multiplied by 1 + a product of two factors."""
 
     kind = "HIRA"

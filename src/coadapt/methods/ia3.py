@@ -1,17 +1,18 @@
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TransposedConfig
+from ..config import TransposedConfig, WeightConfig
 from ..core import roles, target
 from ..core.layer import Layer, kind_of
 from ..core.method import Place, WeightMethod, register
+from ..core.mixture import mixtures
 
 
 @dataclass(frozen=True, kw_only=True)
-class IA3Config(TransposedConfig):
+class IA3Config(WeightConfig, TransposedConfig):
     """Keys, values and the inner states of feed-forward parts, each feature multiplied by a trained number."""
 
     kind = "IA3"
@@ -47,12 +48,13 @@ class IA3(WeightMethod):
     def places(cls, config: IA3Config, base: nn.Module) -> list[Place]:
         last = [block.feed_forward[1] for block in roles.blocks(base) if block.feed_forward]
         ends = [path for path, module in last if kind_of(module) is not None]  # a mixture of experts is no layer
+        of_experts = [f"{m.experts}.{m.raw[-1]}" for m in mixtures(base) if m.raw]
         chosen = {*roles.keys_and_values(base), *ends}
         usual = [path for path, _ in base.named_modules() if path in chosen]  # as when it is loaded, for optimisers
-        found = target.layers(config, base, usual)
-        target.check_transposed(config, [module for _, module in found])
-        inputs = target.among(config, "feedforward_modules", [path for path, _ in found], ends)
-        return [Place(path, module, role=FEED_FORWARD if path in inputs else "") for path, module in found]
+        found = target.places(config, base, cls.kinds, usual)
+        target.check_transposed(config, [place.module for place in found])
+        inputs = target.among(config, "feedforward_modules", [place.path for place in found], [*ends, *of_experts])
+        return [replace(place, role=FEED_FORWARD if place.path in inputs else "") for place in found]
 
     def merge(self, weight: Tensor) -> Tensor:
         along = (1, -1) if self.on_input else (-1, 1)

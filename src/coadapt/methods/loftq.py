@@ -46,10 +46,6 @@ class LoftQ(WeightMethod):
         self.register_buffer("most", most)
 
     @classmethod
-    def places(cls, config: LoraConfig, base: nn.Module) -> list[Place]:
-        return LoRA.places(config, base)
-
-    @classmethod
     def companions(cls, config: LoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
         return LoRA.companions(config, base, places)
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config import BiasConfig, RankedConfig, TokensConfig, TransposedConfig
-from ..core import target
 from ..core.adapter import Adapter
 from ..core.layer import Layer, kind_of
 from ..core.lowrank import LowRankMethod, is_plain
@@ -71,9 +70,6 @@ class LoraConfig(BiasConfig, RankedConfig, TokensConfig, TransposedConfig):
     """Options of "loftq": train for a weight that is quantised, in the adapter (arXiv:2310.08659)."""
     lora_ga_config: LoraGAConfig | Mapping[str, Any] | None = None
     """Options of "lora_ga"."""
-    target_parameters: Sequence[str] | None = None
-    """Ends of the names of parameters that are no layer's weight: fused experts (`mlp.experts.down_proj`), each expert
-    with factors of its own."""
     use_dora: bool = False
     """Train each row's length apart from its direction: DoRA (arXiv:2402.09353)."""
 
@@ -112,11 +108,6 @@ class LoraConfig(BiasConfig, RankedConfig, TokensConfig, TransposedConfig):
         super().__post_init__()
         self.positive("r")
         self.probability("lora_dropout")
-        if self.target_parameters is not None and (self.lora_dropout or self.use_dora or not self.target_parameters):
-            raise ValueError(
-                "LoraConfig: target_parameters names at least one parameter; lora_dropout and use_dora have no effect "
-                "on parameters, which have no input of their own. Put layers with those into another adapter."
-            )
         self.positive("qalora_group_size")
         for name, options in _OPTIONS.items():
             given = getattr(self, name)
@@ -155,10 +146,6 @@ class LoraConfig(BiasConfig, RankedConfig, TokensConfig, TransposedConfig):
                 f"LoraConfig: init_lora_weights={self.init_lora_weights!r} starts plain LoRAs and DoRA; "
                 f"{variants[0] if variants else 'lora_bias'} has a start of its own. Leave it out."
             )
-        if self.target_parameters and (variants or self.lora_bias):
-            raise ValueError(
-                "LoraConfig: target_parameters takes plain LoRA; put layers with a variant into another adapter."
-            )
 
 
 @register(LoraConfig)
@@ -171,7 +158,7 @@ class LoRA(WithTokens, WithBiases, LowRankMethod):
     first: it merges, and every program loads it. Parameters per site: r (O + I K).
     """
 
-    kinds = ("linear", "embedding", "conv", "experts", "parameter")
+    kinds = ("linear", "embedding", "conv", "experts")
     keeps_taken: ClassVar[bool] = True
     """Whether files hold A0 and B0, as further ranks; otherwise they are worked out again."""
     B: Tensor
@@ -205,15 +192,6 @@ class LoRA(WithTokens, WithBiases, LowRankMethod):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.waits = ""
-
-    @classmethod
-    def places(cls, config: LoraConfig, base: nn.Module) -> list[Place]:
-        raw = target.parameters(config, base)
-        places = [] if raw and config.target_modules is None else super().places(config, base)
-        places += [place for place in raw if place not in places]
-        target.check_patterns(config, places, "rank_pattern", "alpha_pattern")
-        target.check_transposed(config, [place.module for place in places])
-        return places
 
     @classmethod
     def companions(cls, config: LoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:

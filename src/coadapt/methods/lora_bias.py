@@ -17,6 +17,7 @@ class LoraBias(BitFit):
     """
 
     kinds = ("linear", "conv")
+    needs_call = "it is a bias of what a layer gives"
 
     def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)

@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core.gates import per_row, tasks_told
 from ..core.layer import Layer
 from ..core.method import WeightMethod, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class MTLLoRAConfig(TargetedConfig):
+class MTLLoRAConfig(WeightConfig):
     """A LoRA for several tasks: each transforms what A gives in its own way, and has its own mix of several B."""
 
     kind = "MTL_LORA"
@@ -56,6 +56,7 @@ class MTLLoRA(WeightMethod):
         (out, inner), r, tasks = layer.shape, config.r, config.num_tasks
         self.tasks, self.scale, self.dropout = tasks, config.lora_alpha / r, config.lora_dropout
         self.temperature = config.weights_sharpness
+        self.needs_call = "it has another weight for each task" if self.tasks > 1 else ""
         self.diagonal = config.task_specific_matrix_type == "singular_values"
         self.A = nn.Parameter(torch.empty(r, inner))  # (R, I)
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core import roles, target
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod
@@ -14,7 +14,7 @@ from ..core.method import FromBase, Place, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class OSFConfig(TargetedConfig):
+class OSFConfig(WeightConfig):
     """The small singular values of the weight and their vectors, trained; the large ones stay. All linear layers,
     unless targets are named."""
 
@@ -61,6 +61,9 @@ class OSF(LowRankMethod):
     """
 
     kinds = ("linear", "embedding", "conv")
+    U: Tensor  # (O, R)
+    S: Tensor  # (R,)
+    V: Tensor  # (R, I K)
 
     def __init__(self, config: OSFConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
@@ -80,17 +83,17 @@ class OSF(LowRankMethod):
     def places(cls, config: OSFConfig, base: nn.Module) -> list[Place]:
         top = roles.heads(base)
         usual = [p for p, _ in roles.linears(base) if not any(p == h or p.startswith(f"{h}.") for h in top)]
-        found = [Place(path, module) for path, module in target.layers(config, base, usual)]
+        found = target.places(config, base, cls.kinds, usual)
         if idle := [key for key in config.rank_pattern or {} if not any(re.search(key, p.path) for p in found)]:
             raise ValueError(f"OSFConfig: rank_pattern {idle} matches none of the {len(found)} targets.")
         return found
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """As (U S - U0 S0) V + U0 S0 (V - V0): zero to the bit at the start, and nothing small is rounded away."""
-        base: Any = self.base
-        start = base.start_U * base.start_S
-        u, v = _Off.apply(self.U.mT, base.stay_U.mT).mT, _Off.apply(self.V, base.stay_V)
-        down = torch.cat([v, v - base.start_V])
+        base, start = self.base, self.base.get_buffer("start_U") * self.base.get_buffer("start_S")
+        u = _Off.apply(self.U.mT, base.get_buffer("stay_U").mT).mT
+        v = _Off.apply(self.V, base.get_buffer("stay_V"))
+        down = torch.cat([v, v - base.get_buffer("start_V")])
         up = torch.cat([u * self.S - start, start], dim=1)
         return down.view(-1, *self.shape[1:]), up, 1.0
 
@@ -98,10 +101,15 @@ class OSF(LowRankMethod):
 class _Off(torch.autograd.Function):
     """(R, D) as it is; its gradient without what lies along the orthonormal rows of `stay`."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, stay: Tensor) -> Tensor:
-        ctx.save_for_backward(stay)
+    def forward(rows: Tensor, stay: Tensor) -> Tensor:
         return rows.view_as(rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

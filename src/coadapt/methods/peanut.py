@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core.activation import activations
 from ..core.layer import Layer
 from ..core.lowrank import is_plain
@@ -13,7 +13,7 @@ from ..core.method import WeightMethod, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeanutConfig(TargetedConfig):
+class PeanutConfig(WeightConfig):
     """A change of each weight that a small network makes of the weight itself."""
 
     kind = "PEANUT"

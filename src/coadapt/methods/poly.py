@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import RelaxedBernoulli
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core.backbone import stack_facts, stacks
 from ..core.gates import per_row, tasks_told
 from ..core.layer import Layer
@@ -14,7 +14,7 @@ from ..core.method import WeightMethod, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolyConfig(TargetedConfig):
+class PolyConfig(WeightConfig):
     """Small LoRAs, the skills, of which each task has a mix of its own at each layer."""
 
     kind = "POLY"
@@ -60,6 +60,7 @@ class Poly(WeightMethod):
                 f"Pick a divisor of {math.gcd(inner, out)}."
             )
         self.tasks, self.scale = config.n_tasks, 1 / config.r
+        self.needs_call = "it has another weight for each task" if self.tasks > 1 else ""
         self.A = nn.Parameter(torch.empty(parts, config.n_skills, inner // parts, config.r))  # (P, S, I / P, R)
         self.B = nn.Parameter(torch.zeros(parts, config.n_skills, config.r, out // parts))  # (P, S, R, O / P)
         self.Z = nn.Parameter(torch.empty(config.n_tasks, parts * config.n_skills))  # (tasks, P S)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TransposedConfig
+from ..config import TransposedConfig, WeightConfig
 from ..core.decompositions import singular_vectors
 from ..core.layer import Layer
 from ..core.lowrank import LowRankMethod
@@ -15,7 +15,7 @@ from ..core.rotation import cayley, cayley_neumann, skew
 
 
 @dataclass(frozen=True, kw_only=True)
-class PsoftConfig(TransposedConfig):
+class PsoftConfig(WeightConfig, TransposedConfig):
     """The principal subspace of a layer's weight, rotated."""
 
     kind = "PSOFT"

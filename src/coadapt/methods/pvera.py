@@ -40,6 +40,7 @@ class PVeRA(Vectors):
 
     kinds = ("linear", "embedding")
     by_factors = False
+    needs_call = "it draws what it adds in each call"
     rows = 2  # those of the mean, then those of the variance
 
     def __init__(self, config: PveraConfig, layer: Layer, shared: nn.Module | None = None) -> None:

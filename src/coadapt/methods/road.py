@@ -3,14 +3,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core.layer import Layer
 from ..core.lowrank import is_plain
 from ..core.method import WeightMethod, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoadConfig(TargetedConfig):
+class RoadConfig(WeightConfig):
     """The outputs of layers, rotated and scaled in pairs of features."""
 
     kind = "ROAD"

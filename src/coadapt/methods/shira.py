@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import TransposedConfig
+from ..config import TransposedConfig, WeightConfig
 from ..core import target
 from ..core.layer import Layer
 from ..core.method import AdditiveMethod, Place, register
@@ -12,7 +12,7 @@ from ..core.scattered import check_count, drawn, scattered
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShiraConfig(TransposedConfig):
+class ShiraConfig(WeightConfig, TransposedConfig):
     """A few entries of the weight, as many as a LoRA has parameters, trained where they stand."""
 
     kind = "SHIRA"

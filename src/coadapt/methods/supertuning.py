@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import WeightConfig
 from ..core.layer import Known, Layer
 from ..core.lowrank import is_plain
 from ..core.method import AdditiveMethod, FromBase, register
@@ -14,7 +14,7 @@ from .lora import LoRA, LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupertuningConfig(TargetedConfig):
+class SupertuningConfig(WeightConfig):
     """The entries of the weight that are largest (or smallest), trained where they stand; with `r` a LoRA beside."""
 
     kind = "SUPERTUNING"

@@ -47,7 +47,7 @@ class Theta(Seeded):
     """The vector; which entries take its numbers; and where in these those of each site begin."""
 
     def __init__(self, config: UniLoraConfig, places: list[Place]) -> None:
-        sizes = [config.r * (shape[0] + math.prod(shape[1:])) for p in places for shape in [Layer(p.module).shape]]
+        sizes = [config.r * (shape[0] + math.prod(shape[1:])) for p in places for shape in [p.layer.shape]]
         super().__init__(functools.partial(_taken, sum(sizes), config.theta_d_length, config.proj_seed), saved=False)
         self.starts = {p.path: sum(sizes[:i]) for i, p in enumerate(places)}
         theta, bound = torch.empty(config.theta_d_length), config.init_theta_d_bound

@@ -22,6 +22,7 @@ class VeLoRA(WeightMethod):
 
     widens = False
     kinds = ("linear",)
+    needs_call = "it changes what a call keeps for its backward"
 
     def __init__(self, config: LoraConfig, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
@@ -32,10 +33,6 @@ class VeLoRA(WeightMethod):
         start = torch.randn(size) if self.follows == "random" else torch.zeros(size)
         self.register_buffer("v", start / start.norm().clamp(min=1e-12))  # (I / g,), zero until a batch was seen
         self.v: Tensor
-
-    @classmethod
-    def places(cls, config: LoraConfig, base: nn.Module) -> list[Place]:
-        return LoRA.places(config, base)
 
     @classmethod
     def companions(cls, config: LoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
