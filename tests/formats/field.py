@@ -1,7 +1,10 @@
 """The field's library beside coadapt: the same configurations in both, its models, saved and loaded."""
 
+import importlib.machinery
 import importlib.util
 import inspect
+import sys
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from torch import Tensor, nn
 
 import coadapt
 import models
 from coadapt import PeftModel, get_peft_model
+from coadapt.core.clusters import groups
 from coadapt.formats.keys import entries
 from models import FAMILIES, MODELS, conv, ids, plain, stir
 
@@ -190,6 +195,10 @@ CASES = {
     "llama-adalora": other("llama", "AdaLoraConfig", total_step=9, init_r=4, target_r=2, lora_alpha=3),
     "gpt2-adalora": other("gpt2", "AdaLoraConfig", total_step=9, init_r=4, target_r=2),
     "t5-adalora": other("t5", "AdaLoraConfig", total_step=9, init_r=4, target_modules=["q", "wi"], target_r=2),
+    "llama-adamss": other("llama", "AdamssConfig", r=8, num_subspaces=3),
+    "llama-adamss-ranks": other("llama", "AdamssConfig", r=6, subspace_rank=2, use_dynamic_rank=True),
+    "bert-adamss": other("bert", "AdamssConfig", r=8, random_seed=2),
+    "t5-adamss": other("t5", "AdamssConfig", r=8, target_modules=["q", "wi"]),
     "plain-adalora": other("plain", "AdaLoraConfig", total_step=9, init_r=4, target_r=2, target_modules=["first"]),
     "llama-oft": other("llama", "OFTConfig", oft_block_size=8),
     "llama-oft-exact": other("llama", "OFTConfig", r=2, oft_block_size=0, use_cayley_neumann=False, block_share=True),
@@ -320,13 +329,6 @@ CASES = {
     "llama-projected": prefix("llama", prefix_projection=True, encoder_hidden_size=20),
     "gpt2-projected": prefix("gpt2", prefix_projection=True),
 }
-if importlib.util.find_spec("sklearn") is not None:  # which theirs needs
-    CASES |= {
-        "llama-adamss": other("llama", "AdamssConfig", r=8, num_subspaces=3),
-        "llama-adamss-ranks": other("llama", "AdamssConfig", r=6, subspace_rank=2, use_dynamic_rank=True),
-        "bert-adamss": other("bert", "AdamssConfig", r=8, random_seed=2),
-        "t5-adamss": other("t5", "AdamssConfig", r=8, target_modules=["q", "wi"]),
-    }
 """That both libraries take with the same options; T5's prefix stands below."""
 
 
@@ -372,6 +374,26 @@ def field_quietly(call: Callable[[], Any]) -> Any:
         return call()
 
 
+class OurGroups:
+    """In place of scikit-learn's KMeans: the groups are then coadapt's own, and no test of those."""
+
+    def __init__(self, n_clusters: int, **options: Any) -> None:
+        self.count = n_clusters
+
+    def fit_predict(self, rows: Any) -> Any:
+        return groups(torch.from_numpy(rows), self.count).numpy()
+
+
+def grouping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs imports scikit-learn for groups of outputs (AdaMSS). Where it is not installed, ours stand in for it."""
+    if importlib.util.find_spec("sklearn") is None:
+        for name, made in {"sklearn": {}, "sklearn.cluster": {"KMeans": OurGroups}}.items():
+            module = types.ModuleType(name)
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            vars(module).update(made)
+            monkeypatch.setitem(sys.modules, name, module)
+
+
 def field_loaded(base: nn.Module, folder: Path) -> Any:
     """Loaded by the field's library, which must not miss a key or meet a field that it does not know."""
     with warnings.catch_warnings(record=True) as seen:
@@ -380,6 +402,11 @@ def field_loaded(base: nn.Module, folder: Path) -> Any:
     told = [str(w.message) for w in seen if "randlora_A.default" not in str(w.message)]  # misses what each layer shares
     assert not [t for t in told if "missing adapter keys" in t or "Unexpected keyword" in t], told
     return model
+
+
+def squared(made: Tensor) -> Tensor:
+    """A loss."""
+    return (made * torch.linspace(-1, 1, made.shape[-1])).pow(2).sum()
 
 
 def gradients_as_stored(view: PeftModel) -> dict[str, Tensor]:
