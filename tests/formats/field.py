@@ -21,7 +21,7 @@ import models
 from coadapt import PeftModel, get_peft_model
 from coadapt.core.clusters import groups
 from coadapt.formats.keys import entries
-from models import FAMILIES, MODELS, conv, ids, plain, stir
+from models import FAMILIES, MODELS, conv, ids, plain, stir, volumes
 
 torch.sparse.check_sparse_tensor_invariants.disable()  # or their SHiRA warns that nobody has said
 
@@ -30,6 +30,10 @@ torch.sparse.check_sparse_tensor_invariants.disable()  # else torch warns that t
 CAUSAL = {"task_type": "CAUSAL_LM"}
 SEQ2SEQ = {"task_type": "SEQ_2_SEQ_LM"}
 CLASSES = {"task_type": "SEQ_CLS"}
+
+
+PLAIN: dict[str, Callable[[], Any]] = {"plain": plain, "conv": conv, "volumes": volumes}
+"""Models that are none of transformers', so that they have no task."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Case:
     """What is wrong with the field's own gradients, which are then not compared."""
 
     def base(self) -> Any:
-        return (MODELS | FAMILIES | {"plain": plain, "conv": conv})[self.model]()
+        return (MODELS | FAMILIES | PLAIN)[self.model]()
 
     def ours(self) -> Any:
         return getattr(coadapt, self.config)(**_of(coadapt, {**self.options, **(self.own or {})}))
@@ -82,19 +86,20 @@ CORE = "with a core tensor, its backward multiplies the gradients of B1 and B2 b
 """Of LoHa."""
 
 
+def task(model: str) -> dict[str, str]:
+    return {} if model in PLAIN else {"t5": SEQ2SEQ, "bert": CLASSES}.get(model, CAUSAL)
+
+
 def lora(model: str, **options: Any) -> Case:
-    task = {"t5": SEQ2SEQ, "bert": CLASSES, "plain": {}, "conv": {}}.get(model, CAUSAL)
-    return Case(model, "LoraConfig", {"r": 4, "lora_alpha": 8, **task, **options})
+    return Case(model, "LoraConfig", {"r": 4, "lora_alpha": 8, **task(model), **options})
 
 
 def prompt(model: str, **options: Any) -> Case:
-    task = {"t5": SEQ2SEQ, "bert": CLASSES}.get(model, CAUSAL)
-    return Case(model, "PromptTuningConfig", {"num_virtual_tokens": 3, **task, **options})
+    return Case(model, "PromptTuningConfig", {"num_virtual_tokens": 3, **task(model), **options})
 
 
 def prefix(model: str, **options: Any) -> Case:
-    task = {"t5": SEQ2SEQ, "bert": CLASSES}.get(model, CAUSAL)
-    return Case(model, "PrefixTuningConfig", {"num_virtual_tokens": 3, **task, **options})
+    return Case(model, "PrefixTuningConfig", {"num_virtual_tokens": 3, **task(model), **options})
 
 
 def multitask(model: str) -> Case:
@@ -102,8 +107,7 @@ def multitask(model: str) -> Case:
 
 
 def other(model: str, config: str, **options: Any) -> Case:
-    task = {"t5": SEQ2SEQ, "bert": CLASSES, "plain": {}, "conv": {}}.get(model, CAUSAL)
-    return Case(model, config, {**task, **options})
+    return Case(model, config, {**task(model), **options})
 
 
 CASES = {
@@ -136,10 +140,14 @@ CASES = {
     "mixtral-router": lora("mixtral", target_parameters=["mlp.gate.weight", "mlp.experts.gate_up_proj"]),
     "llama-tokens": other("llama", "TrainableTokensConfig", token_indices=[3, 7, 20]),
     "gpt2-tokens": other("gpt2", "TrainableTokensConfig", token_indices=[3, 7, 20], target_modules=["wte"]),
+    "t5-tokens": other("t5", "TrainableTokensConfig", token_indices=[3, 7, 20]),
     "llama-lora-tokens": lora("llama", trainable_token_indices=[3, 7, 20]),
+    "t5-lora-tokens": lora("t5", trainable_token_indices=[3, 7, 20]),
     "gpt2-lora-tokens": lora("gpt2", trainable_token_indices={"wte": [3, 7, 20]}),
     "bert-lora": lora("bert"),
     "plain-conv": lora("plain", target_modules=["conv", "embed", "first"]),
+    "conv-lora": lora("conv", target_modules=["first", "second"]),
+    "volumes-lora": lora("volumes", target_modules=["first", "second"]),
     "plain-bias": lora("plain", target_modules=["conv", "first"], bias="all"),
     "llama-own-bias": lora("llama", lora_bias=True, alpha_pattern={"v_proj": 3}),
     "gpt2-own-bias": lora("gpt2", lora_bias=True, bias="all"),
@@ -156,12 +164,16 @@ CASES = {
     "gpt2-dora": lora("gpt2", use_dora=True, bias="lora_only"),
     "t5-dora": lora("t5", use_dora=True),
     "plain-dora": lora("plain", use_dora=True, target_modules=["conv", "embed", "first"]),
+    "conv-dora": lora("conv", use_dora=True, target_modules=["first", "second"]),
+    "volumes-dora": lora("volumes", use_dora=True, target_modules=["first", "second"]),
     "llama-ia3": other("llama", "IA3Config"),
     "gpt2-ia3": other("gpt2", "IA3Config"),
     "t5-ia3": other("t5", "IA3Config"),
     "bloom-ia3": other("bloom", "IA3Config"),
     "bert-ia3": other("bert", "IA3Config", target_modules=["key", "value"], feedforward_modules=[]),
     "plain-ia3": other("plain", "IA3Config", target_modules=["first", "second"], feedforward_modules=["second"]),
+    "conv-ia3": other("conv", "IA3Config", target_modules=["first", "second"], feedforward_modules=["second"]),
+    "volumes-ia3": other("volumes", "IA3Config", target_modules=["first", "second"], feedforward_modules=["second"]),
     "llama-ln": other("llama", "LNTuningConfig"),
     "gpt2-ln": other("gpt2", "LNTuningConfig"),
     "t5-ln": other("t5", "LNTuningConfig"),
@@ -200,6 +212,9 @@ CASES = {
     "bert-adamss": other("bert", "AdamssConfig", r=8, random_seed=2),
     "t5-adamss": other("t5", "AdamssConfig", r=8, target_modules=["q", "wi"]),
     "plain-adalora": other("plain", "AdaLoraConfig", total_step=9, init_r=4, target_r=2, target_modules=["first"]),
+    "conv-adalora": other(
+        "conv", "AdaLoraConfig", total_step=9, init_r=4, target_r=2, target_modules=["first", "second"]
+    ),
     "llama-oft": other("llama", "OFTConfig", oft_block_size=8),
     "llama-oft-exact": other("llama", "OFTConfig", r=2, oft_block_size=0, use_cayley_neumann=False, block_share=True),
     "llama-coft": other("llama", "OFTConfig", oft_block_size=16, coft=True, eps=0.3),
@@ -210,6 +225,7 @@ CASES = {
     "llama-hra-odd": other("llama", "HRAConfig", r=3, apply_GS=True),
     "t5-hra": other("t5", "HRAConfig", r=2, init_weights=False),
     "bert-hra": other("bert", "HRAConfig", r=4, target_modules=["query", "value"]),
+    "conv-hra": other("conv", "HRAConfig", r=4, target_modules=["first", "second"]),
     "llama-road": other("llama", "RoadConfig", group_size=8),
     "llama-road-2": other("llama", "RoadConfig", variant="road_2", group_size=16),
     "t5-road-4": other("t5", "RoadConfig", variant="road_4", group_size=4),
@@ -218,6 +234,8 @@ CASES = {
     "gpt2-hira": other("gpt2", "HiraConfig", r=4),
     "t5-hira": other("t5", "HiraConfig", r=4, target_modules=["q", "wo"]),
     "plain-hira": other("plain", "HiraConfig", r=4, target_modules=["conv", "embed", "first"]),
+    "conv-hira": other("conv", "HiraConfig", r=4, target_modules=["first", "second"]),
+    "volumes-hira": other("volumes", "HiraConfig", r=4, target_modules=["first", "second"]),
     "llama-delora": other("llama", "DeloraConfig", r=4, delora_lambda=2, lambda_pattern={"v_proj": 1}),
     "t5-delora": other("t5", "DeloraConfig", r=4, rank_pattern={"q": 2}),
     "llama-miss": other("llama", "MissConfig", r=6),
@@ -240,6 +258,7 @@ CASES = {
     "llama-boft": other("llama", "BOFTConfig", boft_block_size=8),
     "t5-boft": other("t5", "BOFTConfig", boft_block_size=0, boft_block_num=4),
     "bert-boft": other("bert", "BOFTConfig", boft_block_size=4, target_modules=["query", "value"]),
+    "conv-boft": other("conv", "BOFTConfig", boft_block_size=9, target_modules=["first", "second"]),
     "llama-psoft": other("llama", "PsoftConfig", r=4),
     "llama-psoft-series": other("llama", "PsoftConfig", r=6, use_cayley_neumann=True, cayley_neumann_eps=0.5),
     "t5-psoft": other(

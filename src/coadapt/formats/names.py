@@ -101,14 +101,14 @@ EMBEDDED: Mapping[str, Mapping[str, str]] = {
 
 TAKES: Mapping[str, Sequence[str]] = {
     "DELORA": ("Linear",),
-    "BOFT": ("Linear",),
+    "BOFT": ("Linear", "Conv2d"),
     "PSOFT": ("Linear",),
     "DEFT": ("Linear", "Conv1D"),
     "PEANUT": ("Linear",),
     "GLORA": ("Linear",),
     "MISS": ("Linear",),
     "BAT": ("Linear",),
-    "HRA": ("Linear",),
+    "HRA": ("Linear", "Conv2d"),
     "ROAD": ("Linear",),
     "FROD": ("Linear", "Conv1D"),
     "GRALORA": ("Linear", "Conv1D"),
