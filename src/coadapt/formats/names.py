@@ -100,6 +100,18 @@ EMBEDDED: Mapping[str, Mapping[str, str]] = {
 """The same at embeddings, where it differs there."""
 
 TAKES: Mapping[str, Sequence[str]] = {
+    "ADALORA": ("Linear", "Conv1D", "Conv2d"),
+    "ADAMSS": ("Linear",),
+    "ASA": ("Linear",),
+    "BEFT": ("Linear",),
+    "C3A": ("Linear",),
+    "FOURIERFT": ("Linear", "Conv1D"),
+    "IA3": ("Linear", "Conv1D", "Conv2d", "Conv3d"),
+    "KASA": ("Linear",),
+    "OSF": ("Linear",),
+    "SHIRA": ("Linear",),
+    "SUPERTUNING": ("Linear",),
+    "WAVEFT": ("Linear", "Conv1D"),
     "DELORA": ("Linear",),
     "BOFT": ("Linear", "Conv2d"),
     "PSOFT": ("Linear",),
