@@ -1,11 +1,13 @@
 """X-LoRA: gates, outputs and gradients of the field's, on the same adapters and network; files; what is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from coadapt import LoraConfig, PeftModel, PromptTuningConfig, Sum, XLoraConfig, XLoraRouter, get_peft_model
 from formats.field import field_quietly
@@ -76,15 +78,53 @@ def test_it_generates_as_the_field_does(adapters: dict[str, str]) -> None:
         ours.generate(tokens, attention_mask=mask, **options)
 
 
-def test_saved_and_loaded(adapters: dict[str, str], tmp_path: Path) -> None:
-    """The field's own folder loses the network's first layer, so that there is nothing to compare with."""
-    ours, theirs = both(adapters, **FORMS["layerwise"])
+FILES = {**FORMS, "three layers, none dropped": {"xlora_depth": 3, "xlora_size": 8, "xlora_dropout_p": 0.0}}
+
+
+@pytest.mark.parametrize("form", FILES)
+def test_folders_go_both_ways(form: str, adapters: dict[str, str], tmp_path: Path) -> None:
+    """The field writes layer i of the network into that of the adapter called i, and misses it."""
+    ours, theirs = both(adapters, **FILES[form])
+    expected = logits(ours)
     ours.save_pretrained(tmp_path / "ours")
-    again = PeftModel.from_pretrained(llama(), tmp_path / "ours")
-    torch.testing.assert_close(logits(again), logits(ours))
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path / "ours")), expected)
+    base = llama(use_cache=False)
+    read = field_quietly(lambda: peft.PeftModel.from_pretrained(base, tmp_path / "ours")).eval()  # it misses the LoRAs
+    torch.testing.assert_close(read(input_ids=ids()).logits, expected, rtol=1e-5, atol=1e-5)
     field_quietly(lambda: theirs.save_pretrained(tmp_path / "theirs"))
-    with pytest.raises(ValueError, match="lack the first layer"):
-        PeftModel.from_pretrained(llama(), tmp_path / "theirs")
+    again = PeftModel.from_pretrained(llama(), tmp_path / "theirs")
+    torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
+    assert not [p for p in again.parameters() if p.requires_grad]
+    again.set_adapter("expert_0")
+    again.save_pretrained(tmp_path / "ours")
+    assert not (tmp_path / "ours" / "adapter_config.json").exists()
+    trains = PeftModel.from_pretrained(llama(), tmp_path / "theirs", is_trainable=True)
+    assert sum(p.requires_grad for p in trains.parameters()) == 2 * FILES[form].get("xlora_depth", 1)
+
+
+def test_the_fields_folders_that_are_not_whole(adapters: dict[str, str], tmp_path: Path) -> None:
+    _, theirs = both(adapters, **FORMS["deep"])
+    field_quietly(lambda: theirs.save_pretrained(tmp_path))
+    root = load_file(tmp_path / "adapter_model.safetensors")
+    first = load_file(tmp_path / "0" / "adapter_model.safetensors")
+    inside = "base_model.internal_xlora_classifier.layers."
+    assert sorted(root) == [f"{inside}{i}.{n}" for i in (3, 6) for n in ("bias", "weight")]
+    assert first[f"{inside}weight"].shape == (16, 32)
+    (tmp_path / "0").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"without .*layers\.0\.weight, .*layers\.0\.bias"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+    whole = {f"{inside}0.{n}": first[inside + n] for n in ("weight", "bias")}  # of a version that loses nothing
+    save_file({**root, **whole}, tmp_path / "adapter_model.safetensors")
+    view = PeftModel.from_pretrained(llama(), tmp_path)
+    torch.testing.assert_close(logits(view), theirs(input_ids=ids()).logits, rtol=1e-5, atol=1e-5)
+    file = tmp_path / "adapter_config.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps({**said, "adapters": {**said["adapters"], "1": "nowhere"}}))
+    with pytest.raises(FileNotFoundError, match="'nowhere', that of 'expert_1'"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+    file.write_text(json.dumps({**said, "use_trainable_adapters": True}))
+    with pytest.raises(ValueError, match="trained along"):
+        PeftModel.from_pretrained(llama(), tmp_path)
 
 
 def test_under_checkpointing_gradients_are_the_same(adapters: dict[str, str]) -> None:
