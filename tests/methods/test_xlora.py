@@ -67,15 +67,76 @@ def test_outputs_and_gradients_are_the_fields(form: str, adapters: dict[str, str
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_it_generates_as_the_field_does(adapters: dict[str, str]) -> None:
-    ours, theirs = both(adapters, **FORMS["deep"])
+@pytest.mark.parametrize("form", ["deep", "top-1"])
+def test_it_generates_as_the_field_does(form: str, adapters: dict[str, str]) -> None:
+    """The field without a cache; ours with one, too."""
+    ours, theirs = both(adapters, **FORMS[form])
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
     tokens = ids(1)
     mask = torch.ones_like(tokens)
     expected = field_quietly(lambda: theirs.generate(input_ids=tokens, attention_mask=mask, **options))
-    assert torch.equal(ours.generate(tokens, attention_mask=mask, use_cache=False, **options), expected)
-    with pytest.raises(ValueError, match="use_cache=False"):
-        ours.generate(tokens, attention_mask=mask, **options)
+    for cached in (False, True):
+        assert torch.equal(ours.generate(tokens, attention_mask=mask, use_cache=cached, **options), expected)
+
+
+@pytest.mark.parametrize("form", ["one", "layerwise", "top-1"])
+def test_with_a_cache_as_without(form: str, adapters: dict[str, str]) -> None:
+    """Token by token and in pieces, with padding in front; what is done to the cache is done to the bare model's."""
+    view, _ = both(adapters, **FORMS[form])
+    tokens, mask = ids(3, 9), torch.ones(3, 9, dtype=torch.long)
+    tokens[1, :3], mask[1, :3] = 0, 0
+    at = (mask.cumsum(1) - 1).clamp(min=0)
+    whole = view(input_ids=tokens, attention_mask=mask, position_ids=at).logits
+    with torch.no_grad():
+        assert (
+            float((whole - view.get_base_model()(tokens, attention_mask=mask, position_ids=at).logits).abs().max())
+            > 1e-3
+        )
+    cache, found = None, []
+    for begin, end in ((0, 4), (4, 5), (5, 6), (6, 9)):
+        out = view(
+            input_ids=tokens[:, begin:end],
+            attention_mask=mask[:, :end],
+            position_ids=at[:, begin:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = out.past_key_values
+        assert cache.get_seq_length() == end
+        found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, 1)[mask > 0], whole[mask > 0], rtol=1e-5, atol=1e-5)
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    cache.crop(7 - cache.get_seq_length())
+    order = [2, 0, 0]
+    out = view(
+        input_ids=tokens[order, 7:], attention_mask=mask[order], position_ids=at[order, 7:], past_key_values=cache
+    )
+    torch.testing.assert_close(out.logits, whole[order, 7:], rtol=1e-5, atol=1e-5)
+
+
+def test_beams_and_sampled_prompts_with_a_cache(adapters: dict[str, str]) -> None:
+    view, _ = both(adapters, **FORMS["deep"])
+    tokens = ids(2)
+    mask = torch.ones_like(tokens)
+    mask[1, :2] = 0
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    with_one = view.generate(tokens, use_cache=True, **options)
+    assert torch.equal(with_one, view.generate(tokens, use_cache=False, **options))
+
+
+def test_a_cache_that_the_bare_model_did_not_see(adapters: dict[str, str]) -> None:
+    view, _ = both(adapters)
+    with view.disable_adapter():
+        cache = view(input_ids=ids(), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="7 tokens of calls that did not"):
+        view(input_ids=ids(3, 1), past_key_values=cache)
+    cache = view(input_ids=ids(), use_cache=True).past_key_values
+    with view.disable_adapter():
+        view(input_ids=ids(3, 1), past_key_values=cache)
+    with pytest.raises(ValueError, match="8 tokens of calls that did not"):
+        view(input_ids=ids(3, 1), past_key_values=cache)
+    with pytest.raises(ValueError, match="not a static one"):
+        view.generate(ids(1), max_new_tokens=2, cache_implementation="static")
 
 
 FILES = {**FORMS, "three layers, none dropped": {"xlora_depth": 3, "xlora_size": 8, "xlora_dropout_p": 0.0}}
