@@ -431,16 +431,20 @@ def squared(made: Tensor) -> Tensor:
 def gradients_as_stored(view: PeftModel) -> dict[str, Tensor]:
     """Gradients of the adapter "default" by the keys of files, in the layout of files.
 
-    Layouts are linear in what they hold, so gradients are laid out as values are.
+    Layouts are linear in what they hold, but for the base's biases, to which changes are added: so gradients are laid
+    out as values are, less what is there without any.
     """
     adapter = view.get_adapter("default")
     values = {p: p.data for p in adapter.parameters()}
-    for parameter in values:
-        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    stored = {entry.key: entry.read().clone() for entry in entries(adapter, view.base)}
+    laid_out: list[dict[str, Tensor]] = []
+    for made in (lambda p: torch.zeros_like(p) if p.grad is None else p.grad, torch.zeros_like, torch.ones_like):
+        for parameter in values:
+            parameter.data = made(parameter)
+        laid_out.append({entry.key: entry.read().clone() for entry in entries(adapter, view.base)})
     for parameter, value in values.items():
         parameter.data = value
-    return stored
+    gradients, zeros, ones = laid_out  # what is the same in the latter two is frozen, and stored as it is
+    return {key: torch.where(zeros[key] == ones[key], t, t - zeros[key]) for key, t in gradients.items()}
 
 
 def field_gradients(model: Any) -> dict[str, Tensor]:
