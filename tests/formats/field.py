@@ -157,6 +157,7 @@ CASES = {
     "llama-bd": lora("llama", target_modules="all-linear", use_bdlora=_bd(["q_proj", "up_proj"], ["o_proj"])),
     "t5-bd": lora("t5", use_bdlora=_bd(["q"], ["v"])),
     "llama-velora": lora("llama", target_modules="all-linear", velora_config=_both("VeloraConfig", num_groups=4)),
+    "gpt2-velora": lora("gpt2", velora_config=_both("VeloraConfig", num_groups=4)),
     "t5-velora": lora("t5", velora_config=_both("VeloraConfig", num_groups=5, init_type="random")),
     "llama-kasa": lora("llama", target_modules="all-linear", kasa_config=_both("KasaConfig")),
     "t5-kasa": lora("t5", kasa_config=_both("KasaConfig")),

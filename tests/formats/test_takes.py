@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from coadapt import get_peft_model
+from coadapt import BdLoraConfig, get_peft_model
 from coadapt.config import TargetedConfig
 from coadapt.core.adapter import replace_options
 from coadapt.formats.configs import READABLE
@@ -27,8 +27,8 @@ LAYERS: dict[str, Any] = {
     "Conv2d": lambda: nn.Conv2d(16, 16, 3, padding=1),
     "Conv3d": lambda: nn.Conv3d(16, 16, 3, padding=1),
 }
-ELSEWHERE = ("LN_TUNING", "ADAPTION_PROMPT", "POLY", "TRAINABLE_TOKENS", "ALORA", "BD_LORA")
-"""Not at layers, not without tasks, at the one embedding of a model, by its tokens, by its names."""
+ELSEWHERE = ("LN_TUNING", "ADAPTION_PROMPT", "POLY", "TRAINABLE_TOKENS", "ALORA")
+"""Not at layers, not without tasks, at the one embedding of a model, by its tokens."""
 PLACES = ("task_type", "target_modules", "layers_to_transform", "layers_pattern", "feedforward_modules")
 
 
@@ -66,7 +66,10 @@ def _first() -> dict[str, Case]:
 FIRST = _first()
 
 
-@pytest.mark.parametrize("method", FIRST)
+QUICK = ("LORA", "ADALORA", "HRA", "OFT")
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m in QUICK else pytest.mark.full) for m in FIRST])
 def test_what_the_field_takes_is_what_files_say_of_it(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +82,8 @@ def test_what_the_field_takes_is_what_files_say_of_it(
         config = replace_options(case.ours(), target_modules=["site"])
         if method == "IA3":
             config = replace_options(config, feedforward_modules=[])
+        if method == "BD_LORA":
+            config = replace_options(config, use_bdlora=BdLoraConfig(target_modules_bd_a=["site"], nblocks=2))
         try:
             view = get_peft_model(Around(name), config).eval()
         except ValueError:  # the method has no place there

@@ -103,6 +103,7 @@ TAKES: Mapping[str, Sequence[str]] = {
     "ADALORA": ("Linear", "Conv1D", "Conv2d"),
     "ADAMSS": ("Linear",),
     "ASA": ("Linear",),
+    "BD_LORA": ("Linear",),
     "BEFT": ("Linear",),
     "C3A": ("Linear",),
     "FOURIERFT": ("Linear", "Conv1D"),
