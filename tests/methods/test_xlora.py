@@ -142,7 +142,13 @@ def test_a_cache_that_the_bare_model_did_not_see(adapters: dict[str, str]) -> No
 FILES = {**FORMS, "three layers, none dropped": {"xlora_depth": 3, "xlora_size": 8, "xlora_dropout_p": 0.0}}
 
 
-@pytest.mark.parametrize("form", FILES)
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(f, marks=() if f in ("layerwise", "three layers, none dropped") else pytest.mark.full)
+        for f in FILES
+    ],
+)
 def test_folders_go_both_ways(form: str, adapters: dict[str, str], tmp_path: Path) -> None:
     """The field writes layer i of the network into that of the adapter called i, and misses it."""
     ours, theirs = both(adapters, **FILES[form])
