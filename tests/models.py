@@ -211,6 +211,20 @@ class Convolutions(nn.Module):
         return self.head(torch.tanh(self.hidden(torch.tanh(h).flatten(2).mean(-1))))
 
 
+class Volumes(nn.Module):
+    """No transformers model: convolutions of volumes, in which a picture is stacked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(3, 8, 3, padding=1)
+        self.second = nn.Conv3d(8, 12, (1, 3, 2), stride=2, bias=False)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        h = self.second(torch.relu(self.first(pixel_values.view(-1, 3, 4, 4, 4))))
+        return self.head(torch.tanh(h).flatten(2).mean(-1))
+
+
 class Holder(nn.Module):
     """One layer as a model."""
 
@@ -230,6 +244,11 @@ def plain() -> Plain:
 def conv() -> Convolutions:
     torch.manual_seed(0)
     return Convolutions().eval().requires_grad_(False)
+
+
+def volumes() -> Volumes:
+    torch.manual_seed(0)
+    return Volumes().eval().requires_grad_(False)
 
 
 def _made(cls: Any, config: Any) -> Any:

@@ -1,7 +1,10 @@
 """The field's library beside coadapt: the same configurations in both, its models, saved and loaded."""
 
+import importlib.machinery
 import importlib.util
 import inspect
+import sys
+import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from torch import Tensor, nn
 
 import coadapt
 import models
 from coadapt import PeftModel, get_peft_model
+from coadapt.core.clusters import groups
 from coadapt.formats.keys import entries
-from models import FAMILIES, MODELS, conv, ids, plain, stir
+from models import FAMILIES, MODELS, conv, ids, plain, stir, volumes
 
 torch.sparse.check_sparse_tensor_invariants.disable()  # or their SHiRA warns that nobody has said
 
@@ -25,6 +30,10 @@ torch.sparse.check_sparse_tensor_invariants.disable()  # else torch warns that t
 CAUSAL = {"task_type": "CAUSAL_LM"}
 SEQ2SEQ = {"task_type": "SEQ_2_SEQ_LM"}
 CLASSES = {"task_type": "SEQ_CLS"}
+
+
+PLAIN: dict[str, Callable[[], Any]] = {"plain": plain, "conv": conv, "volumes": volumes}
+"""Models that are none of transformers', so that they have no task."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Case:
     """What is wrong with the field's own gradients, which are then not compared."""
 
     def base(self) -> Any:
-        return (MODELS | FAMILIES | {"plain": plain, "conv": conv})[self.model]()
+        return (MODELS | FAMILIES | PLAIN)[self.model]()
 
     def ours(self) -> Any:
         return getattr(coadapt, self.config)(**_of(coadapt, {**self.options, **(self.own or {})}))
@@ -77,19 +86,20 @@ CORE = "with a core tensor, its backward multiplies the gradients of B1 and B2 b
 """Of LoHa."""
 
 
+def task(model: str) -> dict[str, str]:
+    return {} if model in PLAIN else {"t5": SEQ2SEQ, "bert": CLASSES}.get(model, CAUSAL)
+
+
 def lora(model: str, **options: Any) -> Case:
-    task = {"t5": SEQ2SEQ, "bert": CLASSES, "plain": {}, "conv": {}}.get(model, CAUSAL)
-    return Case(model, "LoraConfig", {"r": 4, "lora_alpha": 8, **task, **options})
+    return Case(model, "LoraConfig", {"r": 4, "lora_alpha": 8, **task(model), **options})
 
 
 def prompt(model: str, **options: Any) -> Case:
-    task = {"t5": SEQ2SEQ, "bert": CLASSES}.get(model, CAUSAL)
-    return Case(model, "PromptTuningConfig", {"num_virtual_tokens": 3, **task, **options})
+    return Case(model, "PromptTuningConfig", {"num_virtual_tokens": 3, **task(model), **options})
 
 
 def prefix(model: str, **options: Any) -> Case:
-    task = {"t5": SEQ2SEQ, "bert": CLASSES}.get(model, CAUSAL)
-    return Case(model, "PrefixTuningConfig", {"num_virtual_tokens": 3, **task, **options})
+    return Case(model, "PrefixTuningConfig", {"num_virtual_tokens": 3, **task(model), **options})
 
 
 def multitask(model: str) -> Case:
@@ -97,8 +107,7 @@ def multitask(model: str) -> Case:
 
 
 def other(model: str, config: str, **options: Any) -> Case:
-    task = {"t5": SEQ2SEQ, "bert": CLASSES, "plain": {}, "conv": {}}.get(model, CAUSAL)
-    return Case(model, config, {**task, **options})
+    return Case(model, config, {**task(model), **options})
 
 
 CASES = {
@@ -131,10 +140,14 @@ CASES = {
     "mixtral-router": lora("mixtral", target_parameters=["mlp.gate.weight", "mlp.experts.gate_up_proj"]),
     "llama-tokens": other("llama", "TrainableTokensConfig", token_indices=[3, 7, 20]),
     "gpt2-tokens": other("gpt2", "TrainableTokensConfig", token_indices=[3, 7, 20], target_modules=["wte"]),
+    "t5-tokens": other("t5", "TrainableTokensConfig", token_indices=[3, 7, 20]),
     "llama-lora-tokens": lora("llama", trainable_token_indices=[3, 7, 20]),
+    "t5-lora-tokens": lora("t5", trainable_token_indices=[3, 7, 20]),
     "gpt2-lora-tokens": lora("gpt2", trainable_token_indices={"wte": [3, 7, 20]}),
     "bert-lora": lora("bert"),
     "plain-conv": lora("plain", target_modules=["conv", "embed", "first"]),
+    "conv-lora": lora("conv", target_modules=["first", "second"]),
+    "volumes-lora": lora("volumes", target_modules=["first", "second"]),
     "plain-bias": lora("plain", target_modules=["conv", "first"], bias="all"),
     "llama-own-bias": lora("llama", lora_bias=True, alpha_pattern={"v_proj": 3}),
     "gpt2-own-bias": lora("gpt2", lora_bias=True, bias="all"),
@@ -144,6 +157,7 @@ CASES = {
     "llama-bd": lora("llama", target_modules="all-linear", use_bdlora=_bd(["q_proj", "up_proj"], ["o_proj"])),
     "t5-bd": lora("t5", use_bdlora=_bd(["q"], ["v"])),
     "llama-velora": lora("llama", target_modules="all-linear", velora_config=_both("VeloraConfig", num_groups=4)),
+    "gpt2-velora": lora("gpt2", velora_config=_both("VeloraConfig", num_groups=4)),
     "t5-velora": lora("t5", velora_config=_both("VeloraConfig", num_groups=5, init_type="random")),
     "llama-kasa": lora("llama", target_modules="all-linear", kasa_config=_both("KasaConfig")),
     "t5-kasa": lora("t5", kasa_config=_both("KasaConfig")),
@@ -151,12 +165,16 @@ CASES = {
     "gpt2-dora": lora("gpt2", use_dora=True, bias="lora_only"),
     "t5-dora": lora("t5", use_dora=True),
     "plain-dora": lora("plain", use_dora=True, target_modules=["conv", "embed", "first"]),
+    "conv-dora": lora("conv", use_dora=True, target_modules=["first", "second"]),
+    "volumes-dora": lora("volumes", use_dora=True, target_modules=["first", "second"]),
     "llama-ia3": other("llama", "IA3Config"),
     "gpt2-ia3": other("gpt2", "IA3Config"),
     "t5-ia3": other("t5", "IA3Config"),
     "bloom-ia3": other("bloom", "IA3Config"),
     "bert-ia3": other("bert", "IA3Config", target_modules=["key", "value"], feedforward_modules=[]),
     "plain-ia3": other("plain", "IA3Config", target_modules=["first", "second"], feedforward_modules=["second"]),
+    "conv-ia3": other("conv", "IA3Config", target_modules=["first", "second"], feedforward_modules=["second"]),
+    "volumes-ia3": other("volumes", "IA3Config", target_modules=["first", "second"], feedforward_modules=["second"]),
     "llama-ln": other("llama", "LNTuningConfig"),
     "gpt2-ln": other("gpt2", "LNTuningConfig"),
     "t5-ln": other("t5", "LNTuningConfig"),
@@ -190,7 +208,14 @@ CASES = {
     "llama-adalora": other("llama", "AdaLoraConfig", total_step=9, init_r=4, target_r=2, lora_alpha=3),
     "gpt2-adalora": other("gpt2", "AdaLoraConfig", total_step=9, init_r=4, target_r=2),
     "t5-adalora": other("t5", "AdaLoraConfig", total_step=9, init_r=4, target_modules=["q", "wi"], target_r=2),
+    "llama-adamss": other("llama", "AdamssConfig", r=8, num_subspaces=3),
+    "llama-adamss-ranks": other("llama", "AdamssConfig", r=6, subspace_rank=2, use_dynamic_rank=True),
+    "bert-adamss": other("bert", "AdamssConfig", r=8, random_seed=2),
+    "t5-adamss": other("t5", "AdamssConfig", r=8, target_modules=["q", "wi"]),
     "plain-adalora": other("plain", "AdaLoraConfig", total_step=9, init_r=4, target_r=2, target_modules=["first"]),
+    "conv-adalora": other(
+        "conv", "AdaLoraConfig", total_step=9, init_r=4, target_r=2, target_modules=["first", "second"]
+    ),
     "llama-oft": other("llama", "OFTConfig", oft_block_size=8),
     "llama-oft-exact": other("llama", "OFTConfig", r=2, oft_block_size=0, use_cayley_neumann=False, block_share=True),
     "llama-coft": other("llama", "OFTConfig", oft_block_size=16, coft=True, eps=0.3),
@@ -201,6 +226,7 @@ CASES = {
     "llama-hra-odd": other("llama", "HRAConfig", r=3, apply_GS=True),
     "t5-hra": other("t5", "HRAConfig", r=2, init_weights=False),
     "bert-hra": other("bert", "HRAConfig", r=4, target_modules=["query", "value"]),
+    "conv-hra": other("conv", "HRAConfig", r=4, target_modules=["first", "second"]),
     "llama-road": other("llama", "RoadConfig", group_size=8),
     "llama-road-2": other("llama", "RoadConfig", variant="road_2", group_size=16),
     "t5-road-4": other("t5", "RoadConfig", variant="road_4", group_size=4),
@@ -209,6 +235,8 @@ CASES = {
     "gpt2-hira": other("gpt2", "HiraConfig", r=4),
     "t5-hira": other("t5", "HiraConfig", r=4, target_modules=["q", "wo"]),
     "plain-hira": other("plain", "HiraConfig", r=4, target_modules=["conv", "embed", "first"]),
+    "conv-hira": other("conv", "HiraConfig", r=4, target_modules=["first", "second"]),
+    "volumes-hira": other("volumes", "HiraConfig", r=4, target_modules=["first", "second"]),
     "llama-delora": other("llama", "DeloraConfig", r=4, delora_lambda=2, lambda_pattern={"v_proj": 1}),
     "t5-delora": other("t5", "DeloraConfig", r=4, rank_pattern={"q": 2}),
     "llama-miss": other("llama", "MissConfig", r=6),
@@ -231,6 +259,7 @@ CASES = {
     "llama-boft": other("llama", "BOFTConfig", boft_block_size=8),
     "t5-boft": other("t5", "BOFTConfig", boft_block_size=0, boft_block_num=4),
     "bert-boft": other("bert", "BOFTConfig", boft_block_size=4, target_modules=["query", "value"]),
+    "conv-boft": other("conv", "BOFTConfig", boft_block_size=9, target_modules=["first", "second"]),
     "llama-psoft": other("llama", "PsoftConfig", r=4),
     "llama-psoft-series": other("llama", "PsoftConfig", r=6, use_cayley_neumann=True, cayley_neumann_eps=0.5),
     "t5-psoft": other(
@@ -354,13 +383,6 @@ CASES = {
     "llama-projected": prefix("llama", prefix_projection=True, encoder_hidden_size=20),
     "gpt2-projected": prefix("gpt2", prefix_projection=True),
 }
-if importlib.util.find_spec("sklearn") is not None:  # which theirs needs
-    CASES |= {
-        "llama-adamss": other("llama", "AdamssConfig", r=8, num_subspaces=3),
-        "llama-adamss-ranks": other("llama", "AdamssConfig", r=6, subspace_rank=2, use_dynamic_rank=True),
-        "bert-adamss": other("bert", "AdamssConfig", r=8, random_seed=2),
-        "t5-adamss": other("t5", "AdamssConfig", r=8, target_modules=["q", "wi"]),
-    }
 """That both libraries take with the same options; T5's prefix stands below."""
 
 
@@ -406,6 +428,26 @@ def field_quietly(call: Callable[[], Any]) -> Any:
         return call()
 
 
+class OurGroups:
+    """In place of scikit-learn's KMeans: the groups are then coadapt's own, and no test of those."""
+
+    def __init__(self, n_clusters: int, **options: Any) -> None:
+        self.count = n_clusters
+
+    def fit_predict(self, rows: Any) -> Any:
+        return groups(torch.from_numpy(rows), self.count).numpy()
+
+
+def grouping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Theirs imports scikit-learn for groups of outputs (AdaMSS). Where it is not installed, ours stand in for it."""
+    if importlib.util.find_spec("sklearn") is None:
+        for name, made in {"sklearn": {}, "sklearn.cluster": {"KMeans": OurGroups}}.items():
+            module = types.ModuleType(name)
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            vars(module).update(made)
+            monkeypatch.setitem(sys.modules, name, module)
+
+
 def field_loaded(base: nn.Module, folder: Path) -> Any:
     """Loaded by the field's library, which must not miss a key or meet a field that it does not know."""
     with warnings.catch_warnings(record=True) as seen:
@@ -414,6 +456,11 @@ def field_loaded(base: nn.Module, folder: Path) -> Any:
     told = [str(w.message) for w in seen if "randlora_A.default" not in str(w.message)]  # misses what each layer shares
     assert not [t for t in told if "missing adapter keys" in t or "Unexpected keyword" in t], told
     return model
+
+
+def squared(made: Tensor) -> Tensor:
+    """A loss."""
+    return (made * torch.linspace(-1, 1, made.shape[-1])).pow(2).sum()
 
 
 def gradients_as_stored(view: PeftModel) -> dict[str, Tensor]:

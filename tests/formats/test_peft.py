@@ -1,6 +1,7 @@
 """Folders go both ways between coadapt and the field's library: equal logits, in fp32, in the same process."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from .field import (
     field_quietly,
     field_stirred,
     gradients_as_stored,
+    grouping,
     logits,
     over_again,
     prefix,
+    squared,
     stirred,
 )
 
@@ -45,7 +48,9 @@ def _spread() -> list[Any]:
 
 
 @pytest.fixture(params=_spread())
-def case(request: pytest.FixtureRequest) -> Case:
+def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Case:
+    if CASES[request.param].config == "AdamssConfig":
+        grouping(monkeypatch)
     return CASES[request.param]
 
 
@@ -74,22 +79,44 @@ def test_gradients_are_the_fields(case: Case, tmp_path: Path) -> None:
         pytest.skip(case.wrong_gradients)
     config = case.ours()
     if config.for_inference() is not config:
-        pytest.skip("the field's files do not hold the network that is trained")
+        pytest.skip("files do not hold the network that is trained: its gradients are compared below")
     if getattr(config, "save_only_topk_weights", False):
         pytest.skip("such files are not to be trained on")
     model = field_stirred(case)
     field_quietly(lambda: model.save_pretrained(tmp_path))
     view = PeftModel.from_pretrained(case.base(), tmp_path, is_trainable=True).eval()
-    if any(isinstance(part.method, CPT) for part in view.get_adapter("default").parts):
-        pytest.skip("what is stored is not the change that is trained: its gradients are compared in tests/methods")
+    if any(type(part.method) is CPT for part in view.get_adapter("default").parts):
+        pytest.skip("what is stored is not the change that is trained: its steps are compared in test_cpt.py")
     for each, made in ((view, logits(view)), (model, field_logits(model))):
-        (made * torch.linspace(-1, 1, made.shape[-1])).pow(2).sum().backward()
+        squared(made).backward()
         assert any(p.grad is not None for p in each.parameters())
     ours, theirs = gradients_as_stored(view), field_gradients(model)
     assert ours
     assert ours.keys() == theirs.keys()
     for key, gradient in ours.items():
         assert far(gradient, theirs[key].view(gradient.shape)) < 1e-5 * max(1.0, float(theirs[key].abs().max())), key
+
+
+@pytest.mark.parametrize("name", ["llama-ptuning", "gpt2-ptuning", "llama-ptuning-lstm", "gpt2-projected"])
+def test_networks_that_make_virtual_tokens_get_the_fields_gradients(name: str) -> None:
+    """The field's projection makes all layers' keys and values in one matrix, ours in one for each layer."""
+    case = CASES[name]
+    model, view = field_stirred(case), get_peft_model(case.base(), case.ours()).eval()
+    own: dict[str, list[torch.nn.Parameter]] = {}
+    for key, parameter in view.named_parameters():
+        if parameter.requires_grad:
+            own.setdefault(re.sub(r"second\.\d+", "second", key), []).append(parameter)
+    theirs = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parts, whole in zip(own.values(), theirs, strict=True):
+            for part, piece in zip(parts, whole.split([len(p) for p in parts]), strict=True):
+                part.copy_(piece)
+    for made in (logits(view), field_logits(model)):
+        squared(made).backward()
+    assert far(logits(view), field_logits(model)) < 1e-5
+    for (key, parts), whole in zip(own.items(), theirs, strict=True):
+        gradient = torch.cat([p.grad for p in parts if p.grad is not None])
+        assert far(gradient, whole.grad) < 1e-5 * max(1.0, float(whole.grad.abs().max())), key
 
 
 def test_the_same_keys_and_shapes(case: Case, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import coadapt
 from coadapt import PeftModel, get_peft_model
 from models import MODELS, logits, stir
 
-from .field import CLASSES, SEQ2SEQ, Case, far, field_loaded, field_logits, field_quietly, field_stirred
+from .field import CLASSES, SEQ2SEQ, Case, far, field_loaded, field_logits, field_quietly, field_stirred, other
 
 # ---- T5's prefix -----------------------------------------------------------------------------------------------------
 
@@ -88,3 +88,16 @@ def test_what_the_field_would_get_wrong_says_so(model: str, config: Any, tmp_pat
     assert json.loads((tmp_path / "adapter_config.json").read_text())["readable_by_peft"] is False
     again = PeftModel.from_pretrained(MODELS[model](), tmp_path)
     assert far(logits(again), logits(view.eval())) < 1e-6
+
+
+def test_oft_at_convolutions_is_what_the_field_merges(tmp_path: Path) -> None:
+    """W' = W R^T, as in the paper. Before a merge the field rotates patches and adds up where they overlap."""
+    case = other("conv", "OFTConfig", oft_block_size=9, target_modules=["first", "second"])
+    model = field_stirred(case)
+    field_quietly(lambda: model.save_pretrained(tmp_path / "field"))
+    before = field_logits(model)
+    merged = logits(field_quietly(model.merge_and_unload))
+    view = PeftModel.from_pretrained(case.base(), tmp_path / "field")
+    assert far(logits(view), merged) < 1e-5 < 1e-3 < far(before, merged)
+    view.save_pretrained(tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["readable_by_peft"] is False

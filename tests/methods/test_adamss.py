@@ -1,6 +1,5 @@
 """AdaMSS's own: groups as scikit-learn makes them, the formula, and which groups train when."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,6 @@ def test_groups_are_scikit_learns() -> None:
     assert groups(torch.randn(24, 4), 4).tolist() == expected
     equal_rows = torch.tensor([[0.0, 0.0]] * 4 + [[5.0, 1.0], [9.0, 3.0], [0.0, 0.0]])
     assert groups(equal_rows, 3).tolist() == [0, 0, 0, 0, 2, 1, 0]
-
-
-@pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed")
-@pytest.mark.parametrize("count", [2, 5, 20])
-def test_groups_are_scikit_learns_where_it_is_installed(count: int) -> None:
-    cluster: Any = importlib.import_module("sklearn.cluster")
-    options = {"init": "random", "n_init": 1, "max_iter": 10, "random_state": 123456789}
-    for seed in range(5):
-        torch.manual_seed(seed)
-        rows = torch.randn(60, 7)
-        theirs = cluster.KMeans(n_clusters=count, **options).fit_predict(rows.numpy())
-        assert groups(rows, count).tolist() == theirs.tolist()
 
 
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9), (7, 7)])

@@ -26,21 +26,30 @@ def bypassed(base: nn.Module) -> dict[str, str]:
     above: dict[str, str] = {}
     """Why nothing inside of a module is called."""
     for path, module in base.named_modules():
-        parent, _, name = path.rpartition(".")
+        parent = path.rpartition(".")[0]
         if parent in above:
             found[path] = above[path] = above[parent]
         if path and isinstance(module, nn.MultiheadAttention | nn.TransformerEncoderLayer):
             above[path] = f"{path} ({type(module).__name__}) uses the weights of its layers without calling them"
-        if name == "shared" and isinstance(module, nn.Embedding):
-            others = {p: m for p, m in base.named_modules() if isinstance(m, nn.Embedding) and m is not module}
-            weight = weights(base, [module, *others.values()])
-            if tied := [p for p, m in others.items() if weight[m] is weight[module]]:
-                found[path] = f"it only holds the weight of {' and '.join(tied)} and is never called; adapt those"
         cls = plain_class(type(module))
         for child, where, flags in _read_by(cls):
             if isinstance(getattr(module, child, None), nn.Module) and all(getattr(module, f, True) for f in flags):
                 own = f"{path}.{child}" if path else child
                 found[own] = f"{cls.__name__}.{where} reads its weight without calling it"
+    for path, tied in holders(base).items():
+        found[path] = f"it only holds the weight of {' and '.join(tied)} and is never called; adapt those"
+    return found
+
+
+def holders(base: nn.Module) -> dict[str, list[str]]:
+    """Embeddings that only hold the weight of others (T5's `shared`), and the paths of those."""
+    found: dict[str, list[str]] = {}
+    embeddings = {p: m for p, m in base.named_modules() if isinstance(m, nn.Embedding)}
+    for path, module in embeddings.items():
+        if path.rpartition(".")[2] == "shared":
+            weight = weights(base, list(embeddings.values()))
+            tied = [p for p, m in embeddings.items() if m is not module and weight[m] is weight[module]]
+            found |= {path: tied} if tied else {}
     return found
 
 

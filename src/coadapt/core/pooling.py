@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .frame import Frame, SiteCall, current, entered
+from .first_pass import first_pass, keep
+from .frame import Frame, SiteCall, current
 from .gates import Spot, per_row
 
 
@@ -63,13 +64,15 @@ class SeenCall:
     def __init__(
         self, path: str, stack: Any, encoder: str | None, inner: SiteCall | None, pools: bool, first: bool = False
     ) -> None:
-        self.path, self.encoder, self.inner, self.pools, self.first = path, encoder, inner, pools, first
+        self.path, self.encoder, self.inner, self.pools = path, encoder, inner, pools
+        self.stack, self.first = stack, first
         self.names = [n for n in inspect.signature(stack.forward).parameters if n not in ("self", "args", "kwargs")]
 
     def __call__(self, frame: Frame, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        bare = None
         if self.first:
-            frame.first = _first_pass(forward, call)
+            frame.first, bare = first_pass(forward, call, self.stack.training)
         told = next((call[n] for n in ("input_ids", "inputs_embeds") if call.get(n) is not None), None)
         if told is None:  # features of sounds or images, all real; noted, so that a recomputation finds the same
             frame.seen[self.path] = None
@@ -88,20 +91,10 @@ class SeenCall:
         if self.encoder is not None and states is not None and self.encoder not in frame.seen:  # made before this call
             mask = call.get("encoder_attention_mask")
             frame.seen[self.encoder] = Seen(len(states), states.shape[1], 0, mask=mask)
-        return forward(*args, **kwargs) if self.inner is None else self.inner(frame, forward, args, kwargs)
-
-
-@torch.no_grad()
-def _first_pass(forward: Callable[..., Any], call: dict[str, Any]) -> Tensor:
-    """(B, T, D) what the bare model makes of the tokens of a call."""
-    if call.get("past_key_values") is not None:
-        raise ValueError(
-            "What is active reads the bare model's states first (XLoraRouter), which would need a cache of its own: "
-            "use_cache=False."
-        )
-    with entered(None):
-        out = forward(**{**call, "use_cache": False})
-    return out[0]
+        out = forward(*args, **kwargs) if self.inner is None else self.inner(frame, forward, args, kwargs)
+        if bare is not None:
+            keep(out.get("past_key_values") if isinstance(out, dict) else call.get("past_key_values"), bare)
+        return out
 
 
 def _packed(positions: Tensor | None) -> str:

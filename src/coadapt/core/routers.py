@@ -246,8 +246,9 @@ class Attending(nn.Module):
 class XLoraRouter(Router):
     """g = softmax(MLP(h)) with h the last hidden states of the bare model: one network for the whole model.
 
-    X-LoRA (arXiv 2402.07148): each call runs the base twice, first without adapters and without gradients. A cache
-    would need two; so `use_cache=False` in `generate`. Different from the field: dropout draws at each site anew.
+    X-LoRA (arXiv 2402.07148): each call runs the base twice, first without adapters and without gradients. The gates of
+    a token depend on it and on those before it, so that a cache changes nothing; it holds the bare model's keys and
+    values besides. Different from the field, which refuses one; and dropout draws at each site anew.
 
     Args:
         hidden_size: D of the hidden states.

@@ -13,6 +13,7 @@ from ..config import InputConfig, PeftConfig, TargetedConfig
 from ..core import target
 from ..core.adapter import Adapter, replace_options
 from ..core.backbone import backbones
+from ..core.bypass import holders
 from ..core.method import method_for
 from ..core.roles import HEADS, Place
 from ..core.target import suffix_match
@@ -27,7 +28,7 @@ from ..methods.miss import MissConfig
 from ..methods.multitask_prompt import MultitaskPromptTuningConfig
 from ..methods.prefix import PrefixTuningConfig
 from ..methods.prompt import PromptTuningConfig
-from ..methods.trainable_tokens import TrainableTokensConfig
+from ..methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from . import names
 
 PEFT_VERSION = "0.21.2"
@@ -196,6 +197,8 @@ def _targets(config: TargetedConfig, adapter: Adapter, base: nn.Module) -> dict[
     if isinstance(config, IA3Config):
         said |= {"feedforward_modules": inputs, "target_modules": sorted(p.path for p in places)}
     layers = [p.path for p in places if not p.parameter]
+    if isinstance(config, TrainableTokensConfig):
+        layers = _holding(adapter, base)
     words = target.named_parts(config)
     found = isinstance(config.target_modules, str) or words or (config.target_modules is None and layers)
     if isinstance(config, IA3Config) or found:
@@ -211,6 +214,16 @@ def _targets(config: TargetedConfig, adapter: Adapter, base: nn.Module) -> dict[
         none = ("exclude_modules", "layers_to_transform", "layers_pattern")
         return said | by_name | {"target_modules": sorted(layers), **dict.fromkeys(none)}
     return said
+
+
+def _holding(adapter: Adapter, base: nn.Module) -> list[str]:
+    """Of tied layers the first, or what only holds their weight (T5's `shared`): the field finds the others itself."""
+    held = {own: path for path, tied in holders(base).items() for own in tied}
+    first: dict[int, str] = {}
+    for part in adapter.parts:
+        if isinstance(part.method, TrainableTokens):
+            first.setdefault(id(part.method.rows), held.get(part.place.path, part.place.path))
+    return list(first.values())
 
 
 def _ends(paths: Iterable[str]) -> list[str]:

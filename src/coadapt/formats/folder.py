@@ -12,14 +12,24 @@ from ..config import PeftConfig, check_name, did_you_mean
 from ..core import driving
 from ..core.adapter import Adapter, build, replace_options
 from ..core.base import base_of
-from ..core.composition import Node, names, trained_gates
+from ..core.composition import Node, Sum, names, trained_gates
 from ..core.gates import Learned
 from ..core.method import Reparametrization
 from ..core.routing import prepare
 from ..methods.vblora import VBLoRAConfig
-from . import adapterhub, checkpoint, files, vocabulary
+from ..methods.xlora import XLoraConfig
+from . import adapterhub, checkpoint, files, vocabulary, xlora
 from .compositions import node_from_json, node_to_json
-from .configs import asked_start, asked_targets, described, takes_from_base, understood, with_start, without_start
+from .configs import (
+    PEFT_VERSION,
+    asked_start,
+    asked_targets,
+    described,
+    takes_from_base,
+    understood,
+    with_start,
+    without_start,
+)
 from .files import CHECKPOINT, COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, aside
 from .keys import ROOT, entries, holds_biases, present, shared_keys
 from .provenance import compare_bases, fingerprint_in, record, start_in
@@ -69,6 +79,12 @@ def save(
             _save_adapter(new, where, "" if name == "default" else f"{name}/", adapter, base, fingerprint, embeddings)
         new.tensors(GATES, _stored(node))
         new.json(COMPOSITION, composition)
+        if (said := xlora.described(adapters, node, where, base)) is not None:
+            new.tensors(WEIGHTS, said[1])
+            new.json(CONFIG, said[0] | {"peft_version": PEFT_VERSION})
+        elif "default" not in adapters and (where / CONFIG).is_file() and xlora.is_one(files.read_json(where / CONFIG)):
+            new.tensors(WEIGHTS, {})
+            new.json(CONFIG, None)
 
 
 def _composition(adapters: Mapping[str, Adapter], node: Node, fingerprint: str) -> dict[str, Any]:
@@ -157,8 +173,9 @@ def load(
     if (where / COMPOSITION).is_file():
         return _load_composition(reader, where, name, is_trainable)
     if (where / CONFIG).is_file():
-        _refuse_xlora(where)
-        if adapterhub.is_one(said := files.read_json(where / CONFIG)):
+        if xlora.is_one(said := files.read_json(where / CONFIG)):
+            return _load_xlora(reader, where, name, is_trainable)
+        if adapterhub.is_one(said):
             return Loaded(*adapterhub.load(where, said, base, name or "default", is_trainable, half))
         adapter = _load_adapter(reader, where, name or "default", config, is_trainable)
         return Loaded([adapter], adapter.name)
@@ -167,13 +184,28 @@ def load(
     raise _no_adapter(where)
 
 
-def _refuse_xlora(where: Path) -> None:
-    if files.read_json(where / CONFIG).get("peft_type") == "XLORA":
+def _load_xlora(reader: _Reader, where: Path, name: str | None, is_trainable: bool) -> Loaded:
+    config = understood(files.read_json(where / CONFIG), reader.base)
+    assert isinstance(config, XLoraConfig)
+    if name is not None:
         raise ValueError(
-            f"{where} is an X-LoRA of the field's library, whose folders lack the first layer of the network that "
-            "mixes the adapters: its trained mix is lost. Make a new one of the adapters themselves, "
-            "XLoraConfig(adapters={name: folder, ...}), and train it."
+            f"{where} is an X-LoRA of several adapters, which keep their names; to load one of them as {name!r}, give "
+            "its own folder."
         )
+    if config.use_trainable_adapters:
+        raise ValueError(
+            f"{where} is an X-LoRA whose adapters were trained along (use_trainable_adapters), which its folder does "
+            "not hold in full. Save it with coadapt, or train it anew."
+        )
+    adapters = [
+        _load_adapter(reader, xlora.expert(where, n, folder), n, None, False) for n, folder in config.names().items()
+    ]
+    router = config.router()
+    node = Sum(*config.names(), weights=router)
+    prepare(node, {a.name: a for a in adapters}, reader.base)
+    xlora.fill(router, config, where)
+    router.requires_grad_(is_trainable)
+    return Loaded(adapters, node)
 
 
 def _no_adapter(where: Path) -> FileNotFoundError:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import TokensConfig, VirtualTokensConfig
 from ..core.adapter import Adapter, ModuleCopy, Part
+from ..core.bypass import holders
 from ..core.layer import kind_of
 from ..core.method import FromBase, InputMethod, Progress, Reparametrization, method_for
 from ..core.store import value as stored
@@ -154,7 +155,10 @@ def _of_part(adapter: Adapter, part: Part, base: nn.Module, taken: bool) -> Iter
         case KeptRows():
             yield from _kept(adapter, part, base)
         case TrainableTokens() if isinstance(adapter.config, TokensConfig):
-            yield from _tokens_beside(adapter, part, path)
+            yield from _tokens_beside(adapter, part, plain_path(base, _holder(part, base) or part.place.path))
+        case TrainableTokens() as method if holder := _holder(part, base):
+            yield _whole(f"{ROOT}{plain_path(base, holder)}.trainable_tokens_delta", method.rows)
+            yield from _plain(adapter, part, path)
         case LoRA() as method if part.place.parameter and type(method) is LoRA:
             yield from _of_parameter(adapter, part, method, path.rpartition(".")[0], taken)
         case VBLoRA() as method if method.best_only:
@@ -228,7 +232,7 @@ def _shape(part: Part, name: str, value: Tensor) -> tuple[int, ...]:
         case ((LoHa() | LoKr()), ("T" | "T1" | "T2")) if convolved == 1:
             return (*value.shape, 1)
         case BOFT(), "s":
-            return (len(value), 1)
+            return (1, len(value)) if convolved else (len(value), 1)
         case IA3() as method, "l" if convolved or method.on_input:
             return (1, len(value), *[1] * convolved)
         case AdaLoRA(), "A":
@@ -341,6 +345,11 @@ def _kept(adapter: Adapter, part: Part, base: nn.Module) -> Iterator[Entry]:
             rows: Any = part.method
             whole = weight.detach().index_copy(0, rows.ids.to(weight.device), rows.rows.to(weight.dtype))
             yield Entry(f"{ROOT}{path}.weight", tuple(weight.shape), lambda whole=whole: whole, lambda _: None)
+
+
+def _holder(part: Part, base: nn.Module) -> str | None:
+    """The module that holds the weight of a part's, and of others, where that is the first of them: T5's `shared`."""
+    return next((path for path, tied in holders(base).items() if part.place.path == tied[0]), None)
 
 
 def _tokens_beside(adapter: Adapter, part: Part, path: str) -> Iterator[Entry]:

@@ -1,5 +1,5 @@
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..config import TargetedConfig
 from ..core import roles, target
 from ..core.backbone import backbones
+from ..core.bypass import holders
 from ..core.layer import Layer
 from ..core.method import Companion, Method, Place, WeightMethod, register
 
@@ -68,7 +69,7 @@ class TrainableTokens(WeightMethod):
                     "target_modules."
                 )
             usual = [roles.path_of(base, place.embedding) for place in backbones(base)]
-        found = target.layers(config, base, usual)
+        found = target.layers(_called(config, base), base, usual)
         return [Place(path, module) for path, module in roles.with_tied(base, found)]
 
     def share(self, earlier: Method) -> None:
@@ -89,6 +90,16 @@ class TrainableTokens(WeightMethod):
         ids, bias = self.ids.to(x.device), base.bias
         scores = F.linear(x, self.rows.to(x.dtype), None if bias is None else bias[ids].to(x.dtype))
         return y.index_copy(-1, ids, scores.to(y.dtype))
+
+
+def _called(config: TrainableTokensConfig, base: nn.Module) -> TrainableTokensConfig:
+    """With those in place of a module that only holds their weight and is never called (T5's `shared`)."""
+    targets = config.target_modules
+    names = [targets] if isinstance(targets, str) else list(targets or ())
+    tied = {n: own for path, own in holders(base).items() for n in names if target.suffix_match(path, n)}
+    if not tied:
+        return config
+    return replace(config, target_modules=[path for name in names for path in tied.get(name, [name])])
 
 
 class KeptRows(TrainableTokens):
