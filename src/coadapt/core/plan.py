@@ -15,7 +15,7 @@ from .backbone import Backbone, stacks
 from .composition import Node, check_known, key, names, routers, row_gates, terms
 from .frame import Frame, SiteCall
 from .gates import Gate, Gates
-from .input import EmbeddingCall, InputCall
+from .input import EmbeddingCall, InputCall, embedded_input
 from .invocation import InvocationCall
 from .layer import Layer
 from .lowrank import LowRankCall, Term, is_fused, is_plain
@@ -24,6 +24,7 @@ from .method import AttentionMethod, InputMethod
 from .parameter import ParameterCall
 from .pooling import SeenCall
 from .roles import siblings
+from .stream import Source, SourceCall, StreamCall
 
 _Sites = dict[nn.Module, dict[str, Sequence[Part]]]
 """Module -> adapter name -> what that has there."""
@@ -58,7 +59,7 @@ class Plan:
         """Those whose virtual tokens are learned from."""
         self.calls: dict[nn.Module, SiteCall] = {}
         self.attention: dict[nn.Module, AttentionCall] = {}
-        at: dict[str, _Sites] = {kind: {} for kind in ("module", "span", "parameter", "attention", "input")}
+        at: dict[str, _Sites] = {kind: {} for kind in ("module", "span", "parameter", "attention", "input", "stream")}
         for name in self.used:
             for kind, sites in adapters[name].by_kind.items():
                 for module, parts in sites.items():
@@ -75,6 +76,9 @@ class Plan:
             self._parameters(module, parts)
         for module, parts in at["attention"].items():
             self._attention(module, parts)
+        self.sources: dict[Source, Sequence[bool]] = {}
+        """What has a state of its own, and which of the compositions use it."""
+        self._streams(at["stream"], adapters)
         self._inputs(at["input"], adapters)
         self._note_invocations(adapters)
         self.reads_last = any(method.reads_last for method in methods)
@@ -154,6 +158,20 @@ class Plan:
         if joined.later:
             self.calls[module] = BehindCall(joined.later, self.calls.get(module))
 
+    def _streams(self, at_stream: _Sites, adapters: Mapping[str, Adapter]) -> None:
+        """States of adapters, from the embedded input on along the blocks."""
+        for module, parts in at_stream.items():
+            path = next(iter(parts.values()))[0].place.path
+            self.calls[module] = StreamCall(Layer(module, path), self.nodes, _methods(parts), self.calls.get(module))
+        for name in dict.fromkeys(name for parts in at_stream.values() for name in parts):
+            source: Any = adapters[name].shared
+            self.sources[source] = [any(True for _ in terms(node, name.__eq__)) for node in self.nodes]
+            place = adapters[name].stacks[-1]
+        if self.sources:
+            self.calls[place.module] = SourceCall(place, list(self.sources), self.calls.get(place.module))
+            call = EmbeddingCall(embedded_input(place), self.calls.get(place.embedding))
+            self.calls[place.embedding] = call
+
     def _inputs(self, at_input: _Sites, adapters: Mapping[str, Adapter]) -> None:
         """Prompts, and the shift of positions that prefixes ask for, at the backbones."""
         shifts = [self._offset(node, adapters) for node in self.nodes]
@@ -164,7 +182,7 @@ class Plan:
             methods = {n: part.method for n, found in at_input.get(place.module, {}).items() for part in found}
             moved = shifts if self._counts_positions(place) else [0] * len(shifts)
             if methods or any(moved) or encoder is not None:
-                call = InputCall(place, self.nodes, methods, moved, encoder)  # type: ignore[arg-type]
+                call = InputCall(place, self.nodes, methods, moved, encoder, self.calls.get(place.module))  # type: ignore[arg-type]
                 self.calls[place.module] = call
                 self.calls[place.embedding] = EmbeddingCall(call.embedded, self.calls.get(place.embedding))
                 encoder = call if place.role == "encoder" and methods else None

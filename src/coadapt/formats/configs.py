@@ -196,6 +196,9 @@ def _targets(config: TargetedConfig, adapter: Adapter, base: nn.Module) -> dict[
     if isinstance(config, IA3Config):
         said |= {"feedforward_modules": inputs, "target_modules": sorted(p.path for p in places)}
     layers = [p.path for p in places if not p.parameter]
+    none = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    if any(path.rpartition(".")[2].isdigit() for path in layers):  # whole blocks, whose names are their numbers
+        return said | {"target_modules": sorted(layers), **dict.fromkeys(none)}
     words = target.named_parts(config)
     found = isinstance(config.target_modules, str) or words or (config.target_modules is None and layers)
     if isinstance(config, IA3Config) or found:
@@ -208,7 +211,6 @@ def _targets(config: TargetedConfig, adapter: Adapter, base: nn.Module) -> dict[
             changes["feedforward_modules"] = _ends(inputs)
         if _same(config, changes, places, base):
             return said | changes
-        none = ("exclude_modules", "layers_to_transform", "layers_pattern")
         return said | by_name | {"target_modules": sorted(layers), **dict.fromkeys(none)}
     return said
 
