@@ -164,8 +164,8 @@ VARIANTS: dict[str, PeftConfig] = {
     "reft-direct": DiReftConfig(
         r=2, prefix_positions=1, suffix_positions=2, non_linearity="gelu", dropout=0.0, layers=[0]
     ),
-    "shadow-apart": ShadowConfig(
-        r=3, shadow_alpha=1.0, shadow_dropout=0.0, init_weights=False, shadow_hidden_size=24, shadow_num_hidden_layers=2
+    "shadow-deep": ShadowConfig(
+        r=2, shadow_alpha=1.0, shadow_dropout=0.0, init_weights=False, shadow_num_hidden_layers=2, update_hidden_size=5
     ),
     "p-tuning-lstm": PromptEncoderConfig(
         num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=8

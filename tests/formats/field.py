@@ -193,6 +193,8 @@ CASES = {
         update_hidden_size=5,
     ),
     "gpt2-shadow": other("gpt2", "ShadowConfig", shadow_alpha=0.5),
+    "bloom-shadow": other("bloom", "ShadowConfig", shadow_hidden_size=16),
+    "qwen3-shadow": other("qwen3", "ShadowConfig", target_modules=["model.layers.1"], share_embeddings=False),
     "llama-shira": other("llama", "ShiraConfig", r=2, random_seed=3),
     "t5-shira": other("t5", "ShiraConfig", r=2),
     "llama-beft": other("llama", "BeftConfig"),

@@ -20,8 +20,8 @@ from .method import AttentionMethod, Driven, InputMethod, Method, ModuleMethod, 
 from .parameter import ParameterLayer
 from .precision import linear
 from .roles import Place
-from .stream import StreamMethod
 from .store import float_form, quantised, take_form, value
+from .stream import StreamMethod
 
 
 class ModuleCopy(ModuleMethod):
@@ -70,7 +70,7 @@ class Part:
 
     @property
     def kind(self) -> str:
-        """Of the call that the method stands around: "module", "span", "parameter", "attention", "input" or "stream"."""
+        """What the method stands around: "module", "span", "parameter", "attention", "input" or "stream"."""
         if self.place.parameter:
             return "parameter"
         match self.method:
@@ -179,7 +179,9 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False, bl
     for part in adapter.parts:
         _settled(part.method, part.place.module, half)
     methods = [p.method for p in adapter.parts]
-    if any(isinstance(m, InputMethod | StreamMethod) or m.invoked_by or getattr(m, "position_offset", 0) for m in methods):
+    if any(
+        isinstance(m, InputMethod | StreamMethod) or m.invoked_by or getattr(m, "position_offset", 0) for m in methods
+    ):
         adapter.stacks = backbones(base)
     if any(part.method.reads_tokens for part in adapter.parts):
         adapter.noted = [stack.module for stack in stacks(base)]

@@ -11,6 +11,7 @@ from torch import Tensor
 from .frame import current
 from .gates import per_row
 from .input import picked
+from .layer import Layer
 from .method import InputMethod
 from .stream import Source, begun
 
@@ -45,8 +46,10 @@ def _of_sources(plan: Any, sources: Sequence[Source], labels: Tensor, count: Any
         state = begun(frame, source)
         assert state is not None
         used = torch.tensor(plan.sources[source], device=labels.device)
-        rows = used.expand(len(labels)) if frame.rows is None else used[per_row(frame.rows.to(labels.device), len(labels))]
-        scores = head(state.to(next(head.parameters()).dtype))[:, :-1].float()
+        rows = (
+            used.expand(len(labels)) if frame.rows is None else used[per_row(frame.rows.to(labels.device), len(labels))]
+        )
+        scores = head(state.to(Layer(head).like().dtype))[:, :-1].float()
         own = targets.masked_fill(~rows[:, None], -100).to(scores.device)
         total = total + source.weight * F.cross_entropy(scores.mT, own, reduction="sum").to(total.device) / count
     return total

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .backbone import Backbone
+from .roles import path_of
 from .site import plain_class
 from .stream import Source
 
@@ -47,11 +48,11 @@ class Mirror(Source):
         """The embedding that is not there."""
         if not self.embeds_itself:
             table = self.backbone.get_input_embeddings()
-            self.without = next(n for n, m in self.backbone.named_modules() if m is table)
-            owner, _, name = self.without.rpartition(".")
+            self.without = path = path_of(self.backbone, table)
+            owner, _, name = path.rpartition(".")
             setattr(self.backbone.get_submodule(owner), name, None)
         self.projection = nn.Identity() if inner == self.width else nn.Linear(inner, self.width, bias=False)
-        self.names = inspect.signature(self.backbone.forward).parameters
+        self.names = tuple(inspect.signature(self.backbone.forward).parameters)
 
     def begin(self, tokens: Tensor, call: Mapping[str, Any], cache: Any) -> tuple[Tensor, Any]:
         told = {name: call.get(name) for name in ("attention_mask", "position_ids") if name in self.names}
@@ -86,6 +87,8 @@ def _resized(config: Any, sizes: Mapping[str, int | None]) -> Any:
                     f"{', '.join(_NAMES[option])}. Leave it out."
                 )
             setattr(small, name, size)
+    if hasattr(small, "word_embed_proj_dim"):  # OPT's, of what it embeds and of what it gives
+        small.word_embed_proj_dim = width_of(small)
     layers = small.num_hidden_layers
     if kinds := getattr(small, "layer_types", None):
         small.layer_types = [*kinds, *[kinds[-1]] * layers][:layers]

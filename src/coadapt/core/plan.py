@@ -163,11 +163,12 @@ class Plan:
         for module, parts in at_stream.items():
             path = next(iter(parts.values()))[0].place.path
             self.calls[module] = StreamCall(Layer(module, path), self.nodes, _methods(parts), self.calls.get(module))
-        for name in dict.fromkeys(name for parts in at_stream.values() for name in parts):
+        there = list(dict.fromkeys(name for parts in at_stream.values() for name in parts))
+        for name in there:
             source: Any = adapters[name].shared
             self.sources[source] = [any(True for _ in terms(node, name.__eq__)) for node in self.nodes]
-            place = adapters[name].stacks[-1]
-        if self.sources:
+        if there:
+            place = adapters[there[0]].stacks[-1]
             self.calls[place.module] = SourceCall(place, list(self.sources), self.calls.get(place.module))
             call = EmbeddingCall(embedded_input(place), self.calls.get(place.embedding))
             self.calls[place.embedding] = call

@@ -1,4 +1,4 @@
-"""States that adapters have beside the hidden states: they begin at the embedded input and go along from block to block.
+"""States of adapters beside the hidden states: they begin at the embedded input and go along from block to block.
 
 Such a method stands at the entrance of a block, where the call is the identity: so the block runs once, whatever is
 active, and writes to its cache once. The running states lie in the frame; what is checkpointed gets them as inputs and
@@ -101,7 +101,13 @@ class SourceCall:
                 f"A network beside the model needs an attention mask of shape (batch, tokens); this call has {found}. "
                 "Static caches make such masks: use the dynamic cache."
             )
-        frame.states, made = {}, {}
+        if getattr(cache, "is_compileable", False):
+            raise ValueError(
+                f"A network beside the model keeps its own keys and values in the model's cache, and a "
+                f"{type(cache).__name__} has no room for them: use the dynamic cache."
+            )
+        made: dict[Source, Any] = {}
+        frame.states = {}
         for source in self.sources:
             state, grown = source.begin(self._tokens(frame, call, source), call, _cache_of(cache, source))
             frame.states[source], made[source] = state, grown
@@ -130,7 +136,7 @@ class SourceCall:
         return ready
 
 
-# ---- caches: a state's own layers lie behind those of the base, so that all that moves rows or tokens moves them too ----
+# ---- caches: layers of states lie behind those of the base, so that what moves its rows or tokens moves theirs too ---
 
 
 def _cache_of(cache: Any, source: Source) -> Any:
@@ -163,10 +169,11 @@ def _remember(cache: Any, made: Mapping[Source, Any]) -> None:
     if cache is None:
         return
     for source, own in made.items():
-        for layer in () if own is None else own.layers:
-            if not any(layer is known for known in cache.layers):
-                layer.coadapt_source = source.key
-                cache.layers.append(layer)
+        layers: list[Any] = [] if own is None else own.layers
+        for layer in layers:
+            layer.coadapt_source = source.key
+        others = [layer for layer in cache.layers if getattr(layer, "coadapt_source", None) != source.key]
+        cache.layers[:] = [*others, *layers]
 
 
 def begun(frame: Frame, source: Source) -> Tensor | None:

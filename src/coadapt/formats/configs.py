@@ -291,6 +291,9 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
                     "means nothing; to train on, put it into adapter_config.json.",
                     stacklevel=2,
                 )
+        case "SHADOW":  # the field's library has it at all that it lists
+            said.pop("layers_to_transform", None)
+            said.pop("layers_pattern", None)
         case "HIRA" if READABLE not in values:
             said.pop("rank_pattern", None)  # the field does not read it either
         case "MISS" | "BONE":

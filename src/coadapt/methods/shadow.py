@@ -59,7 +59,7 @@ class ShadowConfig(TargetedConfig):
             )
         if self.auxiliary_loss_weight < 0:
             raise ValueError(
-                f"ShadowConfig: auxiliary_loss_weight={self.auxiliary_loss_weight} must not be below 0; 0: no such loss."
+                f"ShadowConfig: auxiliary_loss_weight={self.auxiliary_loss_weight} must not be below 0; 0 is no loss."
             )
 
 
@@ -73,7 +73,7 @@ class Shadow(StreamMethod):
     with a weight. Different from peft: several at once, blocks that do not follow each other, no T and G at the last
     block, which nothing reads; the auxiliary loss whatever `task_type` is, and not in evaluation, whose loss stays the
     task's; no table of embeddings that nothing looks up (GPT-2). It depends on the input, so it cannot be merged. Use
-    it where a part of the model's size may run beside it, or the small network is wanted too. Parameters per site:
+    it where a layer or two more may run beside the model. Parameters per site:
     2 r D + 2 (2 D u + u + D), u the width of T and G; and the small stack.
     """
 
