@@ -114,7 +114,7 @@ class SourceCall:
         frame.began = frame.states
         out = forward(**call) if self.inner is None else self.inner(frame, forward, (), call)
         frame.inputs.pop(self.embedded, None)  # where a model looks up ids itself, it is not taken out
-        _remember(_cache_in(out) or cache, made)
+        _remember(cache if (given := _cache_in(out)) is None else given, made)
         return out
 
     def _tokens(self, frame: Frame, call: Mapping[str, Any], source: Source) -> Tensor:
@@ -145,8 +145,7 @@ def _cache_of(cache: Any, source: Source) -> Any:
     Raises:
         ValueError: the cache holds tokens that the source has not seen.
     """
-    past = 0 if cache is None else int(cache.get_seq_length())
-    if not past:
+    if cache is None or not (past := int(cache.get_seq_length())):
         return None
     from transformers import Cache
 

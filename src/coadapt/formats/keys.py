@@ -13,7 +13,6 @@ from ..config import VirtualTokensConfig
 from ..core.adapter import Adapter, ModuleCopy, Part
 from ..core.layer import kind_of
 from ..core.method import FromBase, Progress, Reparametrization, method_for
-from ..core.mirror import Mirror
 from ..core.store import value as stored
 from ..methods.adalora import AdaLoRA
 from ..methods.adamss import AdaMSS
@@ -35,6 +34,7 @@ from ..methods.multitask_prompt import MultitaskPromptTuning
 from ..methods.prefix import Blocks, PrefixTuning, PrefixTuningConfig
 from ..methods.prompt import VirtualTokens
 from ..methods.shadow import Shadow
+from ..methods.shadow_stack import Mirror
 from ..methods.trainable_tokens import KeptRows, TrainableTokens
 from . import names
 from .vocabulary import ROOT, embeddings

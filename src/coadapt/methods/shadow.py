@@ -11,9 +11,9 @@ from ..core.backbone import backbones
 from ..core.frame import current
 from ..core.layer import Layer
 from ..core.method import Place, register
-from ..core.mirror import Mirror, width_of
 from ..core.precision import linear
 from ..core.stream import StreamMethod
+from .shadow_stack import Mirror, width_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""A small stack of the same architecture as a model's, made new by its class from a configuration with other sizes."""
+"""What SHADOW's state comes from: a small stack, made new by the class of the model's own, with other sizes."""
 
 import copy
 import inspect
@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .backbone import Backbone
-from .roles import path_of
-from .site import plain_class
-from .stream import Source
+from ..core.backbone import Backbone
+from ..core.roles import path_of
+from ..core.site import plain_class
+from ..core.stream import Source
 
 _NAMES = {
     "shadow_num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers"),
