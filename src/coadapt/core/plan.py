@@ -159,14 +159,16 @@ class Plan:
             self.calls[module] = BehindCall(joined.later, self.calls.get(module))
 
     def _streams(self, at_stream: _Sites, adapters: Mapping[str, Adapter]) -> None:
-        """States of adapters, from the embedded input on along the blocks."""
+        """States of adapters, from the embedded input on along the blocks; not of those whose gates are all 0."""
+        uses = {name: [any(True for _ in terms(node, name.__eq__)) for node in self.nodes] for name in self.used}
+        there = [n for n in self.used if any(uses[n]) and any(n in parts for parts in at_stream.values())]
         for module, parts in at_stream.items():
-            path = next(iter(parts.values()))[0].place.path
-            self.calls[module] = StreamCall(Layer(module, path), self.nodes, _methods(parts), self.calls.get(module))
-        there = list(dict.fromkeys(name for parts in at_stream.values() for name in parts))
+            if some := {name: found for name, found in parts.items() if name in there}:
+                layer = Layer(module, next(iter(some.values()))[0].place.path)
+                self.calls[module] = StreamCall(layer, self.nodes, _methods(some), self.calls.get(module))
         for name in there:
             source: Any = adapters[name].shared
-            self.sources[source] = [any(True for _ in terms(node, name.__eq__)) for node in self.nodes]
+            self.sources[source] = uses[name]
         if there:
             place = adapters[there[0]].stacks[-1]
             self.calls[place.module] = SourceCall(place, list(self.sources), self.calls.get(place.module))
