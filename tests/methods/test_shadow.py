@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from coadapt import LoraConfig, PeftModel, PromptTuningConfig, ShadowConfig, Sum, get_peft_model
+from laws.setting import recompute
 from models import bert, gpt2, ids, llama, logits, opt, qwen2, stir, t5, vit
 
 SMALL = ShadowConfig(r=3, shadow_alpha=0.7, shadow_dropout=0.0, init_weights=False)
@@ -218,6 +219,15 @@ def test_a_static_cache_and_a_mask_of_scores_are_refused() -> None:
         view.generate(ids(), max_new_tokens=3, cache_implementation="static", disable_compile=True)
     with pytest.raises(ValueError, match="needs an attention mask of shape"):
         view(input_ids=ids(), attention_mask=torch.zeros(3, 1, 7, 7))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_at_gate_0_it_does_not_run_and_gets_no_gradient(reentrant: bool) -> None:
+    view = shadowed(None, LoraConfig(r=2, init_lora_weights=False))
+    recompute(view, reentrant)
+    view.train()(input_ids=ids(), adapter_names=["0*a", "b", None]).logits.sum().backward()
+    assert all(p.grad is None for p in view.get_adapter("a").parameters())
+    assert all(p.grad is not None for p in view.get_adapter("b").parameters())
 
 
 # ---- what it is ------------------------------------------------------------------------------------------------------
