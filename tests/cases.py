@@ -45,6 +45,7 @@ from coadapt import (
     RandLoraConfig,
     ReftConfig,
     RoadConfig,
+    ShadowConfig,
     ShiraConfig,
     SupertuningConfig,
     TinyLoraConfig,
@@ -116,6 +117,7 @@ CASES: dict[str, PeftConfig] = {
     "osf": OSFConfig(effective_rank=0.4),
     "supertuning": SupertuningConfig(sparsity=0.8),
     "adalora": AdaLoraConfig(total_step=9, init_r=4, target_r=2),
+    "shadow": ShadowConfig(r=3, shadow_alpha=1.0, shadow_dropout=0.0, init_weights=False),
     "shira": ShiraConfig(r=1, init_weights=False),
     "c3a": C3AConfig(block_size=2),
     "beft": BeftConfig(init_weights=False),
@@ -167,6 +169,9 @@ VARIANTS: dict[str, PeftConfig] = {
     "road-1": RoadConfig(group_size=2, init_weights=False),
     "reft-direct": DiReftConfig(
         r=2, prefix_positions=1, suffix_positions=2, non_linearity="gelu", dropout=0.0, layers=[0]
+    ),
+    "shadow-deep": ShadowConfig(
+        r=2, shadow_alpha=1.0, shadow_dropout=0.0, init_weights=False, shadow_num_hidden_layers=2, update_hidden_size=5
     ),
     "p-tuning-lstm": PromptEncoderConfig(
         num_virtual_tokens=3, encoder_reparameterization_type="LSTM", encoder_hidden_size=8

@@ -200,6 +200,19 @@ CASES = {
     # its gradient with respect to the input is wrong in theirs, so that adapters further down get others: one layer
     "llama-c3a": other("llama", "C3AConfig", block_size=8, block_size_pattern={"v_proj": 4}, layers_to_transform=[1]),
     "t5-c3a": other("t5", "C3AConfig", block_size=8, target_modules=r"decoder\.block\.1\..*\.wi"),
+    "llama-shadow": other("llama", "ShadowConfig", r=4),
+    "llama-shadow-apart": other(
+        "llama",
+        "ShadowConfig",
+        shadow_hidden_size=16,
+        shadow_num_attention_heads=2,
+        shadow_num_hidden_layers=3,
+        shadow_intermediate_size=24,
+        update_hidden_size=5,
+    ),
+    "gpt2-shadow": other("gpt2", "ShadowConfig", shadow_alpha=0.5),
+    "bloom-shadow": other("bloom", "ShadowConfig", shadow_hidden_size=16),
+    "qwen3-shadow": other("qwen3", "ShadowConfig", target_modules=["model.layers.1"], share_embeddings=False),
     "llama-shira": other("llama", "ShiraConfig", r=2, random_seed=3),
     "t5-shira": other("t5", "ShiraConfig", r=2),
     "llama-beft": other("llama", "BeftConfig"),
@@ -454,6 +467,7 @@ def field_loaded(base: nn.Module, folder: Path) -> Any:
         warnings.simplefilter("always")
         model = peft.PeftModel.from_pretrained(base, folder).eval()
     told = [str(w.message) for w in seen if "randlora_A.default" not in str(w.message)]  # misses what each layer shares
+    told = [t for t in told if "shadow_backbone.default.wte" not in t]  # which it does not read
     assert not [t for t in told if "missing adapter keys" in t or "Unexpected keyword" in t], told
     return model
 
@@ -504,9 +518,11 @@ def _read_as_gradients(values: dict[nn.Parameter, Tensor], read: Callable[[], di
 
 def over_again(key: str) -> bool:
     """Whether the field's file holds by this key what it holds once already: RandLoRA's bases, at each site; with
-    `bias="all"` those of copied modules, and of their originals."""
+    `bias="all"` those of copied modules, and of their originals; or what nothing reads, SHADOW's own table of GPT-2's
+    embeddings beside the one that it shares."""
     copied = ("modules_to_save.bias", "original_module.bias")
-    return key.startswith("base_model.model.") and key.endswith(("randlora_A", "randlora_B", *copied))
+    again = key.startswith("base_model.model.") and key.endswith(("randlora_A", "randlora_B", *copied))
+    return again or key == "base_model.shadow_backbone.default.wte.weight"
 
 
 def far(a: Tensor, b: Tensor) -> float:

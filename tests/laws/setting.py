@@ -19,7 +19,7 @@ from models import FAMILIES, MODELS, conv, ids, logits, plain, stir
 
 EVERY: dict[str, PeftConfig] = {**CASES, **VARIANTS}
 MAKE = {**MODELS, **FAMILIES, "plain": plain, "conv": conv}
-OF_TRANSFORMERS = ("reft", "adaption", "prompt", "p-tuning", "prefix", "invertible", "language")
+OF_TRANSFORMERS = ("shadow", "reft", "adaption", "prompt", "p-tuning", "prefix", "invertible", "language")
 """Methods of these cases need a transformers model."""
 
 CAUSAL = ("llama", "gpt2", "bloom", "opt", "gemma2", "gemma3", "qwen2", "qwen3", "mixtral")
@@ -72,7 +72,7 @@ def fits(case: str, model: str) -> bool:
         return not case.startswith(OF_TRANSFORMERS) and not (model == "conv" and case == "ln-tuning")
     if case == "reft-direct":
         return model in ("bert", "vit")  # elsewhere last tokens move: tests/methods/test_reft.py
-    if case == "prompt-cpt":
+    if case == "prompt-cpt" or case.startswith("shadow"):
         return model in CAUSAL
     embedded = case.startswith(("prompt", "p-tuning", "invertible", "language"))
     return not (model == "bloom" and case.startswith(("prefix", "adaption"))) and not (model == "vit" and embedded)

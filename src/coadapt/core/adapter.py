@@ -20,6 +20,7 @@ from .method import AttentionMethod, Companion, Driven, InputMethod, Method, Mod
 from .precision import linear
 from .roles import Place
 from .store import float_form, quantised, take_form, value
+from .stream import StreamMethod
 
 
 class ModuleCopy(ModuleMethod):
@@ -68,7 +69,7 @@ class Part:
 
     @property
     def kind(self) -> str:
-        """Of the call that the method stands around: "module", "span", "parameter", "attention" or "input"."""
+        """What the method stands around: "module", "span", "parameter", "attention", "input" or "stream"."""
         if self.place.parameter:
             return "parameter"
         match self.method:
@@ -76,6 +77,8 @@ class Part:
                 return "attention"
             case InputMethod():
                 return "input"
+            case StreamMethod():
+                return "stream"
             case _:
                 return "span" if self.place.reads else "module"
 
@@ -175,7 +178,9 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False, bl
     for part in adapter.parts:
         _settled(part.method, part.place.module, half)
     methods = [p.method for p in adapter.parts]
-    if any(isinstance(m, InputMethod) or m.invoked_by or getattr(m, "position_offset", 0) for m in methods):
+    if any(
+        isinstance(m, InputMethod | StreamMethod) or m.invoked_by or getattr(m, "position_offset", 0) for m in methods
+    ):
         adapter.stacks = backbones(base)
     if any(part.method.reads_tokens for part in adapter.parts):
         adapter.noted = [stack.module for stack in stacks(base)]

@@ -55,6 +55,10 @@ class Frame:
         """Inputs of modules that a site further on reads, by path; each is taken out when it is read."""
         self.gates: dict[Any, Tensor] = {}
         """Gates that are the same numbers at many sites, as tensors."""
+        self.states: dict[Any, Tensor] = {}
+        """(B, T, D) states that go along the blocks, as they are now, by what they come from: see stream.py."""
+        self.began: dict[Any, Tensor] = {}
+        """The same as they began."""
         self.given: dict[Any, Any] = {}
         """Products that one layer made for another which reads the same input: see lowrank.py."""
 
@@ -144,6 +148,9 @@ class Carried:
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         frame = current()
+        riding = {} if frame is None else frame.states
+        if frame is not None and riding:
+            function, args = _Riding(function, frame, tuple(riding)), (*args, *riding.values())
 
         def again(*inputs: Any, **named: Any) -> Any:
             with entered(frame, carried=True):
@@ -153,7 +160,33 @@ class Carried:
         if frame is not None and told.get("use_reentrant") and torch.is_grad_enabled():
             refuse_reentrant()
             args = _with_gradient(args)
-        return self.checkpoint(again, *args, **kwargs)
+        out = self.checkpoint(again, *args, **kwargs)
+        return function.taken(out) if isinstance(function, _Riding) else out
+
+
+class _Riding:
+    """What is checkpointed, with the states that go along in it as inputs and outputs."""
+
+    def __init__(self, function: Callable[..., Any], frame: Frame, keys: tuple[Any, ...]) -> None:
+        self.function, self.frame, self.keys = function, frame, keys
+        self.single = False
+        """Whether what it gives is no tuple."""
+
+    def __call__(self, *inputs: Any, **named: Any) -> tuple[Any, ...]:
+        count, before = len(self.keys), self.frame.states
+        self.frame.states = dict(zip(self.keys, inputs[-count:], strict=True))
+        try:
+            out = self.function(*inputs[:-count], **named)
+            self.single = not isinstance(out, tuple)
+            return (*((out,) if self.single else out), *(self.frame.states[key] for key in self.keys))
+        finally:
+            self.frame.states = before
+
+    def taken(self, out: tuple[Any, ...]) -> Any:
+        """What was asked for; the states go on in the frame."""
+        count = len(self.keys)
+        self.frame.states = dict(zip(self.keys, out[-count:], strict=True))
+        return out[0] if self.single else out[:-count]
 
 
 def _with_gradient(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -82,6 +82,10 @@ def input_site(path: str) -> str:
     return f"input:{path}"
 
 
+def stream_site(path: str) -> str:
+    return f"stream:{path}"
+
+
 def span_site(path: str) -> str:
     return f"span:{path}"
 

@@ -33,6 +33,11 @@ class Virtual:
         return self.embeds.shape[1]
 
 
+def embedded_input(place: Backbone) -> str:
+    """Where a frame keeps what the embedding of a stack is to give."""
+    return f"{place.path}'s embedded input"
+
+
 class EmbeddingCall:
     """What a plan has at an input embedding: gives what an InputCall has put together, in place of looking ids up.
 
@@ -59,6 +64,7 @@ class InputCall:
         methods: Mapping[str, InputMethod],
         offsets: Sequence[int],
         encoder: "InputCall | None",
+        inner: SiteCall | None = None,
     ) -> None:
         self.place, self.nodes, self.methods = place, tuple(nodes), methods
         self.offsets = tuple(offsets)
@@ -68,7 +74,7 @@ class InputCall:
             n for n in inspect.signature(place.module.forward).parameters if n not in ("self", "args", "kwargs")
         ]
         self.cuts = place.role == "decoder" or not _feeds_a_decoder(place.module)
-        self.embedded = f"{place.path}'s embedded input"
+        self.embedded, self.inner = embedded_input(place), inner
         self.trailing = place.role == "encoder" and "position_ids" not in self.names
         """Whether rows with fewer virtual tokens are filled up behind their input: positions cannot be told."""
         keeping = [name for name, m in methods.items() if m.keeps_virtual_tokens]
@@ -171,7 +177,7 @@ class InputCall:
         if ids is not None:
             frame.inputs[self.embedded] = embeds = call.pop("inputs_embeds")
             call["input_ids"] = ids if keep is None else self._stand_ins(ids, keep, embeds.shape[1])
-        out = forward(**call)
+        out = forward(**call) if self.inner is None else self.inner(frame, forward, (), call)
         if frame.inputs.pop(self.embedded, None) is not None:
             raise RuntimeError(
                 f"{type(self.place.module).__name__} does not call its input embedding; pass inputs_embeds."

@@ -1,6 +1,7 @@
-"""The loss of a call in which virtual tokens have labels of their own: it is made here, in place of the base's."""
+"""The loss of a call in which virtual tokens have labels of their own: it is made here, in place of the base's. And
+what networks beside the model add to it while they train."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,14 +9,53 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .frame import current
+from .gates import per_row
 from .input import picked
+from .layer import Layer
 from .method import InputMethod
+from .stream import Source, begun
 
 _TAKEN = ("labels", "num_items_in_batch", "input_type_mask")
 """What the base is not given then."""
 
 
-def called(plan: Any, call: Callable[[Mapping[str, Any]], Any], kwargs: Mapping[str, Any]) -> Any:
+def called(plan: Any, call: Callable[[Mapping[str, Any]], Any], kwargs: Mapping[str, Any], base: Any) -> Any:
+    """`call(kwargs)`, where there are labels, with all that is learned from beside them in its loss.
+
+    Raises:
+        ValueError: as `_with_virtual`.
+    """
+    out, labels = _with_virtual(plan, call, kwargs), kwargs.get("labels")
+    learning = [source for source in plan.sources if source.training and source.weight]
+    if labels is None or not learning:
+        return out
+    more = _of_sources(plan, learning, labels, kwargs.get("num_items_in_batch"), base.get_output_embeddings())
+    if isinstance(out, tuple):
+        return (out[0] + more, *out[1:])
+    out["loss"] = out["loss"] + more
+    return out
+
+
+def _of_sources(plan: Any, sources: Sequence[Source], labels: Tensor, count: Any, head: Any) -> Tensor:
+    """The loss of the head on what each state begins as, in the rows that use it, by the mean over all labels."""
+    frame, total = current(), torch.zeros((), device=labels.device)
+    assert frame is not None
+    targets = labels[:, 1:]
+    count = (targets != -100).sum() if count is None else count
+    for source in sources:
+        state = begun(frame, source)
+        assert state is not None
+        used = torch.tensor(plan.sources[source], device=labels.device)
+        rows = (
+            used.expand(len(labels)) if frame.rows is None else used[per_row(frame.rows.to(labels.device), len(labels))]
+        )
+        scores = head(state.to(Layer(head).like().dtype))[:, :-1].float()
+        own = targets.masked_fill(~rows[:, None], -100).to(scores.device)
+        total = total + source.weight * F.cross_entropy(scores.mT, own, reduction="sum").to(total.device) / count
+    return total
+
+
+def _with_virtual(plan: Any, call: Callable[[Mapping[str, Any]], Any], kwargs: Mapping[str, Any]) -> Any:
     """`call(kwargs)`; where there are labels, and virtual tokens have some too, with the loss of both.
 
     Raises:

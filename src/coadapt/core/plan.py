@@ -15,7 +15,7 @@ from .backbone import Backbone, stacks
 from .composition import Node, check_known, key, names, routers, row_gates, terms
 from .frame import Frame, SiteCall
 from .gates import Gate, Gates
-from .input import EmbeddingCall, InputCall
+from .input import EmbeddingCall, InputCall, embedded_input
 from .invocation import InvocationCall
 from .layer import Layer
 from .lowrank import LowRankCall, Term, is_fused, is_plain
@@ -24,6 +24,7 @@ from .method import AttentionMethod, InputMethod
 from .parameter import ParameterCall, methods_at
 from .pooling import SeenCall
 from .roles import siblings
+from .stream import Source, SourceCall, StreamCall
 
 _Sites = dict[nn.Module, dict[str, Sequence[Part]]]
 """Module -> adapter name -> what that has there."""
@@ -58,7 +59,7 @@ class Plan:
         """Those whose virtual tokens are learned from."""
         self.calls: dict[nn.Module, SiteCall] = {}
         self.attention: dict[nn.Module, AttentionCall] = {}
-        at: dict[str, _Sites] = {kind: {} for kind in ("module", "span", "parameter", "attention", "input")}
+        at: dict[str, _Sites] = {kind: {} for kind in ("module", "span", "parameter", "attention", "input", "stream")}
         for name in self.used:
             for kind, sites in adapters[name].by_kind.items():
                 for module, parts in sites.items():
@@ -75,6 +76,9 @@ class Plan:
             self._parameters(module, parts)
         for module, parts in at["attention"].items():
             self._attention(module, parts)
+        self.sources: dict[Source, Sequence[bool]] = {}
+        """What has a state of its own, and which of the compositions use it."""
+        self._streams(at["stream"], adapters)
         self._inputs(at["input"], adapters)
         self._note_invocations(adapters)
         self.reads_last = any(method.reads_last for method in methods)
@@ -155,6 +159,23 @@ class Plan:
         if joined.later:
             self.calls[module] = BehindCall(joined.later, self.calls.get(module))
 
+    def _streams(self, at_stream: _Sites, adapters: Mapping[str, Adapter]) -> None:
+        """States of adapters, from the embedded input on along the blocks; not of those whose gates are all 0."""
+        uses = {name: [any(True for _ in terms(node, name.__eq__)) for node in self.nodes] for name in self.used}
+        there = [n for n in self.used if any(uses[n]) and any(n in parts for parts in at_stream.values())]
+        for module, parts in at_stream.items():
+            if some := {name: found for name, found in parts.items() if name in there}:
+                layer = Layer(module, next(iter(some.values()))[0].place.path)
+                self.calls[module] = StreamCall(layer, self.nodes, _methods(some), self.calls.get(module))
+        for name in there:
+            source: Any = adapters[name].shared
+            self.sources[source] = uses[name]
+        if there:
+            place = adapters[there[0]].stacks[-1]
+            self.calls[place.module] = SourceCall(place, list(self.sources), self.calls.get(place.module))
+            call = EmbeddingCall(embedded_input(place), self.calls.get(place.embedding))
+            self.calls[place.embedding] = call
+
     def _inputs(self, at_input: _Sites, adapters: Mapping[str, Adapter]) -> None:
         """Prompts, and the shift of positions that prefixes ask for, at the backbones."""
         shifts = [self._offset(node, adapters) for node in self.nodes]
@@ -165,7 +186,7 @@ class Plan:
             methods = {n: part.method for n, found in at_input.get(place.module, {}).items() for part in found}
             moved = shifts if self._counts_positions(place) else [0] * len(shifts)
             if methods or any(moved) or encoder is not None:
-                call = InputCall(place, self.nodes, methods, moved, encoder)  # type: ignore[arg-type]
+                call = InputCall(place, self.nodes, methods, moved, encoder, self.calls.get(place.module))  # type: ignore[arg-type]
                 self.calls[place.module] = call
                 self.calls[place.embedding] = EmbeddingCall(call.embedded, self.calls.get(place.embedding))
                 encoder = call if place.role == "encoder" and methods else None

@@ -8,12 +8,13 @@ from torch import nn
 from .adapter import Adapter, Part
 from .backbone import Backbone, stacks
 from .composition import Node, names, routers, trained_gates
-from .gates import Learned, Spot, TrainedGate, attention_site, input_site, span_site
+from .gates import Learned, Spot, TrainedGate, attention_site, input_site, span_site, stream_site
 from .layer import LINEAR, Layer, kind_of
 from .method import AttentionMethod, InputMethod
 from .mixture import mixtures
 from .roles import PROJECTIONS, attentions
 from .routers import TaskRouter
+from .stream import StreamMethod
 
 
 def site_name(part: Part) -> str:
@@ -23,6 +24,8 @@ def site_name(part: Part) -> str:
             return attention_site(part.place.path)
         case InputMethod():
             return input_site(part.place.path)
+        case StreamMethod():
+            return stream_site(part.place.path)
         case _:
             return span_site(part.place.path) if part.place.reads else part.place.site
 

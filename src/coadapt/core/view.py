@@ -224,12 +224,12 @@ class View(nn.Module, ABC):
         """
         if torch.compiler.is_compiling():  # called by what is compiled
             with self.running(adapters, adapter_names, args, kwargs, task_ids) as plan:
-                return distributed.joined(loss.called(plan, lambda told: self.base(*args, **told), kwargs))
+                return distributed.joined(loss.called(plan, lambda told: self.base(*args, **told), kwargs, self.base))
         with untraced() as tracer:
             slots = tracer.compiles and not torch.is_grad_enabled()
             with self.running(adapters, adapter_names, args, kwargs, task_ids, slots) as plan:
                 run = functools.partial(tracer.traced, self.base, args)
-                return distributed.joined(loss.called(plan, run, kwargs))
+                return distributed.joined(loss.called(plan, run, kwargs, self.base))
 
     def generate(
         self,

@@ -199,6 +199,9 @@ def _targets(config: TargetedConfig, adapter: Adapter, base: nn.Module) -> dict[
     layers = [p.path for p in places if not p.parameter]
     if isinstance(config, TrainableTokensConfig):
         layers = _holding(adapter, base)
+    none = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    if any(path.rpartition(".")[2].isdigit() for path in layers):  # whole blocks, whose names are their numbers
+        return said | {"target_modules": sorted(layers), **dict.fromkeys(none)}
     words = target.named_parts(config)
     found = isinstance(config.target_modules, str) or words or (config.target_modules is None and layers)
     if isinstance(config, IA3Config) or found:
@@ -211,7 +214,6 @@ def _targets(config: TargetedConfig, adapter: Adapter, base: nn.Module) -> dict[
             changes["feedforward_modules"] = _ends(inputs)
         if _same(config, changes, places, base):
             return said | changes
-        none = ("exclude_modules", "layers_to_transform", "layers_pattern")
         return said | by_name | {"target_modules": sorted(layers), **dict.fromkeys(none)}
     return said
 
@@ -304,6 +306,9 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
                     "means nothing; to train on, put it into adapter_config.json.",
                     stacklevel=2,
                 )
+        case "SHADOW":  # the field's library has it at all that it lists
+            said.pop("layers_to_transform", None)
+            said.pop("layers_pattern", None)
         case "HIRA" if READABLE not in values:
             said.pop("rank_pattern", None)  # the field does not read it either
         case "MISS" | "BONE":

@@ -31,7 +31,7 @@ from .configs import (
     without_start,
 )
 from .files import CHECKPOINT, COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, aside
-from .keys import ROOT, entries, holds_biases, present, shared_keys
+from .keys import ROOT, entries, holds_biases, is_unread, present, shared_keys
 from .provenance import compare_bases, fingerprint_in, record, start_in
 
 __all__ = ["CONFIG", "Loaded", "aside", "load", "save"]
@@ -321,7 +321,7 @@ def _fill(adapter: Adapter, reader: _Reader, tensors: Mapping[str, Tensor], file
     others = {k: t for k, t in tensors.items() if k not in known}
     done = vocabulary.taken(adapter, reader.base, others, reader.half, file)
     done |= {k for k, t in others.items() if _is_the_bases(k, t, reader.base) or _is_shared(k, t, adapter, tensors)}
-    done |= {k for k, t in others.items() if _is_copied(k, t, tensors)}
+    done |= {k for k, t in others.items() if _is_copied(k, t, tensors) or is_unread(k, adapter)}
     used = {k: t for k, t in tensors.items() if k not in done}
     checkpoint.refuse_misfits(file, {k: e.shape for k, e in known.items()}, used)
     for key, tensor in used.items():

@@ -33,6 +33,8 @@ from ..methods.lora import LoRA
 from ..methods.lora_bias import LoraBias
 from ..methods.multitask_prompt import MultitaskPromptTuning
 from ..methods.prefix import Blocks, PrefixTuning, PrefixTuningConfig
+from ..methods.shadow import Shadow
+from ..methods.shadow_stack import Mirror
 from ..methods.trainable_tokens import KeptRows, TrainableTokens
 from ..methods.vblora import VBLoRA
 from . import names
@@ -152,6 +154,9 @@ def _of_part(adapter: Adapter, part: Part, base: nn.Module, taken: bool) -> Iter
         case GLoRA() as method:
             yield from _plain(adapter, part, path)
             yield from (_zeros(f"{ROOT}{path}.glora_{n}.zeros", shape) for n, shape in method.absent.items())
+        case Shadow() as method:
+            yield from _plain(adapter, part, path)
+            yield from (_zeros(_key(adapter, part, path, n), shape) for n, shape in method.absent.items())
         case KeptRows():
             yield from _kept(adapter, part, base)
         case TrainableTokens() if isinstance(adapter.config, TokensConfig):
@@ -174,6 +179,12 @@ def shared_keys(adapter: Adapter) -> Mapping[str, str]:
     """The keys of what the sites of an adapter share, by their last parts, as far as the field has names for it."""
     keys = names.SHARED.get(method_for(adapter.config).registered, {}).values()
     return {key.rpartition(".")[2]: key for key in keys}
+
+
+def is_unread(key: str, adapter: Adapter) -> bool:
+    """Whether nothing reads a tensor of the field's: SHADOW's table of embeddings beside one that it shares."""
+    absent = adapter.shared.without if isinstance(adapter.shared, Mirror) else None
+    return absent is not None and key == f"{names.SHARED['SHADOW']['backbone']}.{absent}.weight"
 
 
 def plain_path(base: nn.Module, path: str) -> str:

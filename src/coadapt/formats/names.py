@@ -67,6 +67,12 @@ SITES: Mapping[str, Mapping[str, str]] = {
         "B_all": "gralora_B_general.weight",
     },
     "LILY": {"A": "lily_A.weight", "B": "lily_B.weight", "R": "lily_router.weight"},
+    "SHADOW": {
+        "W_down": "shadow_down.default",
+        "W_up": "shadow_up.default",
+        "T": "shadow_update_transform.default",
+        "G": "shadow_update_gate.default",
+    },
     "VBLORA": {"zA": "vblora_logits_A", "zB": "vblora_logits_B"},
     "UNILORA": {
         "iA": "unilora_indices_A",
@@ -151,6 +157,10 @@ SHARED: Mapping[str, Mapping[str, str]] = {
     },
     "VBLORA": {"V": "base_model.vblora_vector_bank"},
     "UNILORA": {"theta": "base_model.unilora_theta_d"},
+    "SHADOW": {
+        "backbone": "base_model.shadow_backbone.default",
+        "projection": "base_model.shadow_projection.default",
+    },
     "TINYLORA": {"v": "base_model.tinylora_v"},
 }
 """Method -> parameter (or buffer, or dict of them) of what all sites share -> the whole key in a file."""

@@ -1,4 +1,4 @@
-"""The methods: one file each, and nothing else. Importing this package makes all of them known by name."""
+"""The methods, one file each (SHADOW's stack has another). Importing this package makes all of them known by name."""
 
 import importlib
 import pkgutil

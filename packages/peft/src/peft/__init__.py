@@ -24,10 +24,10 @@ AdaLoraConfig AdamssConfig AdaptionPromptConfig BOFTConfig BdLoraConfig BeftConf
 CordaConfig DeftConfig DeloraConfig EvaConfig FourierFTConfig FrodConfig GloraConfig GraloraConfig HRAConfig HiraConfig
 IA3Config KasaConfig LNTuningConfig LilyConfig LoHaConfig LoKrConfig LoftQConfig LoraConfig LoraGAConfig MissConfig
 MultitaskPromptTuningConfig OFTConfig OSFConfig PeanutConfig PeftConfig PeftType PolyConfig PrefixTuningConfig
-PromptEncoderConfig PromptTuningConfig PsoftConfig PveraConfig RandLoraConfig RoadConfig ShiraConfig SupertuningConfig
-TaskType TinyLoraConfig TrainableTokensConfig UniLoraConfig VBLoRAConfig VeloraConfig VeraConfig WaveFTConfig
-XLoraConfig initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text initialize_lora_eva_weights
-prepare_model_for_kbit_training preprocess_loraga
+PromptEncoderConfig PromptTuningConfig PsoftConfig PveraConfig RandLoraConfig RoadConfig ShadowConfig ShiraConfig
+SupertuningConfig TaskType TinyLoraConfig TrainableTokensConfig UniLoraConfig VBLoRAConfig VeloraConfig VeraConfig
+WaveFTConfig XLoraConfig initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text
+initialize_lora_eva_weights prepare_model_for_kbit_training preprocess_loraga
 """.split()
 _OWN = {
     "configs": """MultitaskPromptTuningInit PEFT_TYPE_TO_CONFIG_MAPPING PromptEncoderReparameterizationType
@@ -39,8 +39,8 @@ _OWN = {
         CartridgeEncoder DeftModel DeloraModel FourierFTModel FrodModel GloraModel GraloraModel HRAModel HiraModel
         IA3Model LNTuningModel LilyModel LoHaModel LoKrModel LoraModel LoraRuntimeConfig MissModel MontecloraConfig
         OFTModel OSFModel PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PeanutModel PolyModel
-        PrefixEncoder PromptEmbedding PromptEncoder PsoftModel PveraModel RandLoraModel RoadModel ShadowConfig
-        ShadowModel ShiraModel SupertuningModel TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING TinyLoraModel
+        PrefixEncoder PromptEmbedding PromptEncoder PsoftModel PveraModel RandLoraModel RoadModel ShadowModel
+        ShiraModel SupertuningModel TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING TinyLoraModel
         TrainableTokensModel UniLoraModel VBLoRAModel VeraModel WaveFTModel XLoraModel
         bloom_model_postprocess_past_key_value compose_cartridge_adapters convert_to_lora create_arrow_model
         find_kappa_target_modules get_eva_state_dict get_layer_status get_model_status

@@ -12,7 +12,6 @@ _INSTEAD = {
     "get_layer_status": "Ask model.peft_config, model.active_adapters and model.trainable().",
     "get_model_status": "Ask model.peft_config, model.active_adapters and model.trainable().",
     "MontecloraConfig": "There is no such method in coadapt.",
-    "ShadowConfig": "There is no such method in coadapt.",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "One class, PeftModel, serves all methods, and mixes them.",
     "PEFT_TYPE_TO_TUNER_MAPPING": "One class, PeftModel, serves all methods.",
     "replace_lora_weights_loftq": "Use LoraConfig(init_lora_weights='loftq').",
