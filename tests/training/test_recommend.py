@@ -75,6 +75,24 @@ def test_what_it_refuses() -> None:
         recommended("lora", "gpt2")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("method", "option", "flag"),
+    [
+        ("adaption_prompt", "adapter_layers", "--adapter-layers VALUE"),
+        ("cpt", "cpt_token_ids", "--cpt-token-ids VALUE"),
+        ("trainable_tokens", "token_indices", "--token-indices VALUE"),
+        ("xlora", "adapters", "--adapters VALUE --hidden-size VALUE"),
+    ],
+)
+def test_what_a_method_does_not_go_without_is_asked_for(method: str, option: str, flag: str) -> None:
+    asked = rf"{method} does not go without .*{option} \(.+\)\. On the command line: .*{flag}\."
+    with pytest.raises(ValueError, match=rf"recommended: {asked}"):
+        recommended(method)
+    [adapter] = RunConfig(model="m", data="d", method=method).adapters.values()
+    with pytest.raises(ValueError, match=rf"adapters\.a: {asked}"):
+        adapter_config("a", adapter, "causal-lm")
+
+
 def test_a_method_without_a_line_has_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(RECOMMENDED, "ia3")  # type: ignore[arg-type]
     assert recommended("ia3").learning_rate == default_rate("ia3")[0] == OTHERS.learning_rate
