@@ -88,7 +88,12 @@ def method_named(word: str) -> MethodOptions:
 
 
 def check_needed(who: str, method: MethodOptions, given: Mapping[str, Any]) -> None:
-    """Raises a ValueError where an option is missing that has no default."""
+    """Raises a ValueError where an option is missing that has no default, or the method is no adapter of a run."""
+    if method.name == "xlora":
+        raise ValueError(
+            f"{who}: xlora mixes LoRAs and is none itself. Name those as the run's adapters, and how they are mixed as "
+            "its composition: 'xlora_router(a, b, hidden_size=N)' (docs/routing.md)."
+        )
     every = {option.name: option for option in (*method.inherited, *method.own)}
     if missing := [o for o in every.values() if not o.default and o.name not in {*given, *method.fixed}]:
         needed = ", ".join(f"{o.name} ({o.doc.rstrip('.')})" for o in missing)
