@@ -135,6 +135,19 @@ def test_a_ratio_is_of_each_round() -> None:
     assert Row("F0", "x", None, "none", Figure([1.504], RATIO), 1.5).reached == "yes", "as it is shown"
 
 
+def test_every_method_beside_peft_has_a_line() -> None:
+    seconds, held = {"peft": [2.0, 4.0], "coadapt": [1.0, 3.0]}, {"peft": [2.0**20], "coadapt": [2.0**19]}
+    rows = [
+        ratio("F17", f"A: B: {beside_peft.STEP}", seconds, base="peft"),
+        ratio("F17", f"A: B: {beside_peft.KEPT}", held, base="peft", unit=BYTES),
+    ]
+    line = "| A: B | 3 s (2.5 .. 3.5) | 0.62 (0.56 .. 0.69) | 1 MiB | 0.50 |"
+    assert beside_peft.compact(rows).splitlines()[2:] == [line]
+    told = {"date": "", "versions": {}, "device": "", "rounds": 1}
+    assert bench.text(told, [Row("F1", "x", None, "none", Figure([1.0], RATIO)), *rows], "").count("| F1 |") == 1
+    assert line in bench.text(told, rows, "")
+
+
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
     [

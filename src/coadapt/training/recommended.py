@@ -81,7 +81,7 @@ RECOMMENDED: Mapping[str, Defaults] = {
     ),
     "beft": Defaults(learning_rate=1e-4, source=f"{COMPARED}: 33 %", small=3e-1),
     "boft": Defaults(learning_rate=1e-4, source=f"{COMPARED}: 36 %", small=3e-2),
-    "c3a": Defaults(learning_rate=3e-1, source=f"{COMPARED}: 49 %", small=3.0),
+    "c3a": Defaults(learning_rate=3e-1, source=f"{COMPARED}: 49 %", small=1.0),
     "cartridge": Defaults(
         learning_rate=2e-2,
         source="arXiv:2506.06266, examples of the authors' code, Llama-3.1-8B",
@@ -96,7 +96,7 @@ RECOMMENDED: Mapping[str, Defaults] = {
     "deft": Defaults(learning_rate=1e-4, source=f"{COMPARED}: 48 %", small=1e-2),
     "delora": Defaults(learning_rate=1e-3, source=f"{COMPARED}: 50 %", small=1e-2),
     "fourierft": Defaults(
-        learning_rate=3e-3, source="arXiv:2405.03003, Table 11, LLaMA", small=3e-2, options={"init_weights": True}
+        learning_rate=3e-3, source="arXiv:2405.03003, Table 11, LLaMA", small=1e-2, options={"init_weights": True}
     ),
     "frod": Defaults(learning_rate=1e-3, source=f"{COMPARED}: 27 %", small=3e-2),
     "glora": Defaults(learning_rate=1e-4, source=f"{COMPARED}: 42 %", small=1e-2),
