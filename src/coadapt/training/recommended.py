@@ -129,7 +129,7 @@ RECOMMENDED: Mapping[str, Defaults] = {
     "road": Defaults(learning_rate=1e-3, source=f"{COMPARED}: 40 %", small=1e-1),
     "shira": Defaults(learning_rate=3e-4, source=f"{COMPARED}: 53 %", small=3e-2),
     "supertuning": Defaults(learning_rate=1e-4, source=f"{COMPARED}: 39 %", small=3e-1),
-    "tinylora": Defaults(learning_rate=1e-3, source=f"{COMPARED}: 1 %", small=1e-1),
+    "tinylora": Defaults(learning_rate=1e-3, source=f"{COMPARED}: 1 %", small=3e-2),
     "trainable_tokens": Defaults(learning_rate=2e-1, source=f"{COMPARED}: 29 %", small=1e-1),
     "unilora": Defaults(learning_rate=2e-3, source=f"{COMPARED}: 41 %", small=3e-1),
     "vblora": Defaults(
