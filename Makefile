@@ -31,7 +31,7 @@ lint: .venv/installed-test
 	.venv/bin/basedpyright -p pyrightconfig.strict.json
 	.venv/bin/lint-imports
 
-# Needs two quiet cores for a quarter of an hour. The table goes to benchmarks/results and docs/benchmarks.md.
+# Needs two quiet cores for about 20 minutes. The table goes to benchmarks/results and docs/benchmarks.md.
 bench: .venv/installed-test
 	.venv/bin/python -m benchmarks --publish
 

@@ -21,7 +21,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from . import attaching, compiling, imports, merging, mixed_rows, overhead, training_step, virtual_tokens
+from . import attaching, beside_peft, compiling, imports, merging, mixed_rows, overhead, training_step, virtual_tokens
 from .report import HEAD, Row, machine, markdown
 from .setting import LIBRARIES, Setting
 
@@ -42,6 +42,7 @@ ROWS: Mapping[str, Callable[[Setting], list[Row]]] = {
     "F14": mixed_rows.joint,
     "F15": merging.merge,
     "F16": training_step.methods,
+    "F17": beside_peft.methods,
 }
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -75,7 +76,11 @@ def text(told: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
         f"{told['date']}, `{command}`, {versions}, on {told['device']}. Medians of at most {told['rounds']} rounds in "
     )
     head += "which all take turns, and quartiles. Ratios are over the limit or base of the same round."
-    return f"{head}\n\n{markdown(HEAD, [row.cells() for row in rows])}\n"
+    wide = [row for row in rows if row.number != "F17"]
+    tables = [markdown(HEAD, [row.cells() for row in wide])] if wide else []
+    if found := [row for row in rows if row.number == "F17"]:
+        tables.append(beside_peft.compact(found))
+    return "\n\n".join([head, *tables]) + "\n"
 
 
 def write(file: Path, told: Mapping[str, Any], rows: Sequence[Row], table: str) -> None:

@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor
 
 import coadapt
 from benchmarks import __main__ as bench
-from benchmarks import memory, profiles, training_step
+from benchmarks import beside_peft, memory, profiles, training_step
 from benchmarks.measuring import Candidate, Live, alive_after, interleaved
 from benchmarks.report import BYTES, COUNT, RATIO, SECONDS, Figure, Row, ratio, shown
 from benchmarks.setting import LORA, Setting, Step, adapted, batch, limit, llama
+from coadapt.config import CONFIGS
 from coadapt.core.method import METHODS
 
 QUICK = Setting(rounds=1, quick=True)
@@ -48,8 +50,13 @@ def has_peft(row: Row) -> bool:
 
 
 def test_rows_of_methods_name_methods() -> None:
-    options = {name: (getattr(coadapt, config), given) for name, (config, given, _) in training_step.METHODS.items()}
-    assert {config(**given).method for config, given in options.values()} <= set(METHODS)
+    beside_limit = [(config, given) for config, given, _ in training_step.METHODS.values()]
+    every = [getattr(coadapt, c)(**given) for c, given in [*beside_limit, *beside_peft.configurations(QUICK).values()]]
+    found = [config.method for config in every]
+    assert set(found) <= set(METHODS)
+    theirs = {str(kind.value) for kind in peft.PeftType} & {config.peft_type for config in CONFIGS.values()}
+    left_out = theirs - {config.peft_type for config in every}
+    assert left_out <= {"XLORA", "ADAMSS"}, "the one mixes adapters that are there; the other's needs scikit-learn"
 
 
 def saved(step: Step) -> int:
@@ -126,6 +133,19 @@ def test_a_ratio_is_of_each_round() -> None:
     assert row.no_more_than_peft().goal == 2.0
     assert Row("F0", "x", None, "none", Figure([1.506], RATIO), 1.5).reached == "no"
     assert Row("F0", "x", None, "none", Figure([1.504], RATIO), 1.5).reached == "yes", "as it is shown"
+
+
+def test_every_method_beside_peft_has_a_line() -> None:
+    seconds, held = {"peft": [2.0, 4.0], "coadapt": [1.0, 3.0]}, {"peft": [2.0**20], "coadapt": [2.0**19]}
+    rows = [
+        ratio("F17", f"A: B: {beside_peft.STEP}", seconds, base="peft"),
+        ratio("F17", f"A: B: {beside_peft.KEPT}", held, base="peft", unit=BYTES),
+    ]
+    line = "| A: B | 3 s (2.5 .. 3.5) | 0.62 (0.56 .. 0.69) | 1 MiB | 0.50 |"
+    assert beside_peft.compact(rows).splitlines()[2:] == [line]
+    told = {"date": "", "versions": {}, "device": "", "rounds": 1}
+    assert bench.text(told, [Row("F1", "x", None, "none", Figure([1.0], RATIO)), *rows], "").count("| F1 |") == 1
+    assert line in bench.text(told, rows, "")
 
 
 @pytest.mark.parametrize(

@@ -483,6 +483,7 @@ class Option:
     name: str
     annotation: str
     default: str
+    """As its source says it; empty where there is none, so that it has to be given."""
     doc: str
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 
@@ -73,6 +74,11 @@ def test_state_dict_holds_adapters_only_and_loads_back(case: str, model: str) ->
         if not key.startswith("_"):
             assert torch.equal(_attribute(one, key), state[key]), "keys are attribute paths"
     far(logits(two), logits(one))
+    own = len(list(two.parameters()))
+    written = safetensors.torch.save(state)  # as transformers' Trainer does: nothing twice, and all contiguous
+    two.load_state_dict(safetensors.torch.load(written), assign=True)
+    assert torch.equal(logits(two), logits(one))
+    assert len(list(two.parameters())) == own, "what sites share stays shared"
     two.load_state_dict(state)
     assert torch.equal(logits(two), logits(one))
     assert all(

@@ -157,6 +157,7 @@ def test_names_with_commas_are_lists_where_a_list_is_meant() -> None:
     assert (found["target_modules"], found["exclude_modules"]) == (["q_proj", "v_proj"], ["lm_head"])
     for text in ("all-linear", r".*\.q_proj"):
         assert run(target_modules=text).adapters["default"].options["target_modules"] == text
+    assert run(method="cpt", cpt_token_ids="5, 9,12").adapters["default"].options["cpt_token_ids"] == [5, 9, 12]
 
 
 def test_names_are_those_of_transformers_where_it_has_one() -> None:

@@ -275,7 +275,17 @@ def _settled(made: M, beside: nn.Module, half: bool) -> M:
     wide = like.dtype in (torch.float32, torch.float64) or half
     hooks = [getattr(module, "_hf_hook", None) for module in beside.modules()] if like.is_meta else []
     computes = [found for hook in hooks if (found := getattr(hook, "execution_device", None)) is not None]
-    return made.to(device=computes[0] if computes else like.device, dtype=like.dtype if wide else torch.float32)
+    made.to(device=computes[0] if computes else like.device, dtype=like.dtype if wide else torch.float32)
+    for tensor in (*made.parameters(), *made.buffers()):
+        tensor.data = tensor.data.contiguous()  # what decompositions leave is not, and safetensors writes nothing else
+    return made
+
+
+def later_names(module: nn.Module) -> dict[str, str]:
+    """Parameters that several sites share: each name but the first -> the first."""
+    first: dict[int, str] = {}
+    every = module.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in every if first.setdefault(id(p), name) != name}
 
 
 def _seeded(seed: int | None) -> AbstractContextManager[Any]:

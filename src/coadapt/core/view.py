@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import PeftConfig
 from . import arguments, composition, distributed, driving, loss, routing
-from .adapter import Adapter, attribute, build, replace_options, sites_of
+from .adapter import Adapter, attribute, build, later_names, replace_options, sites_of
 from .backbone import stacks
 from .base import Base, base_of, statistics
 from .compiling import not_traced, untraced
@@ -358,10 +358,12 @@ class View(nn.Module, ABC):
     def state_dict(
         self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> dict[str, Any]:
-        """The adapters and learned gates only, under attribute paths of this view."""
+        """The adapters and learned gates only, under attribute paths of this view; what sites share is there once."""
         destination = {} if destination is None else destination
         self.adapters.state_dict(destination=destination, prefix=f"{prefix}adapters.", keep_vars=keep_vars)
         self.gates.state_dict(destination=destination, prefix=f"{prefix}gates.", keep_vars=keep_vars)
+        for name in later_names(self.adapters):
+            del destination[f"{prefix}adapters.{name}"]
         destination[f"{prefix}_extra_state"] = self.get_extra_state()
         return destination
 
@@ -375,7 +377,13 @@ class View(nn.Module, ABC):
             driving.forget(adapter)
         holder = nn.Module()
         holder.adapters, holder.gates = self.adapters, self.gates
-        return holder.load_state_dict(state, strict=strict, assign=assign)
+        later = later_names(holder)
+        state |= {name: state[first] for name, first in later.items() if first in state}
+        loaded = holder.load_state_dict(state, strict=strict, assign=assign)
+        for name, first in later.items():  # with `assign`, each has become one of its own
+            owner, _, own = name.rpartition(".")
+            setattr(holder.get_submodule(owner), own, holder.get_parameter(first))
+        return loaded
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {

@@ -27,7 +27,7 @@ from coadapt.data.images import need_pillow
 from coadapt.data.tokens import pad_token
 from coadapt.model import PeftModel, get_peft_model
 from coadapt.training.folder import AUTO_NAMES
-from coadapt.training.options import method_named
+from coadapt.training.options import check_needed, method_named
 from coadapt.training.quantisation import quantised_loading
 from coadapt.training.settings import AdapterSettings, RunConfig, Task
 from coadapt.training.trainer import Rates
@@ -189,12 +189,13 @@ def adapter_config(
     A schedule whose length is still open (see `RunConfig.with_steps`) has none that matters.
 
     Raises:
-        ValueError: an option has a value that its method does not take.
+        ValueError: an option that has no default is missing, or one has a value that its method does not take.
     """
     method = method_named(adapter.method)
     options = {"init_seed": seed, **adapter.options} if seed is not None else adapter.options
     if "total_step" in method.names():
         options = {"total_step": ENDLESS, **options}
+    check_needed(f"adapters.{name}", method, options)
     try:
         return CONFIGS[method.kind](**method.fixed, **options, task_type=TASK_TYPES.get(task), revision=revision)
     except TypeError as error:

@@ -51,7 +51,7 @@ class Live(TorchDispatchMode):
         self.peak = self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = [_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        inputs = [s for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) for s in _storages(t)]
         if self.read:
             for storage in inputs:
                 self._seen(storage, set())
@@ -60,8 +60,8 @@ class Live(TorchDispatchMode):
         if (count := flop_registry.get(func.overloadpacket)) is not None:
             self.operations += count(*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._seen(_storage(tensor), given)
+            for storage in _storages(tensor) if isinstance(tensor, Tensor) else ():
+                self._seen(storage, given)
         return out
 
     def _seen(self, storage: Any, given: set[int]) -> None:
@@ -78,8 +78,10 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def _storage(tensor: Tensor) -> Any:
-    return tensor.untyped_storage()
+def _storages(tensor: Tensor) -> list[Any]:
+    """Where its numbers lie: in one place, unless it is sparse."""
+    parts = [tensor._indices(), tensor._values()] if tensor.layout == torch.sparse_coo else [tensor]
+    return [part.untyped_storage() for part in parts]
 
 
 class Allocated:

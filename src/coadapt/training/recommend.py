@@ -8,7 +8,7 @@ import coadapt.methods  # noqa: F401  makes the configurations known
 from coadapt.config import CONFIGS, PeftConfig
 from coadapt.core.store import count
 from coadapt.model import PeftModel
-from coadapt.training.options import default_options, default_rate, method_named
+from coadapt.training.options import check_needed, default_options, default_rate, method_named
 from coadapt.training.settings import RunConfig
 
 
@@ -45,17 +45,18 @@ def recommended(method: str, model: nn.Module | None = None) -> Recommended:
     `view.add_adapter("task", found.config)`, then `view.param_groups({"task": found.learning_rate})`.
 
     Args:
-        method: lora, dora, prompt, prefix, p-tuning, bottleneck, ia3, ln-tuning, bitfit, full-copy.
+        method: lora, dora, prompt, boft … or any other, in the usual spellings.
         model: the base, or a view of it, that shall be adapted. Below 10 million parameters the rates are those that
             were measured on such models (docs/learning_rates.md), otherwise, and for None, the published ones.
 
     Raises:
-        ValueError: an unknown method; the nearest name is told.
+        ValueError: an unknown method; the nearest name is told. Or one that needs options which nobody can guess.
         TypeError: `model` is no model.
     """
     known = method_named(method)
     rate, source = default_rate(known.name, None if model is None else parameters(model))
     options = default_options(known.name, {})
+    check_needed("recommended", known, options)
     run = RunConfig.model_fields
     decay = options.pop("weight_decay", run["weight_decay"].default)
     return Recommended(

@@ -151,5 +151,9 @@ def plain_value(name: str, value: Any, method: MethodOptions) -> Any:
         return value
     if NUMBER.fullmatch(value):
         return float(value) if re.search(r"[.eE]", value) else int(value)
-    listed = any(o.name == name and o.annotation.startswith("Sequence") for o in (*method.own, *method.inherited))
-    return [part.strip() for part in value.split(",")] if listed and NAMES.fullmatch(value) else value
+    kinds = [o.annotation for o in (*method.own, *method.inherited) if o.name == name]
+    if not any(kind.startswith("Sequence") for kind in kinds) or not NAMES.fullmatch(value):
+        return value
+    parts = [part.strip() for part in value.split(",")]
+    numbers = any(kind.startswith("Sequence[int]") for kind in kinds) and all(part.isdecimal() for part in parts)
+    return [int(part) for part in parts] if numbers else parts
