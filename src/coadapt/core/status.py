@@ -122,7 +122,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     names = sorted(model.peft_config)
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     half = any(set(merged) & (set(layer.available_adapters) - set(layer.merged_adapters)) for layer in layers)
-    trained: dict[str, bool | Irregular] = {}
+    trained: dict[str, Any] = {}
     for name in names:
         said = _of_all(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
         if said is not None:
