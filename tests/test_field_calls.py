@@ -162,3 +162,32 @@ def test_kappa_knows_layers_that_store_their_weight_transposed() -> None:
     assert coadapt.find_kappa_target_modules(gpt2(), 1.0, max_dim_size_to_analyze=40)["target_modules"] != found
     with pytest.raises(ValueError, match="top_p"):
         coadapt.find_kappa_target_modules(gpt2(), 0.0)
+
+
+@pytest.mark.parametrize("purified", [False, True])
+def test_arrow_routes_as_the_field_does(tmp_path: Path, purified: bool) -> None:
+    """With one direction that stands out in each: the field approaches it step by step, from a random start."""
+    folders = []
+    for i in range(5 if purified else 3):
+        view = PeftModel(llama(), LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_seed=i))
+        stir(view.adapters, seed=i)
+        for part in view.get_adapter("default").parts:
+            part.method.A.data[0] *= 8  # type: ignore[union-attr]
+            part.method.B.data[:, 0] *= 8  # type: ignore[union-attr]
+        view.save_pretrained(tmp_path / str(i))
+        folders.append(str(tmp_path / str(i)))
+    config = peft.ArrowConfig(top_k=2, router_temperature=0.7, use_gks=purified, rng_seed=0)
+    field = field_quietly(lambda: peft.create_arrow_model(llama(), folders[:3], config, folders[3:])).eval()
+    view = PeftModel(llama())
+    for i, folder in enumerate(folders):
+        view.load_adapter(folder, f"task_{i}")
+    if purified:
+        with torch.no_grad():
+            for i in range(3):
+                for ours, *general in zip(
+                    *(view.get_adapter(f"task_{j}").parameters() for j in (i, 3, 4)), strict=True
+                ):
+                    ours.sub_(sum(general) / 2)
+    view.eval().set_adapter("arrow(task_0, task_1, task_2, top_k=2, temperature=0.7)")
+    assert far(logits(view), field_logits(field)) < 1e-4
+    assert far(logits(view, adapters="task_0"), field_logits(field)) > 1e-2

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import hotswap
 from tiny import llama, moved
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import coadapt
 from cases import CASES
@@ -140,6 +141,27 @@ def test_a_copy_has_adapters_of_its_own(how: Any, ids: Tensor) -> None:
     assert all((p.grad is not None) == p.requires_grad for p in other.parameters())
     other.delete_adapter(["a", "b"])
     assert torch.equal(other(ids).logits, llama()(ids).logits) and torch.equal(model(ids).logits, adapted)
+
+
+def test_such_a_model_is_compiled_as_one_graph_for_each_composition(ids: Tensor) -> None:
+    model = llama()
+    for name in ("a", "b"):
+        model.add_adapter(peft.LoraConfig(**LORA, init_lora_weights=False), name)
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled: Any = torch.compile(model, backend=graphs, fullgraph=True)
+    for active, seen in (("a", 1), ("b", 2), (["a", "b"], 3), ("a", 3)):
+        model.set_adapter(active)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(ids).logits, model(ids).logits, **BEARABLE)
+        assert graphs.frame_count == seen
+    found = []
+    for called in (model, compiled):
+        model.zero_grad()
+        called(ids, labels=ids).loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) == 8
+    assert all(torch.allclose(g, found[1][n], atol=1e-6) for n, g in found[0].items())
 
 
 def test_a_part_of_such_a_model_is_not_copied_without_its_adapters() -> None:

@@ -293,6 +293,9 @@ class Injected(BaseTunerLayer):
         used = self._active if self._enabled else []
         weights = [self._weights[name] for name in used]
         self.view.set_adapter(Sum(*used, weights=weights) if weights != [1.0] else used[0])
+        self.view._plans.one(
+            self.view.composition, self.view._merged
+        )  # now: torch.compile would trace the making of it
         frames = self._calls.frames
         if frames and current() is frames[-1]:  # diffusers sets scales inside of a model's forward
             with self.view.running(None, None, (), {}):
