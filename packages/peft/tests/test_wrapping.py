@@ -264,3 +264,20 @@ def test_all_methods_of_the_tests_have_a_class_or_are_virtual_tokens() -> None:
     kinds = {str(case.peft_type) for case in CASES.values()} & {str(k) for k in peft.PEFT_TYPE_TO_CONFIG_MAPPING}
     virtual = {kind for kind in kinds if issubclass(CONFIGS[kind], peft.PromptLearningConfig)}
     assert kinds - virtual <= {str(k) for k in peft.PEFT_TYPE_TO_TUNER_MAPPING}
+
+
+def test_a_swap_compiles_nothing_anew_where_there_is_room(tmp_path: Path, ids: Tensor) -> None:
+    folders = [saved(tmp_path / str(r), r, r=r, lora_alpha=2 * r + 1) for r in (4, 2, 7)]
+    view = peft.PeftModel.from_pretrained(llama(), folders[0])
+    hotswap.prepare_model_for_compiled_hotswap(view, target_rank=8)
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("eager")
+    compiled: Any = torch.compile(view, backend=graphs)
+    for folder in (*folders, folders[0]):
+        hotswap.hotswap_adapter(view, folder, "default")
+        with torch.no_grad():
+            wanted = peft.PeftModel.from_pretrained(llama(), folder)(ids).logits
+            torch.testing.assert_close(compiled(ids).logits, wanted, **BEARABLE)
+    assert graphs.frame_count == 1
+    with pytest.raises(ValueError, match="No adapter layers"):
+        hotswap.prepare_model_for_compiled_hotswap(peft.PeftModel(llama()), target_rank=8)

@@ -95,16 +95,20 @@ def prepare_model_for_compiled_hotswap(
 ) -> None:
     """Makes room for adapters of a rank, so that a swap compiles nothing anew where a view is compiled.
 
+    A compiled model with injected adapters compiles anew at each swap, whatever is done before.
+
     Args:
         target_rank: the largest of all that will come.
         config, check_compiled: taken as there; room can be made before and after.
 
     Raises:
-        ValueError: there are no adapters, or one has no factors at linear layers.
+        ValueError: there are no adapters, or one has no factors at linear layers or is no LoRA.
     """
     view = view_of(model)
     if not view.peft_config:
         raise ValueError("No adapter layers found on the model; load the first adapter before this call.")
     if target_rank is not None and isinstance(model, PeftModel):
         first = next(iter(view.peft_config.values()))
-        view.reserve(len(view.peft_config), replace_options(first, r=target_rank, rank_pattern=None))
+        if not isinstance(first, LoraConfig):
+            raise ValueError(f"target_rank is of LoRAs; there is a {type(first).__name__}. Leave it out.")
+        view.reserve(len(view.peft_config), replace_options(first, r=target_rank, rank_pattern={}))
