@@ -81,6 +81,14 @@ def test_any_module_can_be_the_first_that_is_imported() -> None:
 
 
 CALLS: dict[str, list[str]] = {
+    "convert_to_lora": ["model", "rank", "adapter_name"],
+    "find_kappa_target_modules": ["model", "top_p", "max_dim_size_to_analyze", "moe_param_suffixes"],
+    "get_eva_state_dict": ["model", "dataloader", "peft_config", "forward_fn", "adapter_name"],
+    "get_layer_status": ["model"],
+    "get_model_status": ["model"],
+    "initialize_lora_eva_weights": ["model", "dataloader", "eva_state_dict", "forward_fn", "adapter_name"],
+    "replace_lora_weights_loftq": ["peft_model", "model_path", "adapter_name", "callback"],
+    "save_as_lora": ["path", "model", "rank", "adapter_name"],
     "get_peft_model": ["model", "peft_config", "adapter_name", "autocast_adapter_dtype", "low_cpu_mem_usage"],
     "PeftModel.from_pretrained": [
         "model",
@@ -119,6 +127,8 @@ CALLS: dict[str, list[str]] = {
     "PeftModel.unmerge_adapter": [],
     "PeftModel.disable_adapter": [],
     "PeftModel.get_base_model": [],
+    "PeftModel.get_layer_status": [],
+    "PeftModel.get_model_status": [],
     "PeftModel.get_nb_trainable_parameters": [],
     "PeftModel.print_trainable_parameters": [],
     "PeftConfig.from_pretrained": ["pretrained_model_name_or_path"],

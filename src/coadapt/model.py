@@ -16,6 +16,7 @@ from .core.adapter import build, replace_options, start_from
 from .core.composition import Node
 from .core.method import method_for
 from .core.repacking import MergeReport, dequantise
+from .core.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .core.store import count
 from .core.view import View
 from .formats import checkpoint, folder
@@ -157,7 +158,8 @@ class PeftModel(View):
             how: "cat", "svd", "linear", "mean", "ties", "dare_linear", "dare_ties", "magnitude_prune", "ab_linear".
                 None: the one that is exact.
             adapter_name: of the new adapter.
-            r: rank of the result, at most; "full" for as much as it takes to be exact.
+            r: rank of the result, at most; "full" for as much as it takes to be exact; a share, as 0.99, for the least
+                rank at each site that keeps so much of the change.
             density: share of the numbers of each change that TIES, DARE and pruning keep, in (0, 1].
             majority_sign: of TIES: "total" (the sum's; the default) or "frequency".
             seed: of what DARE drops; 0 if left out.
@@ -279,6 +281,14 @@ class PeftModel(View):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(parameters that train, all parameters)"""
         return sum(p.numel() for p in self.parameters() if p.requires_grad), count(self)
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """What is attached at each place, active, merged, trained, and where its tensors are."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The same of the model as a whole."""
+        return get_model_status(self)
 
     def verify(self, batch: Any, loss: Callable[[Any], Tensor] | None = None, merge: bool = True) -> Proof:
         """Proves by one tiny step on `batch` that every adapter trains, and puts everything back.

@@ -1,79 +1,198 @@
-"""What has to be done before an adapter trains that starts from data: EVA, CorDA and LoRA-GA, by the field's names."""
+"""What is done before an adapter trains that starts from data, or from a base that was not quantised yet.
+
+EVA, CorDA, LoRA-GA and LoftQ, by the field's names.
+"""
 
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from .core.layer import Layer, kind_of
 from .core.method import method_for
+from .core.store import packed_store
+from .formats.vocabulary import ROOT
 from .inits import Site, gather, rank_and_scale
 from .inits.corda import decomposed
 from .inits.eva import Moments, shared_out
 from .lora_options import CordaConfig, EvaConfig
-from .methods.lora import LoraConfig
+from .methods.lora import LoRA, LoraConfig
 from .model import PeftModel
+
+
+@torch.no_grad()
+def get_eva_state_dict(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    peft_config: LoraConfig | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    adapter_name: str = "default",
+) -> dict[str, Tensor]:
+    """What EVA finds in batches: path of a layer -> (R, I) its A at the start; layers that get none are left out.
+
+    The inputs of each layer are those without adapters; padding, and tokens without a label, do not count where batches
+    tell.
+
+    Args:
+        model: a base, or a view with an adapter to be started so.
+        dataloader: batches, gone through once, or until directions do not change any more (`EvaConfig.tau`).
+        peft_config: for a base, or in place of the adapter's own.
+        forward_fn: (base, batch) -> anything; left out, the batch is a mapping of the base's arguments.
+
+    Raises:
+        ValueError: the configuration starts otherwise, or is missing, or there are no batches.
+    """
+    if peft_config is None:
+        if not isinstance(model, PeftModel):
+            raise ValueError("get_eva_state_dict: a model without adapters needs peft_config=.")
+        peft_config = _evas(model, adapter_name)
+    base = _base(model, peft_config, "eva")
+    layers = _layers(base, peft_config)
+    options = peft_config.eva_config or EvaConfig()
+    assert isinstance(options, EvaConfig)
+    ranks = {layer.path: rank_and_scale(peft_config, layer.path)[0] for layer in layers}
+    most = {path: min(round(rank * options.rho), layer.shape[1]) for (path, rank), layer in zip(ranks.items(), layers)}  # noqa: B905
+    found = _moments(base, layers, dataloader, options, most, forward_fn)
+    directions = {path: moments.directions(most[path]) for path, moments in found.items()}
+    counts = shared_out({path: shares for path, (_, shares, _) in directions.items()}, ranks)
+    state: dict[str, Tensor] = {}
+    for layer in layers:
+        vectors, _, singular = directions[layer.path]
+        if n := counts[layer.path]:
+            vectors = vectors[:n] / singular[:n, None].sqrt() if options.whiten else vectors[:n]
+            state[layer.path] = vectors.clone()
+    return state
 
 
 @torch.no_grad()
 def initialize_lora_eva_weights(
     model: PeftModel,
-    dataloader: Iterable[Any],
-    adapter_name: str = "default",
+    dataloader: Iterable[Any] | None = None,
+    eva_state_dict: Mapping[str, Tensor] | None = None,
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
+    adapter_name: str = "default",
 ) -> None:
     """Starts an adapter with `init_lora_weights="eva"` from batches: A, and how many ranks each of its layers gets.
 
-    Layers that get none are left out. To be called before the optimiser is made. The inputs of each layer are those
-    without adapters; padding, and tokens without a label, do not count where batches tell.
+    Layers that get none are left out. To be called before the optimiser is made.
 
     Args:
-        dataloader: batches, gone through once, or until directions do not change any more (`EvaConfig.tau`).
-        forward_fn: (base, batch) -> anything; left out, the batch is a mapping of the base's arguments.
+        dataloader, forward_fn: as in `get_eva_state_dict`.
+        eva_state_dict: what that gave, in place of batches.
 
     Raises:
-        ValueError: the adapter is to start otherwise, or there are no batches.
+        ValueError: the adapter is to start otherwise, there are no batches, or `eva_state_dict` is of other layers.
     """
-    config = model.get_adapter(adapter_name).config
-    if not isinstance(config, LoraConfig) or config.init_lora_weights != "eva":
-        raise ValueError(f"Adapter {adapter_name!r} does not start by init_lora_weights='eva'.")
+    config = _evas(model, adapter_name)
+    if (dataloader is None) == (eva_state_dict is None):
+        raise ValueError("initialize_lora_eva_weights needs either a dataloader or an eva_state_dict.")
+    if eva_state_dict is None:
+        assert dataloader is not None
+        eva_state_dict = get_eva_state_dict(model, dataloader, None, forward_fn, adapter_name)
+    state = {path.removeprefix(ROOT): vectors for path, vectors in eva_state_dict.items()}
     options = config.eva_config or EvaConfig()
     assert isinstance(options, EvaConfig)
-    layers = _layers(model.base, config)
-    ranks = {layer.path: rank_and_scale(config, layer.path)[0] for layer in layers}
-    most = {path: min(round(rank * options.rho), layer.shape[1]) for (path, rank), layer in zip(ranks.items(), layers)}  # noqa: B905
-    found = _moments(model.base, layers, dataloader, options, most, forward_fn)
-    directions = {path: moments.directions(most[path]) for path, moments in found.items()}
-    counts = shared_out({path: shares for path, (_, shares, _) in directions.items()}, ranks)
-    for layer in layers:
-        vectors, _, singular = directions[layer.path]
-        n = counts[layer.path]
-        vectors = vectors[:n] / singular[:n, None].sqrt() if options.whiten else vectors[:n]
-        gather(layer.module, "eva", vectors.clone())
-    alphas = {p: rank_and_scale(dataclasses.replace(config, use_rslora=False), p) for p in counts}
-    kept = {p: n for p, n in counts.items() if n}
+    layers = {layer.path: layer for layer in _layers(model.base, config)}
+    for path, vectors in state.items():
+        if path not in layers or vectors.shape[1] != layers[path].shape[1]:
+            raise ValueError(
+                f"eva_state_dict has {tuple(vectors.shape)} for {path!r}, which fits no layer of this adapter."
+            )
+        gather(layers[path].module, "eva", vectors.to(layers[path].like().device).clone())
+    alphas = {p: rank_and_scale(dataclasses.replace(config, use_rslora=False), p) for p in state}
     node = model.composition
     model.delete_adapter(adapter_name)
     model.add_adapter(
         adapter_name,
         dataclasses.replace(
             config,
-            target_modules="|".join(map(re.escape, kept)),
+            target_modules="|".join(map(re.escape, state)),
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
-            rank_pattern={re.escape(p): n for p, n in kept.items()},
+            rank_pattern={re.escape(p): len(vectors) for p, vectors in state.items()},
             alpha_pattern={
-                re.escape(p): alphas[p][1] * (n if options.adjust_scaling_factors else alphas[p][0])
-                for p, n in kept.items()
+                re.escape(p): alphas[p][1] * (len(vectors) if options.adjust_scaling_factors else alphas[p][0])
+                for p, vectors in state.items()
             },
         ),
     )
     model.set_adapter(node)
+
+
+def _evas(model: PeftModel, adapter_name: str) -> LoraConfig:
+    config = model.get_adapter(adapter_name).config
+    if not isinstance(config, LoraConfig) or config.init_lora_weights != "eva":
+        raise ValueError(f"Adapter {adapter_name!r} does not start by init_lora_weights='eva'.")
+    return config
+
+
+@torch.no_grad()
+def replace_lora_weights_loftq(
+    peft_model: PeftModel,
+    model_path: str | Path | None = None,
+    adapter_name: str = "default",
+    callback: Callable[[PeftModel, str], bool] | None = None,
+) -> None:
+    """Starts a LoRA of a quantised base so that Q + s B A is near to W, which lies in safetensors files on the disk.
+
+    One step of LoftQ (arXiv:2310.08659), whatever the quantiser; A and B are those of the best approximation of W - Q,
+    divided by s = alpha / r, which peft leaves out.
+
+    Args:
+        model_path: the file, or the folder with one or several; left out, the folder that the base was loaded from.
+        callback: (model, path of the layer) -> whether the layer keeps what it was just given.
+
+    Raises:
+        ValueError: the adapter sits at no quantised layer as a plain LoRA, or no file holds a layer's weight.
+        FileNotFoundError: there are no such files.
+    """
+    at = {p.place.path: p for p in peft_model.get_adapter(adapter_name).parts}
+    found = {path: p for path, p in at.items() if isinstance(p.method, LoRA) and packed_store(p.place.module)}
+    if not found:
+        raise ValueError(f"replace_lora_weights_loftq: {adapter_name!r} is no LoRA at a quantised layer.")
+    files = _weight_files(model_path or getattr(peft_model.base, "name_or_path", ""))
+    for path, part in found.items():
+        lora, layer = part.method, Layer(part.place.module, path)
+        assert isinstance(lora, LoRA)
+        if (file := files.get(f"{path}.weight")) is None:
+            raise ValueError(f"No weight of {path!r} is in {model_path}. There are {len(files)} others.")
+        with safe_open(str(file), "pt") as tensors:
+            whole = tensors.get_tensor(f"{path}.weight").to(lora.A.device)
+        weight = layer.weight().float()
+        if whole.shape != weight.shape:
+            raise ValueError(f"{file} has {tuple(whole.shape)} for {path!r}, whose weight is {tuple(weight.shape)}.")
+        apart = whole.float() - weight
+        u, s, vh = torch.linalg.svd(apart, full_matrices=False)
+        rank = min(len(lora.A), len(s))
+        root = (s[:rank] / lora.scale).sqrt()
+        before = lora.A.clone(), lora.B.clone()
+        lora.A.zero_()[:rank] = root[:, None] * vh[:rank]
+        lora.B.zero_()[:, :rank] = u[:, :rank] * root
+        if callback is not None and not callback(peft_model, path):
+            lora.A.copy_(before[0])
+            lora.B.copy_(before[1])
+
+
+def _weight_files(where: str | Path) -> dict[str, Path]:
+    """Name of a tensor -> the file that holds it."""
+    path = Path(where)
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or not all(file.is_file() for file in files):
+        raise FileNotFoundError(
+            f"There are no safetensors at {str(path)!r}; give model_path, the base that is not quantised."
+        )
+    found: dict[str, Path] = {}
+    for file in files:
+        with safe_open(str(file), "pt") as tensors:
+            found |= dict.fromkeys(tensors.keys(), file)
+    return found
 
 
 @torch.no_grad()

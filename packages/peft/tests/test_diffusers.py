@@ -123,3 +123,19 @@ def test_several_are_weighted(pipe: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(picture(pipe), alone)
     pipe.disable_lora()
     assert not torch.allclose(picture(pipe), alone)
+
+
+@pytest.mark.parametrize("r", [4, 2, 6])
+def test_weights_are_swapped_in_place(pipe: Any, tmp_path: Path, r: int) -> None:
+    one = stored(pipe, tmp_path / "one", text=False)
+    other = stored(pipe, tmp_path / "other", r=r, text=False, seed=2)
+    pipe.load_lora_weights(str(other), adapter_name="style")
+    wanted = picture(pipe)
+    pipe.unload_lora_weights()
+    if r != 4:
+        pipe.enable_lora_hotswap(target_rank=8)
+    pipe.load_lora_weights(str(one), adapter_name="style")
+    before = picture(pipe)
+    pipe.load_lora_weights(str(other), adapter_name="style", hotswap=True)
+    torch.testing.assert_close(picture(pipe), wanted)
+    assert not torch.allclose(before, wanted) and pipe.get_active_adapters() == ["style"]

@@ -21,12 +21,14 @@ SHARED = ("prompt", "data")
 
 
 class Rank(click.ParamType):
-    """A whole number, or "full"."""
+    """A whole number, a share ("0.99"), or "full"."""
 
     name = "rank"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if value == "full" else click.INT.convert(value, param, ctx)
+        if value == "full":
+            return value
+        return (click.FLOAT if "." in str(value) else click.INT).convert(value, param, ctx)
 
 
 def _invoke(
@@ -166,7 +168,7 @@ command = click.Command(
         click.Option(
             ["--how"], shell_complete=words(WAYS), help=f"{', '.join(WAYS)}. Left out, the one that is exact."
         ),
-        click.Option(["--r"], type=Rank(), help="Rank of the result, at most; `full` for as much as is exact."),
+        click.Option(["--r"], type=Rank(), help="Rank of the result, at most; `full`: exact; 0.99: that share."),
         click.Option(["--density"], type=float, help="Of ties, dare and magnitude_prune: the share of numbers kept."),
         click.Option(
             ["--majority-sign"], shell_complete=words(("total", "frequency")), help="Of ties: `total` or `frequency`."

@@ -98,9 +98,15 @@ NOISE = 1e-7
 
 
 def cut(change: Change, r: Any) -> Product:
-    """The best approximation of rank `r`; "full": of as much rank as is more than rounding. At least 1."""
+    """The best approximation of rank `r`; "full": of as much rank as is more than rounding. At least 1.
+
+    Of a share, the least rank that keeps so much of the squares' sum (of experts, in each).
+    """
     u, s, v = _svd(change)
     real = int((s > NOISE * s.amax(-1, keepdim=True)).sum(-1).max())
+    if isinstance(r, float):
+        kept = s.double().square().cumsum(-1)
+        r = 1 + int((kept < r * kept[..., -1:]).sum(-1).max())
     rank = max(1, min(real, s.shape[-1] if r == "full" else r))
     root = s[..., :rank].sqrt()
     return Product(u[..., :rank] * root[..., None, :], root[..., :, None] * v[..., :rank, :])

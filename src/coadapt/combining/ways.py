@@ -11,7 +11,7 @@ from ..config import did_you_mean
 from ..core.adapter import Adapter
 from ..core.composition import Node
 
-Rank = int | Literal["full"]
+Rank = int | float | Literal["full"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Options:
     """The options of all ways; each way refuses those that it does not take."""
 
     r: Rank | None = None
-    """Rank of the result, at most; "full" for as much as it takes to be exact."""
+    """Rank of the result, at most; "full" for as much as it takes to be exact; a share in (0, 1), as 0.99, for the
+    least rank at each site that keeps so much of the change (of the sum of the squares of its numbers)."""
     density: float | None = None
     """Share of each adapter's numbers at a site that is kept, in (0, 1]."""
     majority_sign: str | None = None
@@ -72,12 +73,9 @@ class Options:
             raise ValueError(f"{', '.join(idle)} has no effect with how={how!r}. {ways_text()}")
         if how is not None and (missing := sorted(WAYS[how].needs - given)):
             raise ValueError(f"how={how!r} needs {' and '.join(f'{name}=' for name in missing)}. {ways_text()}")
-        if (
-            self.r is not None
-            and self.r != "full"
-            and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1)
-        ):
-            raise ValueError(f"r={self.r!r} must be a whole number of at least 1, or 'full'.")
+        whole = type(self.r) is int and self.r >= 1
+        if self.r is not None and self.r != "full" and not whole and not (type(self.r) is float and 0 < self.r < 1):
+            raise ValueError(f"r={self.r!r} must be a whole number of at least 1, a share in (0, 1), or 'full'.")
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density={self.density!r} is the share of numbers that is kept; it must lie in (0, 1].")
         if self.majority_sign not in (None, "total", "frequency"):

@@ -39,10 +39,7 @@ def site_class(cls: type[nn.Module]) -> type[nn.Module]:
     def reduce(self: Any, protocol: Any) -> Any:
         """A copied or pickled module is a plain one: what it is a site of is not copied along."""
         if ENTRANCE in self.__dict__:
-            raise TypeError(
-                f"This {cls.__name__} has adapters injected into it, and cannot be copied or pickled. Save and load "
-                "them (get_adapter_state_dict), or use get_peft_model, whose models can be."
-            )
+            return self.__dict__[ENTRANCE].reduced(self)
         return new, (vars(cls).get("_coadapt_below", cls),), dict(self.__dict__)
 
     setattr(forward, "__wrapped__", cls.forward)  # noqa: B010   signatures are read through it

@@ -80,6 +80,8 @@ class Packed(ABC):
     """A quantised weight. What a quantiser fills in: reading, quantising anew, and which tensors there are."""
 
     packed = True
+    called: str
+    """What a person calls it, as "bnb 4bit"."""
     own: tuple[str, ...] = ()
     """Attributes by which the module holds its weight, beside parameters and buffers."""
 

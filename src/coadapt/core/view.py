@@ -156,6 +156,11 @@ class View(nn.Module, ABC):
             raise ValueError(f"{len(names)} adapters are active ({self.composition!r}); read active_adapters.")
         return names[0]
 
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The names of what is merged into the base's weights."""
+        return [] if self._merged is None else composition.names(self._merged.node)
+
     def get_adapter(self, adapter_name: str) -> Adapter:
         """The module that holds an adapter's parameters; its `weight` is all of them as one vector."""
         composition.check_known(_literal(adapter_name, self._names), self._names)

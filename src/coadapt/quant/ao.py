@@ -13,6 +13,8 @@ from ..core.store import Packed, recompute
 class TorchAO(Packed):
     """What `torchao.quantization.quantize_` puts in the place of a weight."""
 
+    called = "torchao"
+
     def read(self, module: Any) -> Tensor:
         return module.weight.detach().dequantize()
 

@@ -18,6 +18,7 @@ def _library() -> Any:
 class FourBit(Packed):
     """Weights as indices into 16 values, each block times its largest: QLoRA, arXiv:2305.14314."""
 
+    called = "bnb 4bit"
     own = ("quant_state", "quant_storage", "compute_dtype", "compute_type_is_set", "support_avx512bf16_for_cpu")
 
     def read(self, module: Any) -> Tensor:
@@ -72,6 +73,7 @@ class EightBit(Packed):
     Its own call rounds its input to 8 bits as well, and the gradient of that to 16.
     """
 
+    called = "bnb 8bit"
     own = ("state", "index")
 
     def read(self, module: Any) -> Tensor:

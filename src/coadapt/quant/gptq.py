@@ -38,6 +38,7 @@ def packed(numbers: Tensor, bits: int) -> Tensor:
 class Grid(Packed):
     """W[o, i] = s (q - z), with the scale s and the zero point z of o and of the group of i."""
 
+    called = "gptqmodel"
     own = ("adapter", "_weight_metadata", "g_idx", "qweight", "qzeros", "scales")
 
     def read(self, module: Any) -> Tensor:
@@ -129,6 +130,8 @@ class AWQ(Grid):
 
 class Opaque(Packed):
     """A layout that only its own kernel reads: what calls the layer works, what reads its weight does not."""
+
+    called = "gptqmodel"
 
     def read(self, module: Any) -> Tensor:
         raise TypeError(

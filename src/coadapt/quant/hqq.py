@@ -14,6 +14,7 @@ from ..core.store import Packed
 class HQQ(Packed):
     """Half-Quadratic Quantization, Badri and Shaji 2023 (mobiusml.github.io/hqq_blog)."""
 
+    called = "hqq"
     own = ("W_q", "meta", "quant_config", "ready", "axis", "channel_wise", "offload_meta", "compute_dtype")
 
     def read(self, module: Any) -> Tensor:

@@ -1,7 +1,9 @@
 """Adapters in place: plain calls of a model, and of its parts, are calls of a view of it."""
 
+import copy
+import pickle
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -20,6 +22,9 @@ from .views import PeftModel
 
 _ENTRANCES = ":entrances"
 """Stands for the modules by which calls come in, among those that need sites; no adapter can have this name."""
+
+_SHADOWS = ("generate", "__deepcopy__")
+"""Attributes of a model with adapters that stand before its class's own."""
 
 
 class Stored(nn.Module):
@@ -109,9 +114,9 @@ class Injected(BaseTunerLayer):
 
     view: PeftModel
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, view: PeftModel | None = None) -> None:
         super().__init__()
-        self.__dict__["view"] = PeftModel(model)
+        self.__dict__["view"] = PeftModel(model) if view is None else view
         self._active: list[str] = []
         self._weights: dict[str, float] = {}
         self._enabled = True
@@ -131,10 +136,16 @@ class Injected(BaseTunerLayer):
 
     def add(self, config: PeftConfig, name: str) -> None:
         """Attaches an adapter, and lets every module that holds one of its sites be called as it is."""
+        with without_injected(self.view.base):
+            self.view.add_adapter(name, config)
+        self.hold(name)
+        self.set_adapter(name)
+
+    def hold(self, name: str) -> None:
+        """Has an adapter of the view stand in the model."""
         view = self.view
         model = view.base
         with without_injected(model):
-            view.add_adapter(name, config)
             sites = {id(module) for module in view._sites[name]}
             modules = dict(model.named_modules())
         adapter = view.get_adapter(name)
@@ -148,9 +159,9 @@ class Injected(BaseTunerLayer):
             module.__dict__[ENTRANCE] = self
         if hasattr(type(model), "generate"):
             model.__dict__["generate"] = self._generate
+        model.__dict__["__deepcopy__"] = self.copied
         self.add_module(attribute(name), Stored(adapter, model))
-        self._weights[name] = 1.0
-        self.set_adapter(name)
+        self._weights.setdefault(name, 1.0)
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's `generate` as one call of the view, which refuses what would come out wrong."""
@@ -176,6 +187,50 @@ class Injected(BaseTunerLayer):
         else:
             self.get_base_layer()
 
+    def exchange(self, adapter: Adapter) -> None:
+        """Puts another adapter into the place of the one of its name; what is active stays."""
+        self.view.exchange(adapter)
+        delattr(self, attribute(adapter.name))
+        self.hold(adapter.name)
+
+    # ---- copies ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _as_a_view(self) -> Iterator[PeftModel]:
+        """Context: the view, of a model that is called as its own again, which both can be copied and pickled."""
+        model = self.view.base
+        modules = self.view._sites.get(_ENTRANCES, [])
+        kept = {name: model.__dict__.pop(name) for name in _SHADOWS if name in model.__dict__}
+        for module in modules:
+            module.__dict__.pop(ENTRANCE, None)
+        try:
+            with without_injected(model):
+                yield self.view
+        finally:
+            model.__dict__.update(kept)
+            for module in modules:
+                module.__dict__[ENTRANCE] = self
+
+    def copied(self, memo: dict[int, Any]) -> nn.Module:
+        """The model's `__deepcopy__`: with adapters of its own. Not while another thread calls the model."""
+        with self._as_a_view() as view:
+            return _with_adapters(copy.deepcopy(view, memo), *self._steered())
+
+    def reduced(self, module: nn.Module) -> tuple[Any, ...]:
+        """How the model is pickled. Raises TypeError for a part of it, which would lose its adapters."""
+        if module is not self.view.base:
+            raise TypeError(
+                f"This {type(module).__name__} is a part of a model with injected adapters, which belong to the whole: "
+                "copy or pickle the model."
+            )
+        with self._as_a_view() as view:
+            return _unpickled, (pickle.dumps(view), *self._steered())
+
+    def _steered(self) -> tuple[list[str], dict[str, float], bool]:
+        return list(self._active), dict(self._weights), self._enabled
+
+    # ---- taking off --------------------------------------------------------------------------------------------------
+
     @property
     def base_layer(self) -> nn.Module:
         """The model, for programs that ask whether there is something to take off."""
@@ -183,11 +238,24 @@ class Injected(BaseTunerLayer):
 
     def get_base_layer(self) -> None:
         """Takes all adapters off: nothing stays in this module's place."""
-        view = self.view
-        for module in view._sites.get(_ENTRANCES, ()):
+        self._take_off(self.view.unload)
+
+    def merge_and_unload(self, **options: Any) -> None:
+        """Merges what is active into the model's weights for good, and takes all adapters off."""
+
+        def merged() -> nn.Module:
+            with without_injected(self.view.base):
+                return self.view.merge_and_unload(**options)
+
+        self._take_off(merged)
+
+    def _take_off(self, how: Callable[[], nn.Module]) -> None:
+        entrances = list(self.view._sites.get(_ENTRANCES, ()))
+        model = how()
+        for module in entrances:
             module.__dict__.pop(ENTRANCE, None)
-        view.base.__dict__.pop("generate", None)
-        model = view.unload()
+        for name in _SHADOWS:
+            model.__dict__.pop(name, None)
         model._modules[INJECTED] = None  # not taken out: others call this while they go through these
 
     # ---- steering ----------------------------------------------------------------------------------------------------
@@ -225,6 +293,9 @@ class Injected(BaseTunerLayer):
         used = self._active if self._enabled else []
         weights = [self._weights[name] for name in used]
         self.view.set_adapter(Sum(*used, weights=weights) if weights != [1.0] else used[0])
+        self.view._plans.one(
+            self.view.composition, self.view._merged
+        )  # now: torch.compile would trace the making of it
         frames = self._calls.frames
         if frames and current() is frames[-1]:  # diffusers sets scales inside of a model's forward
             with self.view.running(None, None, (), {}):
@@ -284,6 +355,25 @@ class Injected(BaseTunerLayer):
         return super().train(mode)
 
 
+def _with_adapters(view: PeftModel, active: list[str], weights: dict[str, float], enabled: bool) -> nn.Module:
+    """The base of a view, with the view's adapters injected into it."""
+    model: Any = view.base
+    holder = Injected(model, view)
+    model.add_module(INJECTED, holder)
+    for name, config in list(view.peft_config.items()):
+        holder.hold(name)
+        config = model.peft_config.setdefault(name, config)
+        injected_as(config, view.get_adapter(name), model)
+    holder._active, holder._weights, holder._enabled = active, weights, enabled
+    holder._use()
+    holder.train(model.training)
+    return model
+
+
+def _unpickled(view: bytes, *steered: Any) -> nn.Module:
+    return _with_adapters(pickle.loads(view), *steered)
+
+
 def _is_called(module: nn.Module) -> bool:
     return type(module).forward is not nn.Module.forward
 
@@ -294,6 +384,11 @@ def injected(model: nn.Module) -> Injected:
     if not isinstance(found, Injected):
         raise ValueError(f"There are no adapters in this {type(model).__name__}; inject_adapter_in_model first.")
     return found
+
+
+def view_of(model: nn.Module) -> PeftModel:
+    """The view that a model is, or whose adapters are injected into it. Raises ValueError where there is none."""
+    return model if isinstance(model, PeftModel) else injected(model).view
 
 
 def inject_adapter_in_model(
@@ -320,7 +415,7 @@ def inject_adapter_in_model(
             f"{type(peft_config).__name__} puts virtual tokens in front, which needs a call of the whole model: use "
             "get_peft_model(model, config)."
         )
-    config = peft_config if state_dict is None else _placed(peft_config, state_dict)
+    config = peft_config if state_dict is None else placed(peft_config, state_dict)
     new = model._modules.get(INJECTED) is None
     holder = Injected(model) if new else injected(model)
     if new:
@@ -339,7 +434,7 @@ def inject_adapter_in_model(
     return model
 
 
-def _placed(config: PeftConfig, state: Mapping[str, Tensor]) -> PeftConfig:
+def placed(config: PeftConfig, state: Mapping[str, Tensor]) -> PeftConfig:
     """The configuration with targets, and the ranks that are given for some, as the keys of a state dict have them."""
     if not isinstance(config, TargetedConfig) or not str(config.peft_type).isupper():
         return config

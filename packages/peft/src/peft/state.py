@@ -17,11 +17,11 @@ from coadapt.formats.keys import Entry, entries, present
 from coadapt.formats.vocabulary import ROOT
 
 from .configs import INJECTED
-from .injection import injected
+from .injection import view_of
 
 
 def _entries(model: nn.Module, adapter_name: str) -> tuple[Adapter, nn.Module, dict[str, Entry]]:
-    view = model if isinstance(model, coadapt.model.PeftModel) else injected(model).view
+    view = view_of(model)
     adapter = view.get_adapter(adapter_name)
     return adapter, view.base, {entry.key: entry for entry in entries(adapter, view.base)}
 

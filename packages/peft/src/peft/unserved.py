@@ -4,25 +4,20 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 _INSTEAD = {
-    "ArrowConfig": "Use coadapt.Arrow, a router: model.set_adapter(Sum('a', 'b', weights=Arrow(...))).",
-    "compose_cartridge_adapters": 'Load them and combine: model.combine("a >> b", adapter_name="both").',
-    "convert_to_lora": "Use model.combine(name, 'svd', r=..., adapter_name=...), which reports the error, too.",
-    "create_arrow_model": "Use coadapt.Arrow, a router over adapters that are loaded one by one.",
-    "get_eva_state_dict": "Use initialize_lora_eva_weights(model, dataloader).",
-    "get_layer_status": "Ask model.peft_config, model.active_adapters and model.trainable().",
-    "get_model_status": "Ask model.peft_config, model.active_adapters and model.trainable().",
-    "MontecloraConfig": "There is no such method in coadapt.",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "One class, PeftModel, serves all methods, and mixes them.",
-    "PEFT_TYPE_TO_TUNER_MAPPING": "One class, PeftModel, serves all methods.",
-    "replace_lora_weights_loftq": "Use LoraConfig(init_lora_weights='loftq').",
-    "save_as_lora": "Use model.combine(name, 'svd', r=..., adapter_name=...), and save that.",
+    "XLoraModel": "Use get_peft_model(model, XLoraConfig(...)), which loads the adapters and routes among them.",
+    "LoraRuntimeConfig": "DoRA's lengths are worked out where the weight lies; there is nothing to set.",
+    "CPTEmbedding": "Its values are those of model.get_adapter(name).",
+    "CartridgeEncoder": "Its values are those of model.get_adapter(name).",
+    "PrefixEncoder": "Its values are those of model.get_adapter(name).",
+    "PromptEmbedding": "Its values are those of model.get_adapter(name).",
+    "PromptEncoder": "Its values are those of model.get_adapter(name).",
+    "bloom_model_postprocess_past_key_value": "A prefix is joined inside of the attention call, whatever the model.",
+    "fsdp_auto_wrap_policy": "It goes by wrapped layers, and there are none. Use FSDP2 (fully_shard).",
     "factorization": "LoKr's factors are found from the layer's shape by LoKrConfig.",
-    "hotswap_adapter": "Attach both adapters and switch: model.set_adapter(name) costs nothing.",
     "register_peft_method": "Use coadapt.core.method.register.",
 }
 _ENDS = {
     "_MAPPING": "Places are found from a model's structure; leave target_modules out, or name them.",
-    "Model": "Use get_peft_model(model, config), or inject_adapter_in_model(config, model).",
     "Layer": "No layer is wrapped: adapters stand beside the model, whose layers keep their class.",
 }
 
@@ -85,7 +80,7 @@ class UnservedMapping(dict[Any, Any]):
 
 def of_utils(name: str) -> Any:
     """What `peft.utils` has beside what is served."""
-    functions = "bloom_model_postprocess_past_key_value", "register_peft_method", "replace_lora_weights_loftq"
+    functions = "bloom_model_postprocess_past_key_value", "register_peft_method"
     if name in functions or (name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MAPPING")):
         return __getattr__(name)
     raise AttributeError(f"module 'peft.utils' (coadapt's) has no attribute {name!r}")

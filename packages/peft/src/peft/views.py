@@ -1,6 +1,7 @@
 """PeftModel: coadapt's, and what transformers' Trainer does with one that it takes for the field's."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -9,6 +10,8 @@ from torch import nn
 import coadapt.auto
 import coadapt.model
 from coadapt.core import driving
+from coadapt.core.adapter import Adapter
+from coadapt.core.status import TunerLayerStatus, TunerModelStatus
 from coadapt.formats.files import CONFIG, read_json
 
 from . import configs as configs  # makes configurations assignable
@@ -16,6 +19,9 @@ from . import configs as configs  # makes configurations assignable
 
 class PeftModel(coadapt.model.PeftModel):
     """A view of a base, as in coadapt; a Trainer's checkpoint is an adapter folder, and is read into its place."""
+
+    _resting: Any = None
+    """What is active again after `enable_adapter_layers`; None while adapters are enabled."""
 
     def save_pretrained(
         self,
@@ -90,6 +96,53 @@ class PeftModel(coadapt.model.PeftModel):
         return above.from_pretrained(
             model, model_id, adapter_name, is_trainable, config, autocast_adapter_dtype, subfolder, **kwargs
         )
+
+    # ---- as the field's models are, without a counterpart in coadapt -------------------------------------------------
+
+    @property
+    def base_model(self) -> Any:
+        """The model with its adapters, as a `LoraModel` or whatever they are; of virtual tokens as in coadapt."""
+        from .wrapping import face_of  # which is made of views
+
+        return face_of(self) or super().base_model
+
+    def set_adapter(self, adapter_name: Any, inference_mode: bool = False) -> None:
+        """As in coadapt; while adapters are disabled, it is what comes back with them."""
+        if self._resting is None:
+            super().set_adapter(adapter_name)
+        else:
+            self._resting = self.checked(adapter_name, new=True)
+
+    def disable_adapter_layers(self) -> None:
+        """Nothing takes part in calls until `enable_adapter_layers`."""
+        if self._resting is None:
+            before = self._node
+            super().set_adapter([])
+            self._resting = before
+
+    def enable_adapter_layers(self) -> None:
+        """Undoes `disable_adapter_layers`."""
+        if self._resting is not None:
+            before, self._resting = self._resting, None
+            super().set_adapter(before)
+
+    def exchange(self, adapter: Adapter) -> None:
+        """Puts another adapter into the place of the one of its name; what is active stays."""
+        if self._merged is not None:
+            raise ValueError(f"{self._merged.node!r} is merged into the base; unmerge_adapter() before a hot swap.")
+        node, name = self._node, adapter.name
+        super().set_adapter([])
+        self._take_away(name)
+        self._install(adapter)
+        super().set_adapter(node)
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """As in coadapt, by the names of modules in `base_model`, as there."""
+        return [replace(status, name=f"model.{status.name}") for status in super().get_layer_status()]
+
+    def get_model_status(self) -> TunerModelStatus:
+        """As in coadapt; the adapter model is `base_model`."""
+        return replace(super().get_model_status(), adapter_model_type=type(self.base_model).__name__)
 
     @property
     def active_peft_config(self) -> coadapt.PeftConfig:

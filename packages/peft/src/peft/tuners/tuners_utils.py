@@ -1,6 +1,4 @@
 """What transformers and diffusers look for in a model to steer its adapters."""
 
 from ..injection import BaseTunerLayer as BaseTunerLayer
-from ..unserved import unserved_class
-
-BaseTuner = unserved_class("BaseTuner")
+from ..wrapping import BaseTuner as BaseTuner

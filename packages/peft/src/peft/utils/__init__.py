@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from coadapt import PeftType, TaskType, prepare_model_for_kbit_training
+from coadapt import PeftType, TaskType, prepare_model_for_kbit_training, replace_lora_weights_loftq
 
 from ..state import (
     cast_mixed_precision_params,
@@ -40,6 +40,7 @@ __all__ = [
     "get_peft_model_state_dict",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "replace_lora_weights_loftq",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "shift_tokens_right",
