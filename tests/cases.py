@@ -130,6 +130,9 @@ VARIANTS: dict[str, PeftConfig] = {
         r=2, target_parameters=["experts.gate_up_proj", "experts.down_proj", "mlp.gate.weight"], init_lora_weights=False
     ),
     "lora-tokens": LoraConfig(r=2, trainable_token_indices=[3, 7, 20], init_lora_weights=False),
+    "lora-tied": LoraConfig(
+        r=2, target_modules=r"(.*\.)?(wte|embed_tokens)", ensure_weight_tying=True, init_lora_weights=False
+    ),
     "lora-pissa": LoraConfig(r=2, lora_alpha=4, init_lora_weights="pissa"),
     "lora-mica": LoraConfig(r=2, init_lora_weights="mica"),
     "dora-pissa": LoraConfig(r=2, use_dora=True, init_lora_weights="pissa"),

@@ -159,3 +159,31 @@ class VeloraConfig(Options):
         self.at_least(1, "num_groups")
         if not self.scale > 0:
             raise ValueError(f"VeloraConfig: scale={self.scale!r} must be above 0.")
+
+
+OPTIONS: Mapping[str, type[Options]] = {
+    "use_bdlora": BdLoraConfig,
+    "kasa_config": KasaConfig,
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "lora_ga_config": LoraGAConfig,
+    "loftq_config": LoftQConfig,
+    "velora_config": VeloraConfig,
+}
+"""Field of a LoraConfig -> the class of what it holds."""
+
+VARIANTS: Mapping[str, str] = {
+    "use_dora": "DORA",
+    "alora_invocation_tokens": "ALORA",
+    "use_bdlora": "BD_LORA",
+    "use_qalora": "QA_LORA",
+    "kasa_config": "KASA",
+    "velora_config": "VELORA",
+}
+"""Field of a LoraConfig -> the variant that it asks for."""
+
+
+def variants(said: Mapping[str, Any]) -> list[str]:
+    """The variants that the fields of a LoraConfig ask for, all of them."""
+    found = [name for field, name in VARIANTS.items() if said.get(field) not in (None, False)]
+    return [*found, "LOFTQ"] if said.get("init_lora_weights") == "loftq" else found

@@ -62,7 +62,7 @@ class Case:
     """What is wrong with the field's own gradients, which are then not compared."""
 
     def base(self) -> Any:
-        return (MODELS | FAMILIES | {"plain": plain, "conv": conv})[self.model]()
+        return (MODELS | FAMILIES | {"plain": plain, "conv": conv, "tied": tied})[self.model]()
 
     def ours(self) -> Any:
         return getattr(coadapt, self.config)(**_of(coadapt, {**self.options, **(self.own or {})}))
@@ -72,9 +72,15 @@ class Case:
         return getattr(peft, self.config)(**_of(peft, {**self.options, **quiet, **(self.theirs or {})}))
 
 
+APART = "tied factors are parameters of their own in the same memory, each with a part of the gradient"
 BATCH = {"routing": "batch"}
 CORE = "with a core tensor, its backward multiplies the gradients of B1 and B2 by the other product's factors"
 """Of LoHa."""
+
+
+def tied() -> nn.Module:
+    """A Llama whose head is tied to its embedding."""
+    return MODELS["llama"](tie_word_embeddings=True)
 
 
 def lora(model: str, **options: Any) -> Case:
@@ -107,6 +113,15 @@ CASES = {
     "llama-regex": lora("llama", target_modules=r".*layers\.1\..*(q|down)_proj"),
     "llama-excluded": lora("llama", target_modules=["q_proj", "up_proj"], exclude_modules=["layers.0.mlp.up_proj"]),
     "llama-layers": lora("llama", target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers"),
+    "tied-lora": replace(
+        lora("tied", target_modules=["embed_tokens", "v_proj"], ensure_weight_tying=True), wrong_gradients=APART
+    ),
+    "tied-head": replace(
+        lora("tied", target_modules=["lm_head", "v_proj"], ensure_weight_tying=True, use_rslora=True),
+        wrong_gradients=APART,
+    ),
+    "tied-saved": lora("tied", modules_to_save=["lm_head"], ensure_weight_tying=True),
+    "tied-tokens": lora("tied", trainable_token_indices=[3, 7, 20], ensure_weight_tying=True),
     "llama-embedding": lora("llama", target_modules=["embed_tokens", "v_proj"]),
     "llama-rslora": lora("llama", use_rslora=True),
     "llama-patterns": lora(

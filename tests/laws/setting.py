@@ -64,6 +64,8 @@ def fits(case: str, model: str) -> bool:
         return False  # a causal language model's
     if case.endswith("-stream"):
         return model in ("llama", "gpt2", "bloom", "t5", "bert", "vit", "qwen2", "qwen3")  # whose norms' order is told
+    if case == "lora-tied":
+        return model in ("gpt2", "t5", "opt", "bart", "gemma2")
     if case == "lora-experts":
         return model == "mixtral"
     if case.endswith("all-linear") and model == "mixtral":

@@ -60,7 +60,7 @@ DIVIDE = {
 """What must divide the outputs and the inputs of a layer, and what is said where it does not."""
 DRAWS = ("velora", "poly", "pvera")
 """Cases whose training draws numbers, or approximates: compared in evaluation."""
-ELSEWHERE = ("lora-experts", "lora-tokens")
+ELSEWHERE = ("lora-experts", "lora-tied", "lora-tokens")
 """Cases that need a whole model."""
 WEIGHTS = [
     name for name, config in EVERY.items() if issubclass(METHODS[config.method], WeightMethod) and name not in ELSEWHERE

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..config import PeftConfig, TargetedConfig
-from . import roles, target, tied
+from . import roles, target, tied, tying
 from .backbone import Backbone, backbones, stacks
 from .layer import Layer
 from .method import AttentionMethod, Driven, InputMethod, Method, ModuleMethod, WeightMethod, method_for
@@ -32,11 +32,16 @@ class ModuleCopy(ModuleMethod):
         super().__init__(config, layer, shared)
         self.copy = _plain_copy(layer.module).requires_grad_(True)
         self.widens = type(self.copy).forward is not nn.Linear.forward
+        self.ties, self.tied = tying.same(config), False
 
     @classmethod
     def places(cls, config: PeftConfig, base: nn.Module) -> list[Place]:
         found = target.by_name(base, config.modules_to_save or (), f"{type(config).__name__}: modules_to_save")
         return [Place(path, module) for path, module in found]
+
+    def share(self, earlier: Method) -> None:
+        if self.ties and isinstance(earlier, ModuleCopy):
+            self.tied, self.copy.weight = True, earlier.copy.weight
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         copied: Any = self.copy
@@ -158,6 +163,7 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False, bl
     """
     cls = method_for(config)
     config = with_head(config, base)
+    config = replace_options(config, modules_to_save=tying.with_copies(config, base))
     adapter = Adapter(name, config)
     adapter.two_stacks = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
     places = cls.places(config, base)

@@ -60,7 +60,7 @@ def places(config: TargetedConfig, base: nn.Module, usual: Sequence[str] | None 
     raw = [path for _, parameters in meant for path in parameters]
     only_raw = raw and len(words) == len(_listed(config)) and not any(paths for paths, _ in meant)
     found = [] if only_raw else layers(config, base, usual)
-    inside = _in_layers(config, [path for path in raw if not _excluded(config, path)]) if raw else []
+    inside = _in_layers(config, [path for path in raw if not is_excluded(config, path)]) if raw else []
     owners = [(path, *path.rpartition(".")[::2]) for path in inside]
     return [
         *(Place(path, module) for path, module in found),
@@ -200,7 +200,7 @@ def _without_excluded(config: TargetedConfig, paths: list[str]) -> list[str]:
     excluded = config.exclude_modules
     if excluded is None:
         return paths
-    gone = {p for p in paths if _excluded(config, p)}
+    gone = {p for p in paths if is_excluded(config, p)}
     if isinstance(excluded, str):
         idle = [] if gone else [excluded]
     else:
@@ -212,7 +212,7 @@ def _without_excluded(config: TargetedConfig, paths: list[str]) -> list[str]:
     return [p for p in paths if p not in gone]
 
 
-def _excluded(config: TargetedConfig, path: str) -> bool:
+def is_excluded(config: TargetedConfig, path: str) -> bool:
     match config.exclude_modules:
         case None:
             return False

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from ..config import InputConfig, PeftConfig, TargetedConfig
-from ..core import target
-from ..core.adapter import Adapter, replace_options
+from ..core import target, tying
+from ..core.adapter import Adapter, ModuleCopy, replace_options
 from ..core.backbone import backbones
+from ..core.layer import kind_of
 from ..core.method import method_for
 from ..core.roles import HEADS, Place
 from ..core.target import suffix_match
@@ -22,7 +23,7 @@ from ..methods.boft import BOFTConfig
 from ..methods.cartridge import CartridgeConfig
 from ..methods.hira import HiraConfig
 from ..methods.ia3 import FEED_FORWARD, IA3Config
-from ..methods.lora import LoraConfig
+from ..methods.lora import LoRA, LoraConfig
 from ..methods.miss import MissConfig
 from ..methods.multitask_prompt import MultitaskPromptTuningConfig
 from ..methods.prefix import PrefixTuningConfig
@@ -198,6 +199,7 @@ def _targets(config: TargetedConfig, adapter: Adapter, base: nn.Module) -> dict[
     layers = [p.path for p in places if not p.parameter]
     words = target.named_parts(config)
     found = isinstance(config.target_modules, str) or words or (config.target_modules is None and layers)
+    found = found or tying.same(config)  # the field wants the tied ones named
     if isinstance(config, IA3Config) or found:
         ends = _ends(layers)
         by_name: dict[str, Any] = {}
@@ -248,12 +250,21 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
             return facts.model_type in ("llama", "mistral", "gpt2") and not config.modules_to_save
         case LoraConfig() if config.use_qalora or config.init_lora_weights == "loftq":
             return False  # at GPTQ's layers only; with a GPU and bitsandbytes only, and scaled otherwise
+        case LoraConfig() if _ties_embeddings(adapter):
+            return False
         case _:
             method = method_for(config)
             takes = names.TAKES.get(method.registered)
             layers = [p.place.module for p in adapter.parts if isinstance(p.method, method)]
             known = takes is None or all(any(c.__name__ in takes for c in type(m).__mro__) for m in layers)
             return as_theirs and method.registered in names.SITES and known
+
+
+def _ties_embeddings(adapter: Adapter) -> bool:
+    """Whether embeddings are tied to each other in it, which the field does for heads only."""
+    methods = [(p.place.module, p.method) for p in adapter.parts]
+    tied = [m for m, method in methods if (isinstance(method, LoRA | ModuleCopy) and method.tied)]
+    return any((kind := kind_of(m)) is not None and kind.name == "embedding" for m in tied)
 
 
 def asked_targets(config: PeftConfig) -> str | None:

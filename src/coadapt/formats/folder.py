@@ -285,8 +285,8 @@ def _fill(adapter: Adapter, reader: _Reader, tensors: Mapping[str, Tensor], file
     done |= {k for k, t in others.items() if _is_the_bases(k, t, reader.base) or _is_shared(k, t, adapter, tensors)}
     used = {k: t for k, t in tensors.items() if k not in done}
     checkpoint.refuse_misfits(file, {k: e.shape for k, e in known.items()}, used)
-    for key, tensor in used.items():
-        known[key].write(tensor)
+    for key, entry in known.items():
+        entry.write(used[key])
 
 
 def _is_the_bases(key: str, tensor: Tensor, base: nn.Module) -> bool:

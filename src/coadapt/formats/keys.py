@@ -119,6 +119,8 @@ def _entries(adapter: Adapter, base: nn.Module, taken: bool) -> Iterator[Entry]:
                 yield from _tokens_beside(adapter, part, path)
             case LoRA() as method if part.place.parameter:
                 yield from _of_parameter(adapter, part, method, path.rpartition(".")[0], taken)
+            case LoRA() as method if method.turned:
+                yield from _turned(adapter, part, method, path, taken)
             case AdaMSS() as method:
                 yield from _grouped(method, f"{ROOT}{path}.")
             case _:
@@ -220,6 +222,24 @@ def _key(adapter: Adapter, part: Part, path: str, name: str) -> str:
         if head in known:
             return ROOT + inside + known[head] + dot + rest
     return ROOT + inside + name
+
+
+def _turned(adapter: Adapter, part: Part, method: LoRA, path: str, taken: bool) -> Iterator[Entry]:
+    """A layer that is tied to one with the transposed weight: the factors there, as the field has them here."""
+    for name, other in (("A", "B"), ("B", "A")):
+        whole = _whole("", method.get_parameter(other))
+        there = _with_taken(whole, method, other) if taken else whole
+        key = _key(adapter, part, path, name)
+
+        def write(tensor: Tensor, key: str = key, there: Entry = there) -> None:
+            now = there.read()
+            if not torch.equal(now, tensor.mT.to(now)):
+                raise ValueError(
+                    f"{key} is not what the layer has that it is tied to (ensure_weight_tying): peft's parameters come "
+                    "apart when its model is moved. Put ensure_weight_tying=false into adapter_config.json."
+                )
+
+        yield Entry(key, there.shape[::-1], lambda there=there: there.read().mT.contiguous(), write)
 
 
 def _of_parameter(adapter: Adapter, part: Part, method: LoRA, path: str, taken: bool) -> Iterator[Entry]:
