@@ -110,6 +110,9 @@ def other(model: str, config: str, **options: Any) -> Case:
 CASES = {
     "llama-lora": lora("llama"),
     "llama-all-linear": lora("llama", target_modules="all-linear"),
+    "llama-replicated": lora(
+        "llama", target_modules=["q_proj", "down_proj"], layer_replication=[[0, 2], [0, 2], [1, 2]]
+    ),
     "llama-regex": lora("llama", target_modules=r".*layers\.1\..*(q|down)_proj"),
     "llama-excluded": lora("llama", target_modules=["q_proj", "up_proj"], exclude_modules=["layers.0.mlp.up_proj"]),
     "llama-layers": lora("llama", target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers"),
@@ -160,6 +163,9 @@ CASES = {
     "t5-bd": lora("t5", use_bdlora=_bd(["q"], ["v"])),
     "llama-velora": lora("llama", target_modules="all-linear", velora_config=_both("VeloraConfig", num_groups=4)),
     "t5-velora": lora("t5", velora_config=_both("VeloraConfig", num_groups=5, init_type="random")),
+    "llama-monteclora": lora("llama", monteclora_config=_both("MontecloraConfig", num_samples=3)),
+    "gpt2-monteclora": lora("gpt2", monteclora_config=_both("MontecloraConfig", num_samples=2, use_entropy=True)),
+    "t5-monteclora": lora("t5", target_modules=["q", "wo"], monteclora_config=_both("MontecloraConfig")),
     "llama-kasa": lora("llama", target_modules="all-linear", kasa_config=_both("KasaConfig")),
     "t5-kasa": lora("t5", kasa_config=_both("KasaConfig")),
     "llama-dora": lora("llama", use_dora=True, target_modules="all-linear"),

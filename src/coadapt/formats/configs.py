@@ -15,6 +15,7 @@ from ..core.adapter import Adapter, ModuleCopy, replace_options
 from ..core.backbone import backbones
 from ..core.layer import kind_of
 from ..core.method import method_for
+from ..core.replication import blocks_of
 from ..core.roles import HEADS, Place
 from ..core.target import suffix_match
 from ..inits import named
@@ -117,6 +118,7 @@ def _of_lora(config: LoraConfig) -> dict[str, Any]:
         "alpha_pattern": {k: _whole(v) for k, v in config.alpha_pattern.items()},
         **{name: getattr(config, name) for name in _OF_DATA},
         **({} if config.loftq_config else {"loftq_config": None}),
+        **({} if config.ensure_weight_tying else {"ensure_weight_tying": None}),  # peft before 0.19 does not know it
         **({} if config.alora_invocation_tokens is None else {"task_type": "CAUSAL_LM"}),  # the field asks for it
     }
 
@@ -252,12 +254,18 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
             return False  # at GPTQ's layers only; with a GPU and bitsandbytes only, and scaled otherwise
         case LoraConfig() if _ties_embeddings(adapter):
             return False
+        case LoraConfig() if config.layer_replication and not _REPEATED.fullmatch(blocks_of(base)):
+            return False
         case _:
             method = method_for(config)
             takes = names.TAKES.get(method.registered)
             layers = [p.place.module for p in adapter.parts if isinstance(p.method, method)]
             known = takes is None or all(any(c.__name__ in takes for c in type(m).__mro__) for m in layers)
             return as_theirs and method.registered in names.SITES and known
+
+
+_REPEATED = re.compile(r"(model\.)*((bert\.)?encoder\.layer|layers|h)")
+"""Where the field's library looks for the blocks that it repeats."""
 
 
 def _ties_embeddings(adapter: Adapter) -> bool:
@@ -290,6 +298,8 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
             for name in (*_OF_DATA, "loftq_config"):
                 if said.get("init_lora_weights") != name.removesuffix("_config"):
                     said.pop(name, None)
+            if drawn := said.get("monteclora_config"):  # numbers are not drawn ahead here
+                said["monteclora_config"] = {k: v for k, v in drawn.items() if k != "buffer_size"}
             said["target_modules"] = said.get("target_modules") or None  # the field writes [] beside target_parameters
         case "ADALORA":
             said.pop("r", None)  # a LoRA's, of which it makes no use

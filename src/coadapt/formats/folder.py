@@ -19,6 +19,7 @@ from ..core.routing import prepare
 from . import adapterhub, checkpoint, files, vocabulary
 from .compositions import node_from_json, node_to_json
 from .configs import asked_start, asked_targets, described, takes_from_base, understood, with_start, without_start
+from .facts import read_facts
 from .files import CHECKPOINT, COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, aside
 from .keys import ROOT, entries, holds_biases, present, shared_keys
 from .provenance import compare_bases, fingerprint_in, record, start_in
@@ -164,6 +165,22 @@ def load(
     if (where / CHECKPOINT).is_file():
         return Loaded(*checkpoint.load(where, base, fingerprint, is_trainable, half))
     raise _no_adapter(where)
+
+
+def replication_in(where: Path) -> Any:
+    """How the LoRAs of a folder have the blocks of their model repeated; None where they do not, or none is there.
+
+    Raises:
+        ValueError: one has them otherwise than another.
+    """
+    try:
+        found = [facts.config.get("layer_replication") for facts in read_facts(where).adapters]
+    except (FileNotFoundError, ValueError):
+        return None  # loading says what is wrong
+    asked = [wanted for wanted in found if wanted]
+    if any(wanted != asked[0] for wanted in asked):
+        raise ValueError(f"{where} holds LoRAs with different layer_replication: {asked}. Load them one by one.")
+    return asked[0] if asked else None
 
 
 def _refuse_xlora(where: Path) -> None:

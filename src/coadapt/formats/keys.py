@@ -30,6 +30,7 @@ from ..methods.loha import LoHa
 from ..methods.lokr import LoKr
 from ..methods.lora import LoRA, LoraConfig
 from ..methods.lora_bias import LoraBias
+from ..methods.monteclora import MonteCLoRA
 from ..methods.multitask_prompt import MultitaskPromptTuning
 from ..methods.prefix import Blocks, PrefixTuning, PrefixTuningConfig
 from ..methods.prompt import VirtualTokens
@@ -113,6 +114,9 @@ def _entries(adapter: Adapter, base: nn.Module, taken: bool) -> Iterator[Entry]:
             case GLoRA() as method:
                 yield from _plain(adapter, part, path)
                 yield from (_zeros(f"{ROOT}{path}.glora_{n}.zeros", shape) for n, shape in method.absent.items())
+            case MonteCLoRA() as method:
+                yield from _plain(adapter, part, path, taken)
+                yield from _last_drawn(method, f"{ROOT}{path}.lora_monteclora_sampler.")
             case KeptRows():
                 yield from _kept(adapter, part, base)
             case TrainableTokens() if isinstance(adapter.config, LoraConfig):
@@ -309,6 +313,13 @@ def _tokens_beside(adapter: Adapter, part: Part, path: str) -> Iterator[Entry]:
 def _zeros(key: str, shape: tuple[int, ...]) -> Entry:
     """The field writes zeros for what is not there."""
     return Entry(key, shape, lambda: torch.zeros(shape), lambda _: None)
+
+
+def _last_drawn(method: MonteCLoRA, inside: str) -> Iterator[Entry]:
+    """The field stores what its last training call drew, of which nobody makes use; we write what it starts with."""
+    rank, n = len(method.v), len(method.c)
+    yield Entry(f"{inside}gaussian_var_prior", (rank, rank), lambda: torch.eye(rank), lambda _: None)
+    yield Entry(f"{inside}expert_weights", (n,), lambda: torch.ones(n) / n, lambda _: None)
 
 
 def _bias(part: Part, key: str) -> Entry:

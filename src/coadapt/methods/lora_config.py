@@ -12,6 +12,7 @@ from ..lora_options import (
     KasaConfig,
     LoftQConfig,
     LoraGAConfig,
+    MontecloraConfig,
     Options,
     VeloraConfig,
     variants,
@@ -60,6 +61,9 @@ class LoraConfig(TyingConfig):
     use_dora: bool = False
     """Train each row's length apart from its direction: DoRA (arXiv:2402.09353)."""
 
+    layer_replication: Sequence[Sequence[int]] | None = None
+    """The model's blocks several times, with the same weights and a LoRA of its own each: ranges of them that follow
+    each other, [start, end) counted from 0; [[0, 4], [2, 5]] makes 0 1 2 3 2 3 4 of five."""
     lora_bias: bool = False
     """Train a bias of B, scaled as its change is."""
     alora_invocation_tokens: Sequence[int] | None = None
@@ -72,6 +76,8 @@ class LoraConfig(TyingConfig):
     """How many inputs make a group then."""
     kasa_config: KasaConfig | Mapping[str, Any] | None = None
     """Trained singular values in place of the weight's smallest ones: KaSA (arXiv:2412.06071)."""
+    monteclora_config: MontecloraConfig | Mapping[str, Any] | None = None
+    """A drawn around its mean while it trains: MonteCLoRA (arXiv:2411.04358)."""
     velora_config: VeloraConfig | Mapping[str, Any] | None = None
     """Activations kept coarsely for the backward: VeLoRA (arXiv:2405.17991)."""
 
@@ -95,6 +101,7 @@ class LoraConfig(TyingConfig):
             raise ValueError(f"LoraConfig: lora_bias and {self.method} cannot be one adapter; put them into two.")
         if self.qalora_group_size != 16 and not self.use_qalora:
             raise ValueError("LoraConfig: qalora_group_size has no effect without use_qalora=True.")
+        self._check_replication()
         self._check_invocation()
         self._check_start()
         self._check_parameters()
@@ -106,6 +113,22 @@ class LoraConfig(TyingConfig):
         for name, options in OPTIONS.items():
             if name != "loftq_config" or self.loftq_config or self.init_lora_weights == "loftq":  # empty by default
                 object.__setattr__(self, name, options.of(getattr(self, name)))
+
+    def _check_replication(self) -> None:
+        ranges = self.layer_replication
+        if ranges is None:
+            return
+        numbers = [len(r) == 2 and all(type(i) is int for i in r) and 0 <= r[0] < r[1] for r in ranges]
+        if not numbers or not all(numbers):
+            raise ValueError(
+                f"LoraConfig: layer_replication={ranges!r} must be ranges [start, end) of blocks, such as "
+                "[[0, 4], [2, 5]]."
+            )
+        if self.ensure_weight_tying:
+            raise ValueError(
+                "LoraConfig: ensure_weight_tying would make the LoRAs of repeated blocks one, which have the same "
+                "weights; put tied layers into an adapter without it."
+            )
 
     def _check_invocation(self) -> None:
         if (tokens := self.alora_invocation_tokens) is None:

@@ -23,11 +23,11 @@ _COADAPT = """
 AdaLoraConfig AdamssConfig AdaptionPromptConfig BOFTConfig BdLoraConfig BeftConfig C3AConfig CPTConfig CartridgeConfig
 CordaConfig DeftConfig DeloraConfig EvaConfig FourierFTConfig FrodConfig GloraConfig GraloraConfig HRAConfig HiraConfig
 IA3Config KasaConfig LNTuningConfig LilyConfig LoHaConfig LoKrConfig LoftQConfig LoraConfig LoraGAConfig MissConfig
-MultitaskPromptTuningConfig OFTConfig OSFConfig PeanutConfig PeftConfig PeftType PolyConfig PrefixTuningConfig
-PromptEncoderConfig PromptTuningConfig PsoftConfig PveraConfig RandLoraConfig RoadConfig ShiraConfig SupertuningConfig
-TaskType TinyLoraConfig TrainableTokensConfig UniLoraConfig VBLoRAConfig VeloraConfig VeraConfig WaveFTConfig
-XLoraConfig initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text initialize_lora_eva_weights
-prepare_model_for_kbit_training preprocess_loraga
+MontecloraConfig MultitaskPromptTuningConfig OFTConfig OSFConfig PeanutConfig PeftConfig PeftType PolyConfig
+PrefixTuningConfig PromptEncoderConfig PromptTuningConfig PsoftConfig PveraConfig RandLoraConfig RoadConfig ShiraConfig
+SupertuningConfig TaskType TinyLoraConfig TrainableTokensConfig UniLoraConfig VBLoRAConfig VeloraConfig VeraConfig
+WaveFTConfig XLoraConfig initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text
+initialize_lora_eva_weights prepare_model_for_kbit_training preprocess_loraga
 """.split()
 _OWN = {
     "configs": """MultitaskPromptTuningInit PEFT_TYPE_TO_CONFIG_MAPPING PromptEncoderReparameterizationType
@@ -37,7 +37,7 @@ _OWN = {
         set_base_model_state_dict set_peft_model_state_dict shift_tokens_right""",
     "unserved": """AdaLoraModel AdamssModel AdaptionPromptModel ArrowConfig BOFTModel BeftModel C3AModel CPTEmbedding
         CartridgeEncoder DeftModel DeloraModel FourierFTModel FrodModel GloraModel GraloraModel HRAModel HiraModel
-        IA3Model LNTuningModel LilyModel LoHaModel LoKrModel LoraModel LoraRuntimeConfig MissModel MontecloraConfig
+        IA3Model LNTuningModel LilyModel LoHaModel LoKrModel LoraModel LoraRuntimeConfig MissModel
         OFTModel OSFModel PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PeanutModel PolyModel
         PrefixEncoder PromptEmbedding PromptEncoder PsoftModel PveraModel RandLoraModel RoadModel ShadowConfig
         ShadowModel ShiraModel SupertuningModel TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING TinyLoraModel

@@ -11,7 +11,6 @@ _INSTEAD = {
     "get_eva_state_dict": "Use initialize_lora_eva_weights(model, dataloader).",
     "get_layer_status": "Ask model.peft_config, model.active_adapters and model.trainable().",
     "get_model_status": "Ask model.peft_config, model.active_adapters and model.trainable().",
-    "MontecloraConfig": "There is no such method in coadapt.",
     "ShadowConfig": "There is no such method in coadapt.",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "One class, PeftModel, serves all methods, and mixes them.",
     "PEFT_TYPE_TO_TUNER_MAPPING": "One class, PeftModel, serves all methods.",
