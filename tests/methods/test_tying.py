@@ -6,6 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from coadapt import LoraConfig, PeftModel, get_peft_model
@@ -145,3 +146,20 @@ def test_tokens_of_both_are_named_once() -> None:
     rows = [m.rows for m in methods(view, "embed_tokens", "lm_head")]
     assert len(rows) == 2
     assert rows[0] is rows[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 7]}],
+)
+@pytest.mark.parametrize("assign", [False, True])
+def test_states_hold_each_tensor_once(options: dict[str, Any], assign: bool, tmp_path: Path) -> None:
+    """Files of tensors refuse to hold one twice, a Trainer's checkpoints among them."""
+    one, two = (get_peft_model(tied(), LoraConfig(**TIES, **options)).eval() for _ in range(2))
+    stir(one.adapters)
+    save_file(one.state_dict(), tmp_path / "model.safetensors")
+    two.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=assign)
+    assert torch.equal(logits(two), logits(one))
+    assert len(list(two.adapters.parameters())) == len(list(one.adapters.parameters()))
+    again = PeftModel.from_pretrained(tied(), tmp_path)
+    assert torch.equal(logits(again), logits(one))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
-from . import arguments, composition, distributed, driving, loss, routing
+from . import arguments, composition, distributed, driving, loss, routing, tied
 from .adapter import Adapter, attribute, build, replace_options, sites_of
 from .backbone import stacks
 from .base import Base, base_of, statistics
@@ -360,8 +360,8 @@ class View(nn.Module, ABC):
     ) -> dict[str, Any]:
         """The adapters and learned gates only, under attribute paths of this view."""
         destination = {} if destination is None else destination
-        self.adapters.state_dict(destination=destination, prefix=f"{prefix}adapters.", keep_vars=keep_vars)
-        self.gates.state_dict(destination=destination, prefix=f"{prefix}gates.", keep_vars=keep_vars)
+        holder = self._own()
+        destination |= tied.once(holder.state_dict(prefix=prefix, keep_vars=keep_vars), holder, prefix)
         destination[f"{prefix}_extra_state"] = self.get_extra_state()
         return destination
 
@@ -373,9 +373,19 @@ class View(nn.Module, ABC):
             self.set_extra_state(extra)
         for adapter in self._names.values():
             driving.forget(adapter)
+        holder = self._own()
+        again = tied.aliases(holder)
+        done = holder.load_state_dict(tied.everywhere(state, holder), strict=strict, assign=assign)
+        for key, one in again.items() if assign else ():
+            (path, _, name), (other, _, there) = key.rpartition("."), one.rpartition(".")
+            setattr(holder.get_submodule(path), name, getattr(holder.get_submodule(other), there))
+        return done
+
+    def _own(self) -> nn.Module:
+        """What a state of this view is of."""
         holder = nn.Module()
         holder.adapters, holder.gates = self.adapters, self.gates
-        return holder.load_state_dict(state, strict=strict, assign=assign)
+        return holder
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {
