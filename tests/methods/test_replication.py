@@ -6,10 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
 from coadapt import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from formats.field import far
+from coadapt.exporting import export
+from coadapt.exporting.streaming import merge_to
+from coadapt.formats.facts import read_facts
+from coadapt.formats.programs import PROGRAMS
+from formats.field import far, field_loaded, field_logits
 from models import FAMILIES, MODELS, ids, llama, logits, stir, t5
 
 MAP = [[0, 2], [0, 1], [1, 2]]
@@ -153,3 +158,39 @@ def test_models_that_are_no_one_stack_are_refused() -> None:
     for base in (t5(), nn.Sequential(nn.Linear(3, 3))):
         with pytest.raises(ValueError, match="one stack of them"):
             get_peft_model(base, LoraConfig(layer_replication=MAP, target_modules=["0"]))
+
+
+def test_a_merged_or_scattered_model_is_refused() -> None:
+    base = llama()
+    other = get_peft_model(base, LoraConfig(r=2))
+    other.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"unmerge_adapter\(\) there first"):
+        fresh(base)
+    other.unload()
+    add_hook_to_module(base.lm_head, ModelHook())
+    with pytest.raises(ValueError, match="without device_map"):
+        fresh(base)
+
+
+def test_exports_and_combinations(tmp_path: Path) -> None:
+    view = fresh(llama())
+    view.add_adapter("more", LoraConfig(**OPTIONS))
+    stir(view.get_adapter("more"))
+    view.combine("default + more", adapter_name="both")
+    expected = logits(view, adapters="both")
+    assert far(expected, logits(view, adapters="default + more")) < 1e-5
+    view.save_pretrained(tmp_path / "both", selected_adapters=["both"])
+    assert far(logits(PeftModel.from_pretrained(llama(), tmp_path / "both")), expected) < 1e-6
+    export(view, "peft", tmp_path / "peft", adapters="both")
+    theirs = field_loaded(llama(), tmp_path / "peft")
+    assert far(field_logits(theirs), expected) < 1e-5
+    for target, merged in (("vllm", False), ("transformers", True)):
+        with pytest.raises(ValueError, match=r"several times \(layer_replication\).*coadapt merge"):
+            export(view, target, tmp_path / "no", adapters="both", merged=merged)
+    with pytest.raises(ValueError, match="cannot be merged from file to file"):
+        merge_to(view, tmp_path / "no")
+    told = read_facts(tmp_path / "both" / "both").adapters[0]
+    verdicts = {program.name: program.judge(told) for program in PROGRAMS}
+    assert verdicts["peft"].reasons == []
+    assert verdicts["vLLM"].reasons == ["it does not repeat blocks of the base (layer_replication)"]
+    assert "coadapt merge" in str(verdicts["vLLM"].command)

@@ -26,7 +26,8 @@ def replicated(model: Any, wanted: Map | None) -> nn.Module:
     """`model` itself where nothing is to be repeated, or is already so; otherwise a copy that shares all tensors.
 
     Raises:
-        ValueError: the model's blocks are not found, are fewer, or are repeated otherwise.
+        ValueError: the model's blocks are not found, are fewer, or wait elsewhere.
+        RuntimeError: adapters are merged into the model.
     """
     if wanted is None or replication_of(model) is not None:
         return model
@@ -37,6 +38,13 @@ def replicated(model: Any, wanted: Map | None) -> nn.Module:
         raise ValueError(
             f"layer_replication={_written(wanted)} names block {max(order)}; {path!r} of {type(model).__name__} has "
             f"{count}, counted from 0, and the end of a range is not part of it."
+        )
+    if base_of(model).merged_by is not None:
+        raise RuntimeError("Another view has merged its adapters into this base; unmerge_adapter() there first.")
+    if any("_hf_hook" in vars(module) for module in model.modules()):
+        raise ValueError(
+            "layer_replication needs a model that accelerate does not move about; load it without device_map, or on "
+            "one device."
         )
     tensors = {id(t): t for module in model.modules() for t in _tensors(module)}
     made = copy.deepcopy(model, dict(tensors))
