@@ -27,7 +27,7 @@ from .field import field_logits, field_quietly, logits
 ON_LLAMA = {
     name: config
     for name, config in (CASES | VARIANTS).items()
-    if name not in ("bitfit", "lora-experts", "lora-bias")
+    if name not in ("bitfit", "lora-experts", "lora-bias", "lora-tied")
     and (not name.startswith("adamss") or importlib.util.find_spec("sklearn"))
 }
 """Those that have a place in a Llama; for AdaMSS peft needs scikit-learn."""

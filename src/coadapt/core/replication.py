@@ -52,6 +52,7 @@ def replicated(model: Any, wanted: Map | None) -> nn.Module:
     blocks = made.get_submodule(path)
     new = nn.ModuleList(copy.deepcopy(blocks[i], {**tensors, **configs}) for i in order)
     for i, block in enumerate(new):
+        module: Any
         for module in block.modules():
             if "layer_idx" in vars(module):  # where its keys and values lie in a cache
                 module.layer_idx = i
@@ -91,7 +92,7 @@ def separate(base: nn.Module) -> None:
 
 def blocks_of(model: Any) -> str:
     """The path of the one list of blocks that a model is made of. Raises ValueError where there is none, or several."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     count = getattr(config.get_text_config(), "num_hidden_layers", None) if hasattr(config, "get_text_config") else None
     lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if len(lists) != 1 or config.is_encoder_decoder:

@@ -120,7 +120,7 @@ def _tokens(config: LoraConfig, base: nn.Module) -> list[Companion]:
         own = TrainableTokensConfig(token_indices=ids, target_modules=None if name is None else [name])
         places = TrainableTokens.places(own, base)
         paths = {place.path for place in places}
-        earlier = next((c.config for c in found if paths & {place.path for place in c.places}), None)
+        earlier: Any = next((c.config for c in found if paths & {place.path for place in c.places}), None)
         if earlier is None:
             found.append(Companion(TrainableTokens, own, places))
         elif earlier != replace_options(own, target_modules=earlier.target_modules):
