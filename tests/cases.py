@@ -74,6 +74,9 @@ CASES: dict[str, PeftConfig] = {
     ),
     "kasa": LoraConfig(r=2, lora_alpha=4, kasa_config={}, init_lora_weights=False),
     "loftq": LoraConfig(r=2, lora_alpha=4, init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 2}),
+    "monteclora": LoraConfig(
+        r=3, monteclora_config={"num_samples": 2, "sample_scaler": 0.1, "use_entropy": True}, init_lora_weights=False
+    ),
     "qa-lora": LoraConfig(r=4, lora_alpha=1, use_qalora=True, qalora_group_size=2, init_lora_weights=False),
     "velora": LoraConfig(r=4, velora_config={"num_groups": 3, "init_type": "random"}, init_lora_weights=False),
     "dora": LoraConfig(r=4, use_dora=True, init_lora_weights=False),
@@ -137,6 +140,9 @@ VARIANTS: dict[str, PeftConfig] = {
     "vera-experts": VeraConfig(r=6, target_parameters=["experts.down_proj", "mlp.gate.weight"], init_weights=False),
     "adalora-experts": AdaLoraConfig(total_step=9, init_r=4, target_r=2, target_modules="experts"),
     "lora-tokens": LoraConfig(r=2, trainable_token_indices=[3, 7, 20], init_lora_weights=False),
+    "lora-tied": LoraConfig(
+        r=2, target_modules=r"(.*\.)?(wte|embed_tokens)", ensure_weight_tying=True, init_lora_weights=False
+    ),
     "lora-pissa": LoraConfig(r=2, lora_alpha=4, init_lora_weights="pissa"),
     "lora-mica": LoraConfig(r=2, init_lora_weights="mica"),
     "dora-pissa": LoraConfig(r=2, use_dora=True, init_lora_weights="pissa"),

@@ -115,7 +115,6 @@ def test_fields_that_are_not_read(folder: Path) -> None:
     file = folder / "adapter_config.json"
     said = json.loads(file.read_text("utf-8"))
     for change, parts in (
-        ({"monteclora_config": {"num_samples": 2}}, ("monteclora_config={'num_samples': 2}",)),
         ({"peft_type": "LORB"}, ("'LORB'", "LORA")),
         ({"some_option": 3}, ("some_option=3",)),
     ):

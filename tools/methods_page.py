@@ -21,6 +21,7 @@ OPTIONS = {
     "BD_LORA": "use_bdlora={...}",
     "QA_LORA": "use_qalora=True",
     "KASA": "kasa_config={...}",
+    "MONTECLORA": "monteclora_config={...}",
     "VELORA": "velora_config={...}",
     "COFT": "coft=True",
     "BAT": 'init_weights="bat"',

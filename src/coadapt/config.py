@@ -323,6 +323,15 @@ class RankedConfig(WeightConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TyingConfig(RankedConfig):
+    """Options of the methods that can change tied layers as one."""
+
+    ensure_weight_tying: bool = False
+    """Layers with one weight (an embedding, and a head that is tied to it) get one change, or one copy, where
+    `target_modules`, `modules_to_save` or tokens that are trained name any of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LycorisConfig(RankedConfig):
     """Options of the methods that come from LyCORIS: changes that are products of products."""
 

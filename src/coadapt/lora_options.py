@@ -144,6 +144,29 @@ class LoftQConfig(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MontecloraConfig(Options):
+    """How MonteCLoRA draws, and what holds it to its priors."""
+
+    num_samples: int = 8
+    """How many samples are mixed in each call."""
+    use_entropy: bool = False
+    """Keep the weights of the mixture alike."""
+    dirichlet_prior: float = 0.1
+    """Of each of those weights: the larger, the more alike they are expected to be."""
+    sample_scaler: float = 1e-4
+    """What the samples are multiplied by."""
+    kl_loss_weight: float = 1e-5
+    """Of the divergences from the priors."""
+
+    def __post_init__(self) -> None:
+        self.at_least(1, "num_samples")
+        self.at_least(0, "kl_loss_weight")
+        for name in ("dirichlet_prior", "sample_scaler"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"MontecloraConfig: {name}={getattr(self, name)!r} must be above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class VeloraConfig(Options):
     """How coarsely VeLoRA keeps activations."""
 
@@ -159,3 +182,33 @@ class VeloraConfig(Options):
         self.at_least(1, "num_groups")
         if not self.scale > 0:
             raise ValueError(f"VeloraConfig: scale={self.scale!r} must be above 0.")
+
+
+OPTIONS: Mapping[str, type[Options]] = {
+    "use_bdlora": BdLoraConfig,
+    "kasa_config": KasaConfig,
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "lora_ga_config": LoraGAConfig,
+    "loftq_config": LoftQConfig,
+    "monteclora_config": MontecloraConfig,
+    "velora_config": VeloraConfig,
+}
+"""Field of a LoraConfig -> the class of what it holds."""
+
+VARIANTS: Mapping[str, str] = {
+    "use_dora": "DORA",
+    "alora_invocation_tokens": "ALORA",
+    "use_bdlora": "BD_LORA",
+    "use_qalora": "QA_LORA",
+    "kasa_config": "KASA",
+    "monteclora_config": "MONTECLORA",
+    "velora_config": "VELORA",
+}
+"""Field of a LoraConfig -> the variant that it asks for."""
+
+
+def variants(said: Mapping[str, Any]) -> list[str]:
+    """The variants that the fields of a LoraConfig ask for, all of them."""
+    found = [name for field, name in VARIANTS.items() if said.get(field) not in (None, False)]
+    return [*found, "LOFTQ"] if said.get("init_lora_weights") == "loftq" else found

@@ -11,7 +11,7 @@ from . import quant as quant  # quantised bases are known from now on
 from .combining import Options, Report, combine
 from .combining.field import translated
 from .config import PeftConfig, check_name
-from .core import composition, merging
+from .core import composition, merging, replication
 from .core.adapter import build, replace_options, start_from
 from .core.composition import Node
 from .core.method import method_for
@@ -20,7 +20,7 @@ from .core.status import TunerLayerStatus, TunerModelStatus, get_layer_status, g
 from .core.store import count
 from .core.view import View
 from .formats import checkpoint, folder
-from .methods.lora import loras
+from .methods.lora import LoraConfig, loras
 from .methods.xlora import XLoraConfig
 from .verifying import Proof, verify
 
@@ -32,7 +32,8 @@ class PeftModel(View):
     call's `adapters` or `adapter_names`, else what `using` says on this thread, else what `set_adapter` said.
 
     Args:
-        model: the base. It is frozen; when its last view goes, what trained before trains again.
+        model: the base. It is frozen; when its last view goes, what trained before trains again. With a LoRA's
+            `layer_replication` the view has a base of its own, around the same weights.
         peft_config: the first adapter. Its name is `adapter_name`, or the configuration's own, or "default".
         autocast_adapter_dtype: keep the adapters in fp32 where the base is bf16 or fp16.
     """
@@ -49,7 +50,7 @@ class PeftModel(View):
         adapter_name: str | None = None,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        super().__init__(model)
+        super().__init__(replication.replicated(model, _replication(peft_config)))
         if peft_config is not None:
             try:
                 name = _name_for(peft_config, adapter_name)
@@ -95,6 +96,8 @@ class PeftModel(View):
     def _add(self, name: str, config: PeftConfig, half: bool) -> None:
         self._check_new(name)
         source = None if config.init_from is None else self.get_adapter(config.init_from)
+        if isinstance(config, LoraConfig):
+            replication.check(self.base, config.layer_replication)
         where = config.base_model_name_or_path or getattr(self.base, "name_or_path", None) or None
         adapter = build(name, config, self.base, half)
         adapter.config = replace_options(adapter.config, base_model_name_or_path=where)
@@ -396,6 +399,7 @@ class PeftModel(View):
         merging.untie(self.base)
         if self._merged is not None and self._merged.report is not None and self._merged.report.into == "dequantised":
             dequantise(self.base)
+        replication.separate(self.base)
         self._merged = None
         return self._end()
 
@@ -459,8 +463,9 @@ class PeftModel(View):
         unused = {k: v for k, v in kwargs.items() if k != "low_cpu_mem_usage" and v}
         if unused:
             raise TypeError(f"from_pretrained has no option {', '.join(unused)}.")
-        view = model if isinstance(model, PeftModel) else cls(model)
         where = Path(model_id, subfolder or "")
+        asked = folder.replication_in(where) if config is None else _replication(config)
+        view = model if isinstance(model, PeftModel) else cls(replication.replicated(model, asked))
         try:
             node = view._load(where, adapter_name, is_trainable, config, half=not autocast_adapter_dtype)
         except BaseException:
@@ -486,6 +491,8 @@ class PeftModel(View):
         self._load(Path(model_id), adapter_name, is_trainable, None, half=not autocast_adapter_dtype)
 
     def _load(self, where: Path, name: str | None, is_trainable: bool, config: PeftConfig | None, half: bool) -> Node:
+        if config is None and (asked := folder.replication_in(where)) is not None:
+            replication.check(self.base, asked)
         found = folder.load(where, self.base, self._record.fingerprint, name, config, is_trainable, half)
         for adapter in found.adapters:
             if adapter.name in self._names:
@@ -610,6 +617,10 @@ def get_peft_model(
     active = model.composition
     model.set_adapter(composition.Sum(active, name) if composition.names(active) else name)
     return model
+
+
+def _replication(config: PeftConfig | None) -> replication.Map | None:
+    return config.layer_replication if isinstance(config, LoraConfig) else None
 
 
 def _name_for(config: PeftConfig, given: str | None) -> str:

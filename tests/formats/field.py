@@ -71,7 +71,7 @@ class Case:
     """What is wrong with the field's own gradients, which are then not compared."""
 
     def base(self) -> Any:
-        return (MODELS | FAMILIES | PLAIN)[self.model]()
+        return (MODELS | FAMILIES | PLAIN | {"tied": tied})[self.model]()
 
     def ours(self) -> Any:
         return getattr(coadapt, self.config)(**_of(coadapt, {**self.options, **(self.own or {})}))
@@ -81,6 +81,7 @@ class Case:
         return getattr(peft, self.config)(**_of(peft, {**self.options, **quiet, **(self.theirs or {})}))
 
 
+APART = "tied factors are parameters of their own in the same memory, each with a part of the gradient"
 BATCH = {"routing": "batch"}
 CORE = "with a core tensor, its backward multiplies the gradients of B1 and B2 by the other product's factors"
 """Of LoHa."""
@@ -88,6 +89,11 @@ CORE = "with a core tensor, its backward multiplies the gradients of B1 and B2 b
 
 def task(model: str) -> dict[str, str]:
     return {} if model in PLAIN else {"t5": SEQ2SEQ, "bert": CLASSES}.get(model, CAUSAL)
+
+
+def tied() -> nn.Module:
+    """A Llama whose head is tied to its embedding."""
+    return MODELS["llama"](tie_word_embeddings=True)
 
 
 def lora(model: str, **options: Any) -> Case:
@@ -113,9 +119,21 @@ def other(model: str, config: str, **options: Any) -> Case:
 CASES = {
     "llama-lora": lora("llama"),
     "llama-all-linear": lora("llama", target_modules="all-linear"),
+    "llama-replicated": lora(
+        "llama", target_modules=["q_proj", "down_proj"], layer_replication=[[0, 2], [0, 2], [1, 2]]
+    ),
     "llama-regex": lora("llama", target_modules=r".*layers\.1\..*(q|down)_proj"),
     "llama-excluded": lora("llama", target_modules=["q_proj", "up_proj"], exclude_modules=["layers.0.mlp.up_proj"]),
     "llama-layers": lora("llama", target_modules=["q_proj"], layers_to_transform=[1], layers_pattern="layers"),
+    "tied-lora": replace(
+        lora("tied", target_modules=["embed_tokens", "v_proj"], ensure_weight_tying=True), wrong_gradients=APART
+    ),
+    "tied-head": replace(
+        lora("tied", target_modules=["lm_head", "v_proj"], ensure_weight_tying=True, use_rslora=True),
+        wrong_gradients=APART,
+    ),
+    "tied-saved": lora("tied", modules_to_save=["lm_head"], ensure_weight_tying=True),
+    "tied-tokens": lora("tied", trainable_token_indices=[3, 7, 20], ensure_weight_tying=True),
     "llama-embedding": lora("llama", target_modules=["embed_tokens", "v_proj"]),
     "llama-rslora": lora("llama", use_rslora=True),
     "llama-patterns": lora(
@@ -159,6 +177,9 @@ CASES = {
     "llama-velora": lora("llama", target_modules="all-linear", velora_config=_both("VeloraConfig", num_groups=4)),
     "gpt2-velora": lora("gpt2", velora_config=_both("VeloraConfig", num_groups=4)),
     "t5-velora": lora("t5", velora_config=_both("VeloraConfig", num_groups=5, init_type="random")),
+    "llama-monteclora": lora("llama", monteclora_config=_both("MontecloraConfig", num_samples=3)),
+    "gpt2-monteclora": lora("gpt2", monteclora_config=_both("MontecloraConfig", num_samples=2, use_entropy=True)),
+    "t5-monteclora": lora("t5", target_modules=["q", "wo"], monteclora_config=_both("MontecloraConfig")),
     "llama-kasa": lora("llama", target_modules="all-linear", kasa_config=_both("KasaConfig")),
     "t5-kasa": lora("t5", kasa_config=_both("KasaConfig")),
     "llama-dora": lora("llama", use_dora=True, target_modules="all-linear"),

@@ -132,7 +132,7 @@ def test_unknown_fields_at_their_default_pass(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("megatron_config", {"a": 1}), ("megatron_core", "other"), ("layer_replication", [[0, 1]]), ("something_new", 3)],
+    [("megatron_config", {"a": 1}), ("megatron_core", "other"), ("something_new", 3)],
 )
 def test_others_are_an_error_that_names_them(field: str, value: Any, tmp_path: Path) -> None:
     written(llama(), LoraConfig(r=2), tmp_path)

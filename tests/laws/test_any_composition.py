@@ -305,10 +305,15 @@ def test_saved_loaded_and_taken_away(model: str, data: st.DataObject) -> None:
 # ---- generation ------------------------------------------------------------------------------------------------------
 
 
+def untied(model: str) -> dict[str, Any]:
+    """`every`, but for what needs tied layers: a writer's head is its own."""
+    return {name: config for name, config in every(model).items() if name != "lora-tied"}
+
+
 @functools.cache
 def writing_view_of(model: str) -> PeftModel:
     view = PeftModel(writer(model))
-    for i, (name, config) in enumerate(every(model).items()):
+    for i, (name, config) in enumerate(untied(model).items()):
         torch.manual_seed(i)
         view.add_adapter(name, config)
         stir(view.get_adapter(name), seed=i, by=0.2)
@@ -318,7 +323,7 @@ def writing_view_of(model: str) -> PeftModel:
 @law(quick=8, full=40, models=tuple(model for model in WRITERS if model in DRAWN))
 def test_cached_generation_equals_uncached(model: str, data: st.DataObject) -> None:
     view = writing_view_of(model)
-    batch, rows = data.draw(mixed(model, every(model)))
+    batch, rows = data.draw(mixed(model, untied(model)))
     how = HOW[data.draw(st.sampled_from(["greedy", "beams"]))] | tasks(rows, range(len(rows)))
     tokens, mask = Batch(model, batch.lengths, "left").padded()
     if cannot_be(view, rows) or refusals(view, rows):

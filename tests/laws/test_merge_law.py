@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from coadapt import LoraConfig, PeftModel
 from coadapt.core.method import METHODS, WeightMethod
 from coadapt.methods.lora import LoRA
-from laws.setting import DIVIDES, EVERY, close, far, stir
+from laws.setting import DIVIDES, EVERY, ONLY_IN_TRAINING, close, far, stir
 from models import Holder
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -58,9 +58,9 @@ DIVIDE = {
     "road-1": ((2, 1), "does not divide"),
 }
 """What must divide the outputs and the inputs of a layer, and what is said where it does not."""
-DRAWS = ("velora", "poly", "pvera")
+DRAWS = ("velora", "poly", "pvera", "monteclora")
 """Cases whose training draws numbers, or approximates: compared in evaluation."""
-ELSEWHERE = ("lora-experts", "oft-experts", "vera-experts", "adalora-experts", "lora-tokens")
+ELSEWHERE = ("lora-experts", "oft-experts", "vera-experts", "adalora-experts", "lora-tied", "lora-tokens")
 """Cases that need a whole model."""
 WEIGHTS = [
     name for name, config in EVERY.items() if issubclass(METHODS[config.method], WeightMethod) and name not in ELSEWHERE
@@ -158,7 +158,8 @@ def test_gradients_follow_from_merge(kind: str, case: str) -> None:
     view, x = prepared(kind, case)
     layer: Any = view.base.layer
     x = x.requires_grad_() if x.is_floating_point() else x.clamp(min=1)  # the padding's row learns nothing either way
-    inputs = [*view.adapters.parameters(), *([x] if x.requires_grad else [])]
+    parameters = [p for n, p in view.adapters.named_parameters() if not n.endswith(ONLY_IN_TRAINING)]
+    inputs = [*parameters, *([x] if x.requires_grad else [])]
     view.train(case not in DRAWS)
     y = view(x)
     chosen = torch.randn(y.shape)

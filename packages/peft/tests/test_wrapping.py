@@ -47,7 +47,7 @@ def with_one(folder: Path, injected: bool) -> Any:
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_each_method_has_its_class(name: str) -> None:
-    assert len(WRAPPED) == 37
+    assert len(WRAPPED) == 38
     cls = getattr(peft, name)
     assert getattr(peft, f"{name.removesuffix('Model')}Config").kind == cls.kind == peft.PeftType(cls.kind)
     assert peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(cls.kind)] is cls

@@ -13,6 +13,7 @@ from ..config import PeftConfig
 from ..core import roles, target
 from ..core.adapter import Adapter, ModuleCopy, build
 from ..core.composition import Node
+from ..core.replication import replication_of
 from ..methods.bitfit import BitFit, BitFitConfig
 from ..methods.full_copy import FullCopyConfig
 from ..methods.ln_tuning import LNTuning, LNTuningConfig
@@ -192,6 +193,7 @@ def _config(base: nn.Module, results: Sequence[Result], common: Mapping[str, Any
         rank_pattern=patterns,
         alpha_pattern=patterns,
         lora_bias=new,
+        layer_replication=replication_of(base),
         bias="none" if new or not biases else "lora_only" if set(biases) <= set(layers) else "all",
         **common,
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..config import PeftConfig, TargetedConfig, WeightConfig
-from . import roles, target, tied
+from . import roles, target, tied, tying
 from .backbone import Backbone, backbones, stacks
 from .layer import Layer
 from .method import AttentionMethod, Companion, Driven, InputMethod, Method, ModuleMethod, WeightMethod, method_for
@@ -32,11 +32,16 @@ class ModuleCopy(ModuleMethod):
         super().__init__(config, layer, shared)
         self.copy = _plain_copy(layer.module).requires_grad_(True)
         self.widens = type(self.copy).forward is not nn.Linear.forward
+        self.ties, self.tied = tying.same(config), False
 
     @classmethod
     def places(cls, config: PeftConfig, base: nn.Module) -> list[Place]:
         found = target.by_name(base, config.modules_to_save or (), f"{type(config).__name__}: modules_to_save")
         return [Place(path, module) for path, module in found]
+
+    def share(self, earlier: Method) -> None:
+        if self.ties and isinstance(earlier, ModuleCopy):
+            self.tied, self.copy.weight = True, earlier.copy.weight
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         copied: Any = self.copy
@@ -160,6 +165,7 @@ def build(name: str, config: PeftConfig, base: nn.Module, half: bool = False, bl
     """
     cls = method_for(config)
     config = with_head(config, base)
+    config = replace_options(config, modules_to_save=tying.with_copies(config, base))
     adapter = Adapter(name, config)
     adapter.two_stacks = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
     places = cls.places(config, base)
@@ -279,13 +285,6 @@ def _settled(made: M, beside: nn.Module, half: bool) -> M:
     for tensor in (*made.parameters(), *made.buffers()):
         tensor.data = tensor.data.contiguous()  # what decompositions leave is not, and safetensors writes nothing else
     return made
-
-
-def later_names(module: nn.Module) -> dict[str, str]:
-    """Parameters that several sites share: each name but the first -> the first."""
-    first: dict[int, str] = {}
-    every = module.named_parameters(remove_duplicate=False)
-    return {name: first[id(p)] for name, p in every if first.setdefault(id(p), name) != name}
 
 
 def _seeded(seed: int | None) -> AbstractContextManager[Any]:

@@ -35,6 +35,8 @@ class Base:
         self.sites: Counter[nn.Module] = Counter()
         self.running: Counter[int] = Counter()
         """How many calls each view is in."""
+        self.below: Base | None = None
+        """Of the model that this one shares its weights with, where its blocks are repeated (replication.py)."""
         self.merged_by: int | None = None
         self.trained: list[nn.Parameter] = []
         self.counting: list[nn.Module] = []
@@ -62,6 +64,8 @@ class Base:
                 found = [(module, store.steady(module)) for _, module, store in quantised(self.model)]
                 self.steadied = [(module, undo) for module, undo in found if undo is not None]
             self.views.add(view)
+            if self.below is not None:
+                self.below.enter(view)
 
     def leave(self, view: int, modules: Iterable[nn.Module]) -> None:
         """A view goes: its sites are taken off; the last one restores what trained before."""
@@ -72,6 +76,8 @@ class Base:
             self.views.discard(view)
             if self.merged_by == view:
                 self.merged_by = None
+            if self.below is not None:
+                self.below.leave(view, ())
             if not self.views:
                 for parameter in self.trained:
                     parameter.requires_grad_(True)

@@ -215,8 +215,10 @@ def _plus_products(layer: Layer, methods: Mapping[str, LowRankMethod], node: Nod
     downs: list[torch.Tensor] = []
     for name, gate in terms(node, methods.__contains__):
         a, b, scale = methods[name].factors()
-        ups.append(b * (number(gate, layer.site) * scale))
-        downs.append(a.flatten(1))
+        a, factor = a.flatten(1), number(gate, layer.site) * scale
+        smaller = len(b) <= a.shape[1]  # the same of a transposed layer that is tied to this one
+        ups.append(b * factor if smaller else b)
+        downs.append(a if smaller else a * factor)
     weight = layer.weight()
     if not ups:
         return weight

@@ -69,7 +69,7 @@ def places(
     raw = list(dict.fromkeys([*(path for _, found in meant for path in found), *named]))
     only_raw = raw and len(words) == len(_listed(config)) and not any(paths for paths, _ in meant)
     found = [] if only_raw else layers(config, base, usual)
-    kept = _without_excluded(config, raw) if only_raw else [path for path in raw if not _excluded(config, path)]
+    kept = _without_excluded(config, raw) if only_raw else [path for path in raw if not is_excluded(config, path)]
     at = [place for path in (_in_layers(config, kept) if kept else []) for place in _raw_places(base, path, kinds)]
     return [*(Place(path, module) for path, module in found), *at]
 
@@ -222,7 +222,7 @@ def _without_excluded(config: TargetedConfig, paths: list[str]) -> list[str]:
     excluded = config.exclude_modules
     if excluded is None:
         return paths
-    gone = {p for p in paths if _excluded(config, p)}
+    gone = {p for p in paths if is_excluded(config, p)}
     if isinstance(excluded, str):
         idle = [] if gone else [excluded]
     else:
@@ -234,7 +234,7 @@ def _without_excluded(config: TargetedConfig, paths: list[str]) -> list[str]:
     return [p for p in paths if p not in gone]
 
 
-def _excluded(config: TargetedConfig, path: str) -> bool:
+def is_excluded(config: TargetedConfig, path: str) -> bool:
     match config.exclude_modules:
         case None:
             return False

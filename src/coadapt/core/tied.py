@@ -1,6 +1,6 @@
-"""Which layers have the very same weight."""
+"""Which layers have the very same weight; and states of adapters at such layers, which hold each tensor once."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,3 +41,21 @@ def _equal(one: nn.Module, other: nn.Module) -> bool:
     if a.is_meta or b.is_meta:
         return a.is_meta and b.is_meta
     return (a.shape, a.dtype) == (b.shape, b.dtype) and torch.equal(a.cpu(), b.cpu())
+
+
+def aliases(holder: nn.Module) -> dict[str, str]:
+    """Keys of a state whose tensor has another key before -> that one. Files of tensors refuse to hold one twice."""
+    first: dict[int, str] = {}
+    every = holder.state_dict(keep_vars=True)
+    return {key: first[id(t)] for key, t in every.items() if first.setdefault(id(t), key) != key}
+
+
+def once(state: dict[str, Any], holder: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """`state` of `holder` without what is there by another key."""
+    again = {prefix + key for key in aliases(holder)}
+    return {key: value for key, value in state.items() if key not in again}
+
+
+def everywhere(state: Mapping[str, Any], holder: nn.Module) -> dict[str, Any]:
+    """Undoes `once`."""
+    return {**{key: state[one] for key, one in aliases(holder).items() if one in state}, **state}

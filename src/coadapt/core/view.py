@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..config import PeftConfig
-from . import arguments, composition, distributed, driving, loss, routing
-from .adapter import Adapter, attribute, build, later_names, replace_options, sites_of
+from . import arguments, composition, distributed, driving, loss, routing, tied
+from .adapter import Adapter, attribute, build, replace_options, sites_of
 from .backbone import stacks
 from .base import Base, base_of, statistics
 from .compiling import not_traced, untraced
@@ -365,10 +365,8 @@ class View(nn.Module, ABC):
     ) -> dict[str, Any]:
         """The adapters and learned gates only, under attribute paths of this view; what sites share is there once."""
         destination = {} if destination is None else destination
-        self.adapters.state_dict(destination=destination, prefix=f"{prefix}adapters.", keep_vars=keep_vars)
-        self.gates.state_dict(destination=destination, prefix=f"{prefix}gates.", keep_vars=keep_vars)
-        for name in later_names(self.adapters):
-            del destination[f"{prefix}adapters.{name}"]
+        holder = self._own()
+        destination |= tied.once(holder.state_dict(prefix=prefix, keep_vars=keep_vars), holder, prefix)
         destination[f"{prefix}_extra_state"] = self.get_extra_state()
         return destination
 
@@ -380,15 +378,19 @@ class View(nn.Module, ABC):
             self.set_extra_state(extra)
         for adapter in self._names.values():
             driving.forget(adapter)
+        holder = self._own()
+        again = tied.aliases(holder)
+        done = holder.load_state_dict(tied.everywhere(state, holder), strict=strict, assign=assign)
+        for key, one in again.items() if assign else ():
+            (path, _, name), (other, _, there) = key.rpartition("."), one.rpartition(".")
+            setattr(holder.get_submodule(path), name, getattr(holder.get_submodule(other), there))
+        return done
+
+    def _own(self) -> nn.Module:
+        """What a state of this view is of."""
         holder = nn.Module()
         holder.adapters, holder.gates = self.adapters, self.gates
-        later = later_names(holder)
-        state |= {name: state[first] for name, first in later.items() if first in state}
-        loaded = holder.load_state_dict(state, strict=strict, assign=assign)
-        for name, first in later.items():  # with `assign`, each has become one of its own
-            owner, _, own = name.rpartition(".")
-            setattr(holder.get_submodule(owner), own, holder.get_parameter(first))
-        return loaded
+        return holder
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = {

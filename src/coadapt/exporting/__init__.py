@@ -8,6 +8,7 @@ from typing import Any
 from ..combining import Report
 from ..core.composition import Node, names
 from ..core.modes import evaluating
+from ..core.replication import replication_of
 from ..formats import mlx, onnx
 from ..formats.gguf import model as gguf
 from ..model import PeftModel
@@ -81,6 +82,11 @@ def export(
     node = model.composition if adapters is None else model.checked(adapters)
     if not names(node):
         raise ValueError("No adapter is active, so there is nothing to export. Name some: adapters=, --adapters.")
+    if replication_of(model.base) is not None and (merge or aim.name != "peft"):
+        raise ValueError(
+            f"Blocks of this base are there several times (layer_replication), which {aim.name} does not do. Make a "
+            "model of its own first: coadapt merge, or merge_and_unload()."
+        )
     where = Path(out)
     refuse_taken(where, overwrite)
     form = aim.merged if merge else aim.adapter

@@ -16,6 +16,7 @@ from ..core.adapter import Adapter, ModuleCopy, build, replace_options
 from ..core.composition import Node, names
 from ..core.layer import Layer, kind_of
 from ..core.method import AttentionMethod, InputMethod, WeightMethod
+from ..core.replication import replication_of
 from ..core.target import suffix_match
 from ..formats.vocabulary import kept
 from ..methods.bitfit import BitFit
@@ -121,7 +122,13 @@ def plain_lora(base: Any, adapters: Mapping[str, Adapter], node: Node, r: Any) -
     if not changes:
         raise ValueError(f"{node!r} changes no weights, so there is nothing to export.")
     rank = max(row.rank or 1 for row in rows)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=_ends(changes, base), **_common(adapters, node))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=_ends(changes, base),
+        layer_replication=replication_of(base),
+        **_common(adapters, node),
+    )
     adapter = build("default", config, base, blank=True)
     for part in adapter.parts:
         assert isinstance(part.method, LoRA)

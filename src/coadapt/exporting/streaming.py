@@ -24,6 +24,7 @@ from ..core.adapter import ModuleCopy, Part
 from ..core.around import around
 from ..core.composition import Node, names
 from ..core.layer import Layer, kind_of
+from ..core.replication import replication_of
 from ..core.store import value
 from ..model import PeftModel
 
@@ -60,6 +61,11 @@ def merge_to(view: PeftModel, where: Path, max_shard_size: int | str = SHARD) ->
         ValueError: a weight becomes infinite, or the files join weights that the model has apart.
     """
     base: Any = view.base
+    if replication_of(base) is not None:
+        raise ValueError(
+            "Blocks of this base are there several times (layer_replication), which cannot be merged from file to "
+            "file. Merge in memory: without --stream, or merge_and_unload()."
+        )
     adapters = {name: view.get_adapter(name) for name in names(view.composition)}
     merging.refuse_beside(adapters, view.composition)
     changes = _Changes(base, merging.changed(adapters, view.composition), view.composition)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig, check_name
-from ..core import driving
-from ..core.adapter import Adapter, build, later_names, replace_options
+from ..core import driving, tied
+from ..core.adapter import Adapter, build, replace_options
 from ..core.composition import Node, trained_gates
 from ..core.routing import prepare
 from .compositions import node_from_json, node_to_json
@@ -123,9 +123,9 @@ def _fill(file: Path, adapters: list[Adapter], node: Node, state: Mapping[str, T
     view.adapters, view.gates = nn.Module(), nn.ModuleList(trained_gates(node))
     for adapter in adapters:
         view.adapters.add_module(adapter.attribute, adapter)
-    known, later = view.state_dict(), later_names(view)
-    refuse_misfits(file, {k: tuple(t.shape) for k, t in known.items() if k not in later}, state)
-    view.load_state_dict({**state, **{name: state[first] for name, first in later.items()}})
+    known = tied.once(view.state_dict(), view)
+    refuse_misfits(file, {k: tuple(t.shape) for k, t in known.items()}, state)
+    view.load_state_dict(tied.everywhere(state, view))
 
 
 def refuse_misfits(file: Path, known: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 from torch import nn
 
 from ..config import InputConfig, PeftConfig, TargetedConfig
-from ..core import target
-from ..core.adapter import Adapter, replace_options
+from ..core import target, tying
+from ..core.adapter import Adapter, ModuleCopy, replace_options
 from ..core.backbone import backbones
 from ..core.bypass import holders
+from ..core.layer import kind_of
 from ..core.method import method_for
+from ..core.replication import blocks_of
 from ..core.roles import HEADS, Place
 from ..core.target import suffix_match
 from ..inits import named
@@ -23,7 +25,7 @@ from ..methods.boft import BOFTConfig
 from ..methods.cartridge import CartridgeConfig
 from ..methods.hira import HiraConfig
 from ..methods.ia3 import FEED_FORWARD, IA3Config
-from ..methods.lora import LoraConfig
+from ..methods.lora import LoRA, LoraConfig
 from ..methods.miss import MissConfig
 from ..methods.multitask_prompt import MultitaskPromptTuningConfig
 from ..methods.prefix import PrefixTuningConfig
@@ -117,6 +119,7 @@ def _of_lora(config: LoraConfig) -> dict[str, Any]:
         "alpha_pattern": {k: _whole(v) for k, v in config.alpha_pattern.items()},
         **{name: getattr(config, name) for name in _OF_DATA},
         **({} if config.loftq_config else {"loftq_config": None}),
+        **({} if config.ensure_weight_tying else {"ensure_weight_tying": None}),  # peft before 0.19 does not know it
         **({} if config.alora_invocation_tokens is None else {"task_type": "CAUSAL_LM"}),  # the field asks for it
     }
 
@@ -204,6 +207,7 @@ def _targets(config: TargetedConfig, adapter: Adapter, base: nn.Module) -> dict[
         return said | {"target_modules": sorted(layers), **dict.fromkeys(none)}
     words = target.named_parts(config)
     found = isinstance(config.target_modules, str) or words or (config.target_modules is None and layers)
+    found = found or tying.same(config)  # the field wants the tied ones named
     if isinstance(config, IA3Config) or found:
         ends = _ends(layers)
         by_name: dict[str, Any] = {}
@@ -265,12 +269,27 @@ def readable(config: PeftConfig, adapter: Adapter, base: nn.Module) -> bool:
             return facts.model_type in ("llama", "mistral", "gpt2") and not config.modules_to_save
         case LoraConfig() if config.use_qalora or config.init_lora_weights == "loftq":
             return False  # at GPTQ's layers only; with a GPU and bitsandbytes only, and scaled otherwise
+        case LoraConfig() if _ties_embeddings(adapter):
+            return False
+        case LoraConfig() if config.layer_replication and not _REPEATED.fullmatch(blocks_of(base)):
+            return False
         case _:
             method = method_for(config)
             takes = names.TAKES.get(method.registered)
             layers = [p.place.module for p in adapter.parts if isinstance(p.method, method)]
             known = takes is None or all(any(c.__name__ in takes for c in type(m).__mro__) for m in layers)
             return as_theirs and method.registered in names.SITES and known
+
+
+_REPEATED = re.compile(r"(model\.)*((bert\.)?encoder\.layer|layers|h)")
+"""Where the field's library looks for the blocks that it repeats."""
+
+
+def _ties_embeddings(adapter: Adapter) -> bool:
+    """Whether embeddings are tied to each other in it, which the field does for heads only."""
+    methods = [(p.place.module, p.method) for p in adapter.parts]
+    tied = [m for m, method in methods if (isinstance(method, LoRA | ModuleCopy) and method.tied)]
+    return any((kind := kind_of(m)) is not None and kind.name == "embedding" for m in tied)
 
 
 def asked_targets(config: PeftConfig) -> str | None:
@@ -296,6 +315,8 @@ def understood(values: Mapping[str, Any], base: Any) -> PeftConfig:
             for name in (*_OF_DATA, "loftq_config"):
                 if said.get("init_lora_weights") != name.removesuffix("_config"):
                     said.pop(name, None)
+            if drawn := said.get("monteclora_config"):  # numbers are not drawn ahead here
+                said["monteclora_config"] = {k: v for k, v in drawn.items() if k != "buffer_size"}
             said["target_modules"] = said.get("target_modules") or None  # the field writes [] beside target_parameters
         case "ADALORA":
             said.pop("r", None)  # a LoRA's, of which it makes no use

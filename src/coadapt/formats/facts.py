@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from safetensors import safe_open
 
+from ..lora_options import variants
 from . import checkpoint, files
 from .compositions import node_from_json
 from .files import CHECKPOINT, COMPOSITION, CONFIG, WEIGHTS
@@ -15,17 +16,6 @@ from .files import CHECKPOINT, COMPOSITION, CONFIG, WEIGHTS
 LISTED = 8
 Form = Literal["folder", "checkpoint"]
 """An adapter folder; what a stock Trainer writes of a view."""
-
-
-_VARIANTS = {
-    "use_dora": "DORA",
-    "alora_invocation_tokens": "ALORA",
-    "use_bdlora": "BD_LORA",
-    "use_qalora": "QA_LORA",
-    "kasa_config": "KASA",
-    "velora_config": "VELORA",
-}
-"""Field of a LoRA's configuration -> the variant that it asks for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +37,7 @@ class Facts:
     def kind(self) -> str:
         """The method, by the field's name; of LoRA's variants ours."""
         said = str(self.config.get("peft_type"))
-        variants = (name for field, name in _VARIANTS.items() if self.config.get(field) not in (None, False))
-        variant = "LOFTQ" if self.config.get("init_lora_weights") == "loftq" else said
-        return next(variants, variant) if said == "LORA" else said
+        return next(iter(variants(self.config)), said) if said == "LORA" else said
 
     @property
     def ranks(self) -> set[int]:

@@ -30,6 +30,7 @@ from .configs import (
     with_start,
     without_start,
 )
+from .facts import read_facts
 from .files import CHECKPOINT, COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, aside
 from .keys import ROOT, entries, holds_biases, is_unread, present, shared_keys
 from .provenance import compare_bases, fingerprint_in, record, start_in
@@ -184,6 +185,22 @@ def load(
     raise _no_adapter(where)
 
 
+def replication_in(where: Path) -> Any:
+    """How the LoRAs of a folder have the blocks of their model repeated; None where they do not, or none is there.
+
+    Raises:
+        ValueError: one has them otherwise than another.
+    """
+    try:
+        found = [facts.config.get("layer_replication") for facts in read_facts(where).adapters]
+    except (FileNotFoundError, ValueError):
+        return None  # loading says what is wrong
+    asked = [wanted for wanted in found if wanted]
+    if any(wanted != asked[0] for wanted in asked):
+        raise ValueError(f"{where} holds LoRAs with different layer_replication: {asked}. Load them one by one.")
+    return asked[0] if asked else None
+
+
 def _load_xlora(reader: _Reader, where: Path, name: str | None, is_trainable: bool) -> Loaded:
     config = understood(files.read_json(where / CONFIG), reader.base)
     assert isinstance(config, XLoraConfig)
@@ -324,8 +341,8 @@ def _fill(adapter: Adapter, reader: _Reader, tensors: Mapping[str, Tensor], file
     done |= {k for k, t in others.items() if _is_copied(k, t, tensors) or is_unread(k, adapter)}
     used = {k: t for k, t in tensors.items() if k not in done}
     checkpoint.refuse_misfits(file, {k: e.shape for k, e in known.items()}, used)
-    for key, tensor in used.items():
-        known[key].write(tensor)
+    for key, entry in known.items():
+        entry.write(used[key])
 
 
 def _is_the_bases(key: str, tensor: Tensor, base: nn.Module) -> bool:

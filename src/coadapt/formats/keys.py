@@ -31,6 +31,7 @@ from ..methods.loha import LoHa
 from ..methods.lokr import LoKr
 from ..methods.lora import LoRA
 from ..methods.lora_bias import LoraBias
+from ..methods.monteclora import MonteCLoRA
 from ..methods.multitask_prompt import MultitaskPromptTuning
 from ..methods.prefix import Blocks, PrefixTuning, PrefixTuningConfig
 from ..methods.shadow import Shadow
@@ -157,6 +158,9 @@ def _of_part(adapter: Adapter, part: Part, base: nn.Module, taken: bool) -> Iter
         case Shadow() as method:
             yield from _plain(adapter, part, path)
             yield from (_zeros(_key(adapter, part, path, n), shape) for n, shape in method.absent.items())
+        case MonteCLoRA() as method:
+            yield from _plain(adapter, part, path, taken)
+            yield from _last_drawn(method, f"{ROOT}{path}.lora_monteclora_sampler.")
         case KeptRows():
             yield from _kept(adapter, part, base)
         case TrainableTokens() if isinstance(adapter.config, TokensConfig):
@@ -166,6 +170,8 @@ def _of_part(adapter: Adapter, part: Part, base: nn.Module, taken: bool) -> Iter
             yield from _plain(adapter, part, path)
         case LoRA() as method if part.place.parameter and type(method) is LoRA:
             yield from _of_parameter(adapter, part, method, path.rpartition(".")[0], taken)
+        case LoRA() as method if method.turned:
+            yield from _turned(adapter, part, method, path, taken)
         case VBLoRA() as method if method.best_only:
             for name in ("zA", "zB"):
                 yield from _chosen(method, name, _key(adapter, part, path, name))
@@ -278,6 +284,24 @@ def _key(adapter: Adapter, part: Part, path: str, name: str) -> str:
     return ROOT + inside + name
 
 
+def _turned(adapter: Adapter, part: Part, method: LoRA, path: str, taken: bool) -> Iterator[Entry]:
+    """A layer that is tied to one with the transposed weight: the factors there, as the field has them here."""
+    for name, other in (("A", "B"), ("B", "A")):
+        whole = _whole("", method.get_parameter(other))
+        there = _with_taken(whole, method, other) if taken else whole
+        key = _key(adapter, part, path, name)
+
+        def write(tensor: Tensor, key: str = key, there: Entry = there) -> None:
+            now = there.read()
+            if not torch.equal(now, tensor.mT.to(now)):
+                raise ValueError(
+                    f"{key} is not what the layer has that it is tied to (ensure_weight_tying): peft's parameters come "
+                    "apart when its model is moved. Put ensure_weight_tying=false into adapter_config.json."
+                )
+
+        yield Entry(key, there.shape[::-1], lambda there=there: there.read().mT.contiguous(), write)
+
+
 def _of_parameter(adapter: Adapter, part: Part, method: LoRA, path: str, taken: bool) -> Iterator[Entry]:
     """The field keeps all experts' factors in two matrices, A [E R, I] and B [O, R E], each expert's ranks apart in B.
 
@@ -374,6 +398,13 @@ def _tokens_beside(adapter: Adapter, part: Part, path: str) -> Iterator[Entry]:
 def _zeros(key: str, shape: tuple[int, ...]) -> Entry:
     """The field writes zeros for what is not there."""
     return Entry(key, shape, lambda: torch.zeros(shape), lambda _: None)
+
+
+def _last_drawn(method: MonteCLoRA, inside: str) -> Iterator[Entry]:
+    """The field stores what its last training call drew, of which nobody makes use; we write what it starts with."""
+    rank, n = len(method.v), len(method.c)
+    yield Entry(f"{inside}gaussian_var_prior", (rank, rank), lambda: torch.eye(rank), lambda _: None)
+    yield Entry(f"{inside}expert_weights", (n,), lambda: torch.ones(n) / n, lambda _: None)
 
 
 def _bias(part: Part, key: str) -> Entry:

@@ -41,8 +41,9 @@ def tensors(adapter: Adapter, base: Any) -> dict[str, Tensor]:
     for part in adapter.parts:
         assert isinstance(part.method, LoRA)
         path = mlx_name(part.place.path, base)
-        found[f"{path}.lora_a"] = part.method.A.detach().mT.contiguous()
-        found[f"{path}.lora_b"] = part.method.B.detach().mT.contiguous()
+        a, b, _ = part.method.factors()
+        found[f"{path}.lora_a"] = a.detach().mT.contiguous()
+        found[f"{path}.lora_b"] = b.detach().mT.contiguous()
     return found
 
 

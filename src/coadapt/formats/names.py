@@ -11,6 +11,12 @@ SITES: Mapping[str, Mapping[str, str]] = {
     "BD_LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
     "KASA": {"A": "lora_A.weight", "B": "lora_B.weight", "d": "lora_diag"},
     "LOFTQ": {"change.A": "lora_A.weight", "change.B": "lora_B.weight"},
+    "MONTECLORA": {
+        "A": "lora_A.weight",
+        "B": "lora_B.weight",
+        "v": "lora_monteclora_sampler.std_prior",
+        "c": "lora_monteclora_sampler.expert_weights_prior",
+    },
     "QA_LORA": {"A": "lora_A.weight", "B": "lora_B.weight"},
     "VELORA": {"change.A": "lora_A.weight", "change.B": "lora_B.weight", "v": "lora_velora_embed"},
     "IA3": {"l": "ia3_l"},
@@ -140,6 +146,7 @@ TAKES: Mapping[str, Sequence[str]] = {
     "UNILORA": ("Linear", "Conv1D"),
     "VBLORA": ("Linear", "Conv1D"),
     "VERA": ("Linear", "Conv1D"),
+    "MONTECLORA": ("Linear", "Conv1D"),
     "OFT": ("Linear", "Embedding"),
     "COFT": ("Linear", "Embedding"),
 }

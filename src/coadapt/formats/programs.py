@@ -57,7 +57,7 @@ class Verdict:
         return not self.reasons
 
 
-BECOME_LORA = ("LORA", "DORA", "IA3", "BD_LORA", "QA_LORA", "KASA", "LOFTQ", "VELORA")
+BECOME_LORA = ("LORA", "DORA", "IA3", "BD_LORA", "QA_LORA", "KASA", "LOFTQ", "MONTECLORA", "VELORA")
 """What `coadapt export` writes as a plain LoRA, exactly or as the best of a rank."""
 
 
@@ -86,6 +86,8 @@ class Program:
     def _remedy(self, facts: Facts, reasons: Sequence[str]) -> str | None:
         which = f" --adapters {shlex.quote(facts.name)}" if facts.form == "checkpoint" else ""
         export = f"coadapt export {_quoted(facts)} --for {self.target}{which}"
+        if facts.config.get("layer_replication"):
+            return f"coadapt merge --adapter {_quoted(facts)}{which} --out MERGED"
         if self.own_kinds:
             if list(reasons) == [*_as_checkpoint(facts)]:
                 return export
@@ -139,6 +141,8 @@ def _only_lora(facts: Facts) -> Iterator[str]:
         yield "it takes no DoRA"
     elif facts.kind != "LORA":
         yield f"it takes LoRA only, and this is {facts.kind}"
+    elif facts.config.get("layer_replication"):
+        yield "it does not repeat blocks of the base (layer_replication)"
 
 
 def _beyond(facts: Facts, ends: bool = False) -> Iterator[str]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import TargetedConfig
+from ..config import TargetedConfig, TokensConfig
 from ..core import roles, target
 from ..core.backbone import backbones
 from ..core.bypass import holders
@@ -117,12 +117,25 @@ class WithTokens:
 
     @classmethod
     def companions(cls, config: Any, base: nn.Module, places: list[Place]) -> list[Companion]:
-        tokens = config.trainable_token_indices
-        named = tokens if isinstance(tokens, Mapping) else {None: tokens} if tokens else {}
-        found = [
-            TrainableTokensConfig(token_indices=ids, target_modules=None if name is None else [name])
-            for name, ids in named.items()
-        ]
         inherited: Any = super()
-        beside = [Companion(TrainableTokens, own, TrainableTokens.places(own, base)) for own in found]
-        return [*inherited.companions(config, base, places), *beside]
+        return [*inherited.companions(config, base, places), *beside_tokens(config, base)]
+
+
+def beside_tokens(config: TokensConfig, base: nn.Module) -> list[Companion]:
+    """What trains the single tokens that a configuration names beside its method."""
+    tokens, who = config.trainable_token_indices, type(config).__name__
+    named = tokens if isinstance(tokens, Mapping) else {None: tokens} if tokens else {}
+    found: list[Companion] = []
+    for name, ids in named.items():
+        own = TrainableTokensConfig(token_indices=ids, target_modules=None if name is None else [name])
+        places = TrainableTokens.places(own, base)
+        paths = {place.path for place in places}
+        earlier: Any = next((c.config for c in found if paths & {place.path for place in c.places}), None)
+        if earlier is None:
+            found.append(Companion(TrainableTokens, own, places))
+        elif earlier != replace(own, target_modules=earlier.target_modules):
+            raise ValueError(
+                f"{who}: trainable_token_indices names {name!r} and what it is tied to, with other tokens. "
+                "They have one weight: name one of them, or the same tokens for both."
+            )
+    return found

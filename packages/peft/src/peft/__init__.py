@@ -52,7 +52,8 @@ _OWN = {
         FourierFTModel FrodModel GloraModel GraloraModel HRAModel HiraModel IA3Model LNTuningModel LilyModel
         LoHaModel LoKrModel LoraModel MissModel OFTModel OSFModel PEFT_TYPE_TO_MIXED_MODEL_MAPPING
         PEFT_TYPE_TO_TUNER_MAPPING PeanutModel PolyModel PsoftModel PveraModel RandLoraModel RoadModel ShadowModel
-        ShiraModel SupertuningModel TinyLoraModel TrainableTokensModel UniLoraModel VBLoRAModel VeraModel WaveFTModel""",
+        ShiraModel SupertuningModel TinyLoraModel TrainableTokensModel UniLoraModel VBLoRAModel VeraModel
+        WaveFTModel""",
 }
 _HOMES = {name: f"{__name__}.{home}" for home, names in _OWN.items() for name in names.split()}
 _HOMES |= dict.fromkeys(_COADAPT, f"{__name__}.configs")
