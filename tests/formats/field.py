@@ -525,16 +525,17 @@ def field_gradients(model: Any) -> dict[str, Tensor]:
 
 
 def _read_as_gradients(values: dict[nn.Parameter, Tensor], read: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What `read` gives where each parameter is its gradient, without what is there whatever the parameters are."""
-    for parameter in values:
-        parameter.data = torch.zeros_like(parameter)
-    fixed = read()
-    for parameter in values:
-        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    stored = {key: value - fixed[key] for key, value in read().items()}
+    """What `read` gives where each parameter is its gradient, less what is there with parameters of zero; what does not
+    depend on parameters is frozen, and stays as it is."""
+    laid_out: list[dict[str, Tensor]] = []
+    for made in (lambda p: torch.zeros_like(p) if p.grad is None else p.grad, torch.zeros_like, torch.ones_like):
+        for parameter in values:
+            parameter.data = made(parameter)
+        laid_out.append(read())
     for parameter, value in values.items():
         parameter.data = value
-    return stored
+    gradients, zeros, ones = laid_out
+    return {key: torch.where(zeros[key] == ones[key], t, t - zeros[key]) for key, t in gradients.items()}
 
 
 def over_again(key: str) -> bool:

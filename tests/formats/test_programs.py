@@ -27,7 +27,7 @@ from .field import field_logits, field_quietly, logits
 ON_LLAMA = {
     name: config
     for name, config in (CASES | VARIANTS).items()
-    if name not in ("bitfit", "lora-bias", "lora-tied")
+    if name not in ("bitfit", "lora-bias", "glora-bias", "lora-tied")
     and not name.endswith("-experts")
     and (not name.startswith("adamss") or importlib.util.find_spec("sklearn"))
 }

@@ -28,6 +28,7 @@ REFUSED = {
     "lily": "names parameters that are no layers",
     "lora-bias": "none of the layers concerned has a bias",
     "lora-own-bias": "LoraBias adapts layers of these kinds",
+    "monteclora": "MonteCLoRA cannot adapt .* it draws what it adds in each call",
     "pvera": "PVeRA cannot adapt .* it draws what it adds in each call",
     "tokens": "names parameters that are no layers",
     "velora": "VeLoRA cannot adapt .* it changes what a call keeps for its backward",
@@ -243,10 +244,14 @@ LISTED = [
     case
     for case, config in EVERY.items()
     if issubclass(METHODS[config.method], WeightMethod | ModuleMethod | ModuleCopy)
-    and (case not in REFUSED or case in ("beft", "bitfit", "lily", "pvera", "velora", "lora-bias", "lora-own-bias"))
+    and (
+        case not in REFUSED
+        or case in ("beft", "bitfit", "lily", "monteclora", "pvera", "velora", "lora-bias", "lora-own-bias")
+    )
     and hasattr(config, "target_modules")
     and not case.endswith(("-stream", "-parallel", "-tokens"))
-    and case not in ("reft", "reft-direct", "language", "compacter-whole")  # whole blocks of transformers' models
+    and not case.startswith(("reft", "shadow"))
+    and case not in ("language", "compacter-whole")  # whole blocks of transformers' models
 ]
 
 

@@ -5,12 +5,12 @@ from ..core.gates import Gate, Gates
 from ..core.invocation import active
 from ..core.layer import Layer, kind_of
 from ..core.lowrank import Term, added
-from ..core.method import Companion, ModuleMethod, Place, register
-from .lora import LoRA, LoraConfig
+from ..core.method import ModuleMethod, Place, register
+from .lora import LoRA, LoraConfig, OfLoraConfig
 
 
 @register(LoraConfig, variant="ALORA")
-class ALoRA(ModuleMethod):
+class ALoRA(OfLoraConfig, ModuleMethod):
     """y_t + (alpha / r) B A x_t for the tokens t from the invocation on, y_t = base(x_t) before
 
     Activated LoRA: Fine-tuned LLMs for Intrinsics, Greenewald et al. 2025, arXiv:2504.12397. The invocation is the last
@@ -43,10 +43,6 @@ class ALoRA(ModuleMethod):
                 f"{type(base).__name__} is not."
             )
         return LoRA.places(config, base)
-
-    @classmethod
-    def companions(cls, config: LoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
-        return LoRA.companions(config, base, places)
 
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         y = base(x)

@@ -64,7 +64,9 @@ class DeLoRA(WithBiases, LowRankMethod):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         if not config.init_weights:
             nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
-        self.register_buffer("n", torch.linalg.vector_norm(layer.weight(), dim=0, dtype=torch.float32))  # (I, *K)
+        weight = layer.weight()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.register_buffer("n", torch.linalg.vector_norm(weight, dim=0, dtype=wide))  # (I, *K)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         lengths = torch.linalg.vector_norm(self.A.flatten(1), dim=1).clamp(min=1e-4)

@@ -2,13 +2,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.layer import Layer
-from ..core.method import Companion, Place, WeightMethod, register
+from ..core.method import WeightMethod, register
 from ..core.precision import squares
-from .lora import LoRA, LoraConfig
+from .lora import LoRA, LoraConfig, OfLoraConfig
 
 
 @register(LoraConfig, variant="DORA")
-class DoRA(WeightMethod):
+class DoRA(OfLoraConfig, WeightMethod):
     """W' = m (W + s B A) / norm(W + s B A), row by row
 
     DoRA: Weight-Decomposed Low-Rank Adaptation, Liu et al. 2024, arXiv:2402.09353. W is the weight with what stands
@@ -23,10 +23,6 @@ class DoRA(WeightMethod):
         super().__init__(config, layer, shared)
         self.change = LoRA(config, layer).to(layer.weight().device)
         self.m = nn.Parameter(self.norms(layer))  # (O,)
-
-    @classmethod
-    def companions(cls, config: LoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
-        return LoRA.companions(config, base, places)
 
     def merge(self, weight: Tensor) -> Tensor:
         changed = self.change.merge(weight)

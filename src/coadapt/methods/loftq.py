@@ -5,14 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from ..core.layer import Known, Layer
-from ..core.method import Companion, Place, WeightMethod, register
+from ..core.method import WeightMethod, register
 from ..inits import Site
 from ..inits.loftq import dequantised, loftq, quantised
-from .lora import LoRA, LoraConfig
+from .lora import LoRA, LoraConfig, OfLoraConfig
 
 
 @register(LoraConfig, variant="LOFTQ")
-class LoftQ(WeightMethod):
+class LoftQ(OfLoraConfig, WeightMethod):
     """W' = Q + (alpha / r) B A, Q the weight quantised so that the sum starts near to W
 
     LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models, Li et al. 2023, arXiv:2310.08659. Different
@@ -44,10 +44,6 @@ class LoftQ(WeightMethod):
                 self.change.B = nn.Parameter(b.contiguous())
         self.register_buffer("codes", codes)
         self.register_buffer("most", most)
-
-    @classmethod
-    def companions(cls, config: LoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
-        return LoRA.companions(config, base, places)
 
     def quantised(self) -> Tensor:
         """(O, I, *K)"""

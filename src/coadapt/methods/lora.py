@@ -16,8 +16,29 @@ from .lora_config import LoraConfig
 from .trainable_tokens import WithTokens, beside_tokens
 
 
+class OfLoraConfig(WithTokens, WithBiases):
+    """Mixed into LoRA and its variants: where what a LoraConfig describes sits, and what comes along."""
+
+    @classmethod
+    def places(cls, config: LoraConfig, base: nn.Module) -> list[Place]:
+        inherited: Any = super()
+        tokens = [place for beside in beside_tokens(config, base) for place in beside.places]
+        places = tying.with_places(config, base, inherited.places(config, base), tokens)
+        if config.ensure_weight_tying and config.method != "LORA" and tying.tied(base, [p.path for p in places]):
+            raise ValueError(
+                f"LoraConfig: ensure_weight_tying makes plain LoRAs one; {config.method} cannot be at tied layers so. "
+                "Put those into another adapter."
+            )
+        return places
+
+    @classmethod
+    def companions(cls, config: LoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
+        own = [Companion(LoraBias, config, places)] if config.lora_bias else []
+        return [*super().companions(config, base, places), *own]
+
+
 @register(LoraConfig)
-class LoRA(WithTokens, WithBiases, LowRankMethod):
+class LoRA(OfLoraConfig, LowRankMethod):
     """W' = W + (alpha / r) B A, or W + (alpha / r) (B A - B0 A0)
 
     LoRA: Low-Rank Adaptation of Large Language Models, Hu et al. 2021, arXiv:2106.09685. On an embedding A starts at
@@ -54,14 +75,14 @@ class LoRA(WithTokens, WithBiases, LowRankMethod):
         self.register_buffer("A0", None if a0 is None else a0.unflatten(-1, (-1, *kernel)))  # as A and B, frozen
         self.register_buffer("B0", b0)
         self.waits = begun.waits
-        self.path, self.ties = layer.path, tying.same(config)
+        self.ties = layer.path if tying.same(config) else ""
 
     def share(self, earlier: Method) -> None:
         if not self.ties or not isinstance(earlier, LoRA):
             return
         if (len(earlier.B.mT), earlier.scale) != (len(self.B.mT), self.scale):
             raise ValueError(
-                f"LoraConfig: ensure_weight_tying makes one change of {earlier.path!r} and {self.path!r}, which "
+                f"LoraConfig: ensure_weight_tying makes one change of {earlier.ties!r} and {self.ties!r}, which "
                 "rank_pattern or alpha_pattern give another rank or scale."
             )
         self.tied, self.turned = True, earlier.kind != self.kind
@@ -75,22 +96,6 @@ class LoRA(WithTokens, WithBiases, LowRankMethod):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.waits = ""
-
-    @classmethod
-    def places(cls, config: LoraConfig, base: nn.Module) -> list[Place]:
-        tokens = [place for beside in beside_tokens(config, base) for place in beside.places]
-        places = tying.with_places(config, base, super().places(config, base), tokens)
-        if config.ensure_weight_tying and config.method != "LORA" and tying.tied(base, [p.path for p in places]):
-            raise ValueError(
-                f"LoraConfig: ensure_weight_tying makes plain LoRAs one; {config.method} cannot be at tied layers so. "
-                "Put those into another adapter."
-            )
-        return places
-
-    @classmethod
-    def companions(cls, config: LoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
-        own = [Companion(LoraBias, config, places)] if config.lora_bias else []
-        return [*super().companions(config, base, places), *own]
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         if self.waits and self.training and torch.is_grad_enabled():

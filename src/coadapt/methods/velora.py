@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..core.layer import Layer
-from ..core.method import Companion, Place, WeightMethod, register
-from .lora import LoRA, LoraConfig
+from ..core.method import WeightMethod, register
+from .lora import LoRA, LoraConfig, OfLoraConfig
 
 
 @register(LoraConfig, variant="VELORA")
-class VeLoRA(WeightMethod):
+class VeLoRA(OfLoraConfig, WeightMethod):
     """W' = W + (alpha / r) B A; for the gradient of A, x is kept as one number for each group of its features
 
     VeLoRA: Memory Efficient Training using Rank-1 Sub-Token Projections, Miles et al. 2024, arXiv:2405.17991. Each
@@ -33,10 +33,6 @@ class VeLoRA(WeightMethod):
         start = torch.randn(size) if self.follows == "random" else torch.zeros(size)
         self.register_buffer("v", start / start.norm().clamp(min=1e-12))  # (I / g,), zero until a batch was seen
         self.v: Tensor
-
-    @classmethod
-    def companions(cls, config: LoraConfig, base: nn.Module, places: list[Place]) -> list[Companion]:
-        return LoRA.companions(config, base, places)
 
     def merge(self, weight: Tensor) -> Tensor:
         return self.change.merge(weight)
