@@ -107,6 +107,10 @@ class Method(nn.Module, ABC):
         """Other methods that belong to the same adapter. Default: none."""
         return []
 
+    def refresh(self) -> None:
+        """Called before each call of the model that it takes part in, where torch.compile does not look. Default:
+        nothing."""
+
 
 class Reparametrization(nn.Module):
     """What makes an adapter's parameters while it trains. Files for inference hold what it has made."""

@@ -20,7 +20,7 @@ from .invocation import InvocationCall
 from .layer import Layer
 from .lowrank import LowRankCall, Term, is_fused, is_plain
 from .merging import Merged
-from .method import AttentionMethod, InputMethod
+from .method import AttentionMethod, InputMethod, Method
 from .parameter import ParameterCall, methods_at
 from .pooling import SeenCall
 from .roles import siblings
@@ -82,6 +82,7 @@ class Plan:
         self._inputs(at["input"], adapters)
         self._note_invocations(adapters)
         self.reads_last = any(method.reads_last for method in methods)
+        self.refreshed = [method for method in methods if type(method).refresh is not Method.refresh]
         counts = any(method.reads_tokens for method in methods)
         if counts or routing.has_routers(nodes):
             self._note_tokens(base, counts)

@@ -282,6 +282,8 @@ class View(nn.Module, ABC):
             arguments.check_names(names, args, kwargs)
             nodes = [self._of_row(i, node) for i, node in enumerate(names)]
             plan, rows = self._plans.rows(nodes, self._merged)
+        for method in () if torch.compiler.is_compiling() else plan.refreshed:
+            method.refresh()
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             driving.check(self._names[name] for node in plan.nodes for name in composition.names(node))
         self._check_wrapper(plan.nodes)

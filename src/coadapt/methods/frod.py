@@ -105,6 +105,8 @@ class FRoD(WithBiases, WeightMethod):
     @torch.no_grad()
     def apart(self) -> tuple[Tensor, Tensor]:
         """U and l0, found anew where V is another, as that of a file."""
+        if torch.compiler.is_compiling() and self.state is not None:
+            return self.U, self.l0
         v = self.basis()
         state = v.device, v.dtype, None if v.is_meta else (v.data_ptr(), v._version)
         if self.state != state:
@@ -117,6 +119,9 @@ class FRoD(WithBiases, WeightMethod):
             self.U, self.l0 = torch.where(lengths > 1e-12, u / lengths, 0.0).to(v.dtype), lengths.to(v.dtype)
             self.state = state
         return self.U, self.l0
+
+    def refresh(self) -> None:
+        self.apart()
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """U (O, I), S + diag(l - l0) (I, I) and V (I, I)."""
