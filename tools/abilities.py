@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from coadapt import PeftModel, Sum, export  # noqa: E402
 from coadapt.config import PeftConfig, TargetedConfig  # noqa: E402
 from coadapt.core.method import METHODS, WeightMethod  # noqa: E402
 from coadapt.formats.configs import READABLE  # noqa: E402
+from formats.field import grouping  # noqa: E402
 from laws.setting import MAKE, attach, config_of, fits, logits, stir  # noqa: E402
 from models import Holder  # noqa: E402
 
@@ -130,7 +132,9 @@ def goes_to_peft(case: str, model: str) -> bool:
         view.save_pretrained(folder)
         if json.loads(Path(folder, "a", "adapter_config.json").read_text("utf-8")).get(READABLE) is False:
             raise ValueError("peft computes something else, and the folder says so")
-        theirs = peft.PeftModel.from_pretrained(MAKE[model](), f"{folder}/a").eval()
+        with pytest.MonkeyPatch.context() as patch:
+            grouping(patch)
+            theirs = peft.PeftModel.from_pretrained(MAKE[model](), f"{folder}/a").eval()
     got = logits(theirs, **told)
     return far(got[:, got.shape[1] - expected.shape[1] :], expected) < 1e-5
 

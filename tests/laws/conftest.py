@@ -43,7 +43,8 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
         for item in found:
             if item not in kept and item.get_closest_marker("full") is None:
                 item.add_marker(pytest.mark.full)
-        beyond.update(_beyond(found, {i.callspec.params.get("model") for i in kept}) - set(kept))
+        many = 1 if law.endswith(SLOW) else MODELS_EACH
+        beyond.update(_beyond(found, {i.callspec.params.get("model") for i in kept}, many) - set(kept))
     if beyond and not os.environ.get("WHOLE"):
         config.hook.pytest_deselected(items=list(beyond))
         items[:] = [item for item in items if item not in beyond]
@@ -54,11 +55,11 @@ def _drawn(item: Any) -> int:
     return zlib.crc32(item.nodeid.encode())
 
 
-def _beyond(found: list[Any], models: set[Any]) -> set[Any]:
-    """All but one way on each of a few models, `models` among them; everything counts where a law has no models."""
+def _beyond(found: list[Any], models: set[Any], many: int) -> set[Any]:
+    """All but one way on each of so many models, `models` among them; everything counts where a law has no models."""
     ways: dict[Any, Any] = {}
     for item in sorted(found, key=_drawn):
         if "model" in item.callspec.params:
             ways.setdefault(item.callspec.params["model"], item)
-    chosen = sorted(ways, key=lambda model: (model not in models, _drawn(ways[model])))[:MODELS_EACH]
+    chosen = sorted(ways, key=lambda model: (model not in models, _drawn(ways[model])))[:many]
     return set(found) - {ways[model] for model in chosen} if ways else set()

@@ -26,6 +26,7 @@ REFUSED = {
     "bitfit": "names parameters that are no layers",
     "ln-tuning": "names parameters that are no layers",
     "lily": "names parameters that are no layers",
+    "glora-bias": "none of the layers concerned has a bias",
     "lora-bias": "none of the layers concerned has a bias",
     "lora-own-bias": "LoraBias adapts layers of these kinds",
     "monteclora": "MonteCLoRA cannot adapt .* it draws what it adds in each call",
@@ -39,7 +40,7 @@ APART = ("frod", "tinylora", "unilora", "unilora-saved")
 CASES = [
     case
     for case, c in EVERY.items()
-    if case != "lora-tokens" and (case in REFUSED or issubclass(METHODS[c.method], WeightMethod))
+    if case not in ("lora-tied", "lora-tokens") and (case in REFUSED or issubclass(METHODS[c.method], WeightMethod))
 ]
 
 
@@ -246,12 +247,13 @@ LISTED = [
     if issubclass(METHODS[config.method], WeightMethod | ModuleMethod | ModuleCopy)
     and (
         case not in REFUSED
-        or case in ("beft", "bitfit", "lily", "monteclora", "pvera", "velora", "lora-bias", "lora-own-bias")
+        or case
+        in ("beft", "bitfit", "glora-bias", "lily", "monteclora", "pvera", "velora", "lora-bias", "lora-own-bias")
     )
     and hasattr(config, "target_modules")
     and not case.endswith(("-stream", "-parallel", "-tokens"))
     and not case.startswith(("reft", "shadow"))
-    and case not in ("language", "compacter-whole")  # whole blocks of transformers' models
+    and case not in ("lora-tied", "language", "compacter-whole")  # whole blocks of transformers' models
 ]
 
 
