@@ -1,7 +1,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -91,27 +91,14 @@ class OSF(LowRankMethod):
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """As (U S - U0 S0) V + U0 S0 (V - V0): zero to the bit at the start, and nothing small is rounded away."""
         base, start = self.base, self.base.get_buffer("start_U") * self.base.get_buffer("start_S")
-        u = _Off.apply(self.U.mT, base.get_buffer("stay_U").mT).mT
-        v = _Off.apply(self.V, base.get_buffer("stay_V"))
+        u = _off(self.U.mT, base.get_buffer("stay_U").mT).mT
+        v = _off(self.V, base.get_buffer("stay_V"))
         down = torch.cat([v, v - base.get_buffer("start_V")])
         up = torch.cat([u * self.S - start, start], dim=1)
         return down.view(-1, *self.shape[1:]), up, 1.0
 
 
-class _Off(torch.autograd.Function):
+def _off(rows: Tensor, stay: Tensor) -> Tensor:
     """(R, D) as it is; its gradient without what lies along the orthonormal rows of `stay`."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(rows: Tensor, stay: Tensor) -> Tensor:
-        return rows.view_as(rows)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (stay,), (gradient,) = ctx.saved_tensors, gradients
-        return gradient - gradient @ stay.mT @ stay, None
+    moved = rows - rows.detach()  # nothing
+    return rows.detach() + (moved - moved @ stay.mT @ stay)
