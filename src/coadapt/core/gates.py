@@ -339,12 +339,13 @@ class Gates:
             assert self.each[0] is not None
             return self.each[0].value(at)
         chosen = per_row(rows, len(at.y)).to(at.y.device)
+        like: Any = {"device": at.y.device, "dtype": torch.promote_types(at.y.dtype, torch.float32)}
         if self.table is not None:
-            return torch.tensor(self.table, device=at.y.device)[chosen]
-        out = torch.zeros(len(chosen), device=at.y.device)
+            return torch.tensor(self.table, **like)[chosen]
+        out = torch.zeros(len(chosen), **like)
         for c, gate in enumerate(self.each):
             if gate is not None:
-                value = torch.as_tensor(gate.value(at), device=at.y.device)
+                value = torch.as_tensor(gate.value(at), **like)
                 dims = max(out.dim(), value.dim())
                 out = torch.where(leading(chosen == c, dims), leading(value, dims), leading(out, dims))
         return out

@@ -40,7 +40,8 @@ class VeLoRA(OfLoraConfig, WeightMethod):
     def forward(self, x: Tensor, base: Layer) -> Tensor:
         if not self.training or not torch.is_grad_enabled():
             return self.change(x, base)
-        y, x = base(x), F.dropout(x, self.change.drops)
+        y = base(x)
+        x = F.dropout(x, self.change.drops).to(y.dtype)  # which autocast has chosen
         if self.follows == "batch_average" or (self.follows == "batch_average_once" and not bool(self.v.any())):
             self._average(x)
         a, b, scale = self.change.factors()
