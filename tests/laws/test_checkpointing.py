@@ -25,7 +25,7 @@ def made(model: str, when: str, reentrant: bool, *cases: str) -> PeftModel:
         recompute(view, reentrant)
     # Without a cache the forward rounds otherwise, and a ReLU can tip over: T5's is compared in double precision. (Not
     # all can: eager softmax in fp32 makes -inf of a double's mask, and NaN of padding; Mixtral multiplies no doubles.)
-    return view.double().train() if model == "t5" and "p-tuning" in cases else view.train()
+    return view.double().train() if model == "t5" and {"p-tuning", "pvera"} & set(cases) else view.train()
 
 
 def switched(view: PeftModel) -> dict[str, Tensor | None]:

@@ -110,7 +110,7 @@ def test_autocast(case: str, model: str) -> None:
         adapted, base = logits(view), logits(view.base)
         loss(view.train()).backward()
     assert adapted.dtype == base.dtype
-    no_worse(adapted, exact, base, base_exact)
+    no_worse(adapted, exact, base, base_exact, 8.0 if case == "shadow-deep" else 4.0)  # which has a stack of its own
     for name, gradient in gradients(view).items():
         assert gradient is not None, name
         assert gradient.dtype == torch.float32

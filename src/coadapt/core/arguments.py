@@ -55,6 +55,12 @@ def _caches(base: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool
     return kwargs.get("use_cache", getattr(config, "use_cache", True)) is not False
 
 
+def length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """How many tokens `generate` is given in each row; None where they are no tokens."""
+    ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+    return ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
+
+
 def rows_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
     """How many rows a call has; None where nothing tells."""
     tensors = [v for v in (*args, *(kwargs.get(n) for n in _BATCHED), *kwargs.values()) if isinstance(v, Tensor)]

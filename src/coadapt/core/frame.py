@@ -50,7 +50,9 @@ class Frame:
         self.sums: dict[tuple[int, str], Any] = {}
         """Running sums of pooled features, while a cache grows."""
         self.invoked: dict[tuple[int, ...], Any] = {}
-        """Invocation -> which tokens come from it on, and where it begins in each row: see invocation.py."""
+        """Invocation -> which tokens come from it on: see invocation.py."""
+        self.asked: int | None = None
+        """How many tokens of each row were given, where more are generated in this call."""
         self.inputs: dict[str, Any] = {}
         """Inputs of modules that a site further on reads, by path; each is taken out when it is read."""
         self.gates: dict[Any, Tensor] = {}

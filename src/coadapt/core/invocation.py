@@ -35,15 +35,14 @@ class InvocationCall:
             )
         past = int(cache.get_seq_length()) if cache is not None else 0
         before = _active_before.get(cache, {}) if past else {}
+        told = ids if frame.asked is None else ids[:, : max(frame.asked - past, 0)]  # generated ones do not count
         now: dict[tuple[int, ...], Tensor] = {}
         for tokens in self.invocations:
-            known = frame.invoked.get(tokens)
-            again = known is not None and not past and known[0].length < ids.shape[1]
-            start = known[1] if known is not None and again else last(ids, tokens)  # generated ones do not count
+            start = last(told, tokens)
             goes_on = before[tokens].to(ids.device) if tokens in before else torch.zeros_like(start, dtype=torch.bool)
             found, at = start >= 0, torch.arange(ids.shape[1], device=ids.device)
             active = torch.where(found[:, None], at >= start[:, None], goes_on[:, None])  # (B, T)
-            frame.invoked[tokens] = (Seen(len(ids), ids.shape[1], past, mask=active.float()), start)
+            frame.invoked[tokens] = Seen(len(ids), ids.shape[1], past, mask=active.float())
             now[tokens] = found | goes_on
         out = forward(*args, **kwargs) if self.inner is None else self.inner(frame, forward, args, kwargs)
         made = out.get("past_key_values") if isinstance(out, dict) else cache
@@ -64,7 +63,7 @@ def active(tokens: tuple[int, ...], rows: int, length: int, device: torch.device
     """(B, T) 1 for each token of the running call that comes from the invocation on, 0 for those before."""
     frame = current()
     noted = None if frame is None else frame.invoked.get(tokens)
-    found = None if noted is None else noted[0].real(rows, length, device)
+    found = None if noted is None else noted.real(rows, length, device)
     if found is None:
         raise RuntimeError(
             "An adapter that is active from an invocation on stands where other tokens pass than those of the call. "

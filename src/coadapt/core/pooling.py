@@ -119,7 +119,7 @@ def placed(frame: Frame, path: str, keep: Tensor | None, total: int) -> None:
     """Tells where an InputCall has put the real tokens."""
     if keep is None:
         return
-    for seen in (frame.seen.get(path), *(seen for seen, _ in frame.invoked.values())):
+    for seen in (frame.seen.get(path), *frame.invoked.values()):
         if seen is not None:
             seen.keep, seen.length = keep, total
 

@@ -20,7 +20,7 @@ from .backbone import stacks
 from .base import Base, base_of, statistics
 from .compiling import not_traced, untraced
 from .composition import Node, as_node
-from .frame import Bare, Frame, entered
+from .frame import Bare, Frame, current, entered
 from .merging import Merged
 from .method import method_for
 from .plan import Plans
@@ -256,6 +256,8 @@ class View(nn.Module, ABC):
                 arguments.refuse_uncached(base, args, kwargs)
             if plan.keeps_sums:
                 arguments.refuse_beams(base, args, kwargs)
+            if (frame := current()) is not None:
+                frame.asked = arguments.length(args, kwargs)
             return base.generate(*args, **kwargs)
 
     def running(
