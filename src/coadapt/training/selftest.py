@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import import_utils
 
-from coadapt.methods.lora import LoraConfig
+from coadapt.methods.lora_config import LoraConfig
 from coadapt.methods.prompt import PromptTuningConfig
 from coadapt.model import PeftModel
 from coadapt.training.machine import best, first_line

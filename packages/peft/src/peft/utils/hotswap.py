@@ -12,7 +12,7 @@ from coadapt.config import PeftConfig
 from coadapt.core.adapter import build, replace_options
 from coadapt.formats.keys import entries, present
 from coadapt.formats.vocabulary import ROOT
-from coadapt.methods.lora import LoraConfig
+from coadapt.methods.lora_config import LoraConfig
 
 from ..configs import injected_as, without_injected
 from ..injection import injected, placed, view_of
