@@ -31,7 +31,7 @@ def test_what_it_says_can_be_typed(page: str, tmp_path: Path, monkeypatch: pytes
         if kind == "python":
             exec(compile(text, page, "exec"), names)
         elif kind == "console":
-            for line in re.findall(r"^\$ (.+)$", text, re.MULTILINE):
+            for line in re.findall(r"^\$ (.+)$", text.replace("\\\n", ""), re.MULTILINE):
                 program, *args = shlex.split(line)
                 assert program == "coadapt", line
                 assert run(args) <= (args[0] == "data"), line  # it finds something in the demo's rows, and says so

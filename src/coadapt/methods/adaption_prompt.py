@@ -83,13 +83,20 @@ class AdaptionPrompt(AttentionMethod):
         return list(found[-config.adapter_layers :])
 
     def prefix(self) -> tuple[Tensor, Tensor]:
-        made = [layer.apply(self.P, layer.weight(), layer.bias) for layer in map(Layer, self.layers)]
+        made = [_applied(layer, self.P) for layer in self.layers]
         keys, values = made[0].chunk(3, dim=-1)[1:] if self.behind else made
-        norm = Layer(self.norm[0]) if self.norm else None
-        if norm is not None and norm.shape[0] == keys.shape[-1] != self.heads[1]:
-            keys, norm = norm.apply(keys, norm.weight(), norm.bias), None
+        norm = self.norm[0] if self.norm else None
+        if norm is not None and Layer(norm).shape[0] == keys.shape[-1] != self.heads[1]:
+            keys, norm = _applied(norm, keys), None
         keys, values = (t.unflatten(-1, self.heads).transpose(0, 1) for t in (keys, values))  # (H, N, D)
-        return (keys if norm is None else norm.apply(keys, norm.weight(), norm.bias)), values
+        return (keys if norm is None else _applied(norm, keys)), values
 
     def strength(self) -> Tensor:
         return self.gate
+
+
+def _applied(module: nn.Module, x: Tensor) -> Tensor:
+    """What a layer of the base makes of x, from outside of its call: its values may wait elsewhere."""
+    layer = Layer(module)
+    bias = None if layer.bias is None else layer.value("bias").to(x.device)
+    return layer.apply(x, layer.weight().to(x.device), bias)
