@@ -27,8 +27,8 @@ LAYERS: dict[str, Any] = {
     "Conv2d": lambda: nn.Conv2d(16, 16, 3, padding=1),
     "Conv3d": lambda: nn.Conv3d(16, 16, 3, padding=1),
 }
-ELSEWHERE = ("LN_TUNING", "ADAPTION_PROMPT", "POLY", "TRAINABLE_TOKENS", "ALORA")
-"""Not at layers, not without tasks, at the one embedding of a model, by its tokens."""
+ELSEWHERE = ("LN_TUNING", "ADAPTION_PROMPT", "POLY", "TRAINABLE_TOKENS", "ALORA", "SHADOW")
+"""Not at layers that have these kinds, not without tasks, at the one embedding of a model, by its tokens."""
 PLACES = ("task_type", "target_modules", "layers_to_transform", "layers_pattern", "feedforward_modules")
 
 

@@ -127,6 +127,7 @@ RECOMMENDED: Mapping[str, Defaults] = {
     "randlora": Defaults(learning_rate=1e-4, source=f"{COMPARED}: 52 %", small=3e-3),
     "reft": Defaults(learning_rate=9e-4, source="arXiv:2404.03592, README of the authors' code, LLaMA-7B", small=3e-2),
     "road": Defaults(learning_rate=1e-3, source=f"{COMPARED}: 40 %", small=1e-1),
+    "shadow": Defaults(learning_rate=1e-4, source=UNSURE, small=1e-2),
     "shira": Defaults(learning_rate=3e-4, source=f"{COMPARED}: 53 %", small=3e-2),
     "supertuning": Defaults(learning_rate=1e-4, source=f"{COMPARED}: 39 %", small=3e-1),
     "tinylora": Defaults(learning_rate=1e-3, source=f"{COMPARED}: 1 %", small=3e-2),
