@@ -119,7 +119,7 @@ def test_merging_and_exact_unmerging(name: str, case: str, into: str) -> None:
         lost = report.lost("quantised")
         assert lost is not None
         # what is lost of weights grows through the layers
-        assert apart(merged, y) < max(6 * lost, 2 * QUANTISERS[name].within, 1e-4)
+        assert apart(merged, y) < max(8 * lost, 2 * QUANTISERS[name].within, 1e-4)
     view.unmerge_adapter()
     same_tensors(packed(view), before)
     assert torch.equal(logits(view.base), plain)
