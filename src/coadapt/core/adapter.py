@@ -283,7 +283,8 @@ def _settled(made: M, beside: nn.Module, half: bool) -> M:
     computes = [found for hook in hooks if (found := getattr(hook, "execution_device", None)) is not None]
     made.to(device=computes[0] if computes else like.device, dtype=like.dtype if wide else torch.float32)
     for tensor in (*made.parameters(), *made.buffers()):
-        tensor.data = tensor.data.contiguous()  # what decompositions leave is not, and safetensors writes nothing else
+        if not tensor.is_contiguous():  # as decompositions leave it; safetensors writes nothing else
+            tensor.data = tensor.data.contiguous()
     return made
 
 

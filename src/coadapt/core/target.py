@@ -135,17 +135,19 @@ def modules(
     """As `layers`, for modules of any class."""
     every = {n: m for n, m in base.named_modules() if n}
     wanted = config.target_modules
-    if words := _words(config, base, layers_only):
+    words, meant = _words(config, base, layers_only), set[str]()
+    if words:
         meant = {path for word in words for path in _part(config, base, word)[0]}
         names = [name for name in _listed(config) if name not in words]
         meant |= set(_by_names(config, names, every, base)) if names else set()
-        wanted = [path for path in every if path in meant]
-        if not wanted:
+        if not meant:
             raise ValueError(
                 f"{_who(config)}: target_modules={config.target_modules!r} names parameters that are no layers in this "
                 f"{type(base).__name__}; this method adapts modules. Maps of weights adapt those (LoRA, OFT ...)."
             )
     match wanted:
+        case _ if words:
+            paths = [path for path in every if path in meant]
         case None:
             paths = list(usual)
             if not paths:
@@ -210,12 +212,21 @@ def _left_out(config: TargetedConfig, paths: Sequence[str], mixed: Sequence[Mixt
 
 
 def _by_names(config: TargetedConfig, names: Sequence[str], every: dict[str, nn.Module], base: nn.Module) -> list[str]:
-    missing = [name for name in names if not any(suffix_match(path, name) for path in every)]
-    if missing:
+    wanted, found, matched = set(names), list[str](), set[str]()
+    for path in every:
+        if own := wanted.intersection(_ends(path)):
+            found.append(path)
+            matched |= own
+    if missing := [name for name in names if name not in matched]:
         ends = {path.rpartition(".")[2] for path in every} | set(every)
         hints = "; ".join(f"{m!r}: nearest {', '.join(nearest(m, ends)) or 'nothing'}" for m in missing)
         raise ValueError(f"{_who(config)}: target_modules matches no module for {missing} ({hints}). {_some(base)}")
-    return [path for path in every if any(suffix_match(path, name) for name in names)]
+    return found
+
+
+def _ends(path: str) -> list[str]:
+    """All that `suffix_match` takes as its name."""
+    return [path, *(path[i + 1 :] for i, letter in enumerate(path) if letter == ".")]
 
 
 def _without_excluded(config: TargetedConfig, paths: list[str]) -> list[str]:
