@@ -5,21 +5,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import coadapt
 from coadapt import KasaConfig, LoraConfig, get_peft_model
 from formats.field import far, field_quietly
-from models import MODELS, ids, logits, stir
-
-
-class Holder(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
+from models import MODELS, Holder, ids, logits, stir
 
 
 def test_qa_lora_pools_groups_of_inputs() -> None:
