@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import Tensor
 
+from coadapt.cli.group import run as coadapt
 from coadapt.cli.output import console
-from coadapt.cli.show import command as show
 from coadapt.demo import BASE
 from coadapt.demo.task import examples
 from coadapt.training.run import train
@@ -128,8 +127,7 @@ def test_a_run_may_have_a_router_and_show_draws_what_it_used(tmp_path: Path) -> 
     train(run_config, console())
     (used,) = read_usage(tmp_path / "routed")
     assert sum(used.overall().values()) == pytest.approx(1.0, abs=1e-4)
-    result = CliRunner().invoke(show, [str(tmp_path / "routed"), "--picture", str(tmp_path / "usage.png")])
-    assert result.exit_code == 0, result.output
+    assert coadapt(["show", str(tmp_path / "routed"), "--picture", str(tmp_path / "usage.png")]) == 0
     assert (tmp_path / "usage.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,8 +1,9 @@
 """Writes docs/commands.md: the help of every verb, as the command line prints it.
 
-python tools/commands_page.py
+python tools/commands_page.py [--print]
 """
 
+import sys
 from pathlib import Path
 
 import click
@@ -40,4 +41,7 @@ def _of(command: click.Command | None, names: list[str], depth: int) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), "utf-8")
+    if "--print" in sys.argv:
+        print(page(), end="")
+    else:
+        PAGE.write_text(page(), "utf-8")
