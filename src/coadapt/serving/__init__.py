@@ -1,0 +1,1 @@
+"""An OpenAI-shaped server: one base, many adapters, rows of all of them in one batch."""
