@@ -29,7 +29,7 @@ class Request:
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
     logprobs: int | None = None
-    """How many of the likeliest tokens are told beside each token, with their log-probabilities; None for none at all."""
+    """How many of the likeliest tokens are told beside each token, with log-probabilities; None for none at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
