@@ -1,12 +1,12 @@
 """A server in a thread of this process, on a free port: the demo's base, and adapters trained for a few steps."""
 
 import asyncio
+import functools
 import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +93,8 @@ def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, (name, config) in enumerate(configs.items()):
         torch.manual_seed(number)
         view = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), config)
-        optimizer = torch.optim.AdamW(view.param_groups({"default": 1e-2}))
-        for step in range(6):
+        optimizer = torch.optim.AdamW(view.param_groups({"default": 2e-2}))
+        for step in range(12):
             rows = [row["prompt"] + row["completion"] for row in examples("train", 8, 10 * number + step)]
             batch = tokenizer(rows, return_tensors="pt", padding=True)
             labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -127,7 +127,7 @@ def http(server: Server) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="session")
 def start(adapters: Path) -> Start:
     """Starts another server with the same adapters; options as of `running`."""
-    return partial(running, adapters)
+    return functools.partial(running, adapters)
 
 
 PROMPT = "Mia hid the kite.\nQ: Who hid the kite?\nA:"
@@ -141,6 +141,7 @@ def expected(adapters: Path) -> Callable[..., str]:
     for name in ("task", "other", "soft"):
         view.load_adapter(adapters / name, name)
 
+    @functools.cache
     def answer(composition: str | None, text: str = PROMPT, tokens: int = 12) -> str:
         batch = tokenizer(text, return_tensors="pt")
         with view.using(composition or []) if composition else view.disable_adapter():

@@ -47,7 +47,7 @@ class Rows:
             number, piece = await self._heard.get()
             self._count(number, piece)
             if piece.finish == "error":
-                raise broken(piece.error)
+                raise broken(piece.error if piece.error and not piece.error.startswith("The engine failed") else None)
             if piece.finish == "cancelled":
                 raise Refusal(503, "The server stopped before the answer was whole.", code="stopped")
             left -= piece.finish is not None

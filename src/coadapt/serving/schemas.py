@@ -186,7 +186,8 @@ def _refuse_in_messages(turns: Any) -> None:
             continue
         for name in [name for name, value in turn.items() if value is None and name != "content"]:
             del turn[name]
-        where, content = f"messages[{number}]", turn.get("content")
+        where = f"messages[{number}]"
+        content: Any = turn.get("content")
         if turn.get("role") in ("tool", "function") or turn.get("tool_calls"):
             raise Refusal(400, f"{where}: tools are not supported by this server.", param=where, code="unsupported")
         kinds = [part.get("type") for part in content if isinstance(part, dict)] if isinstance(content, list) else []
