@@ -181,7 +181,8 @@ def _refuse_unknown(name: str, known: Mapping[str, Any]) -> NoReturn:
 
 def _refuse_in_messages(turns: Any) -> None:
     """What messages can hold elsewhere, by name: a validation would only say that it has another form."""
-    for number, turn in enumerate(turns if isinstance(turns, list) else ()):
+    listed: list[Any] = turns if isinstance(turns, list) else []
+    for number, turn in enumerate(listed):
         if not isinstance(turn, dict):
             continue
         for name in [name for name, value in turn.items() if value is None and name != "content"]:
