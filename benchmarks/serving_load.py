@@ -39,6 +39,8 @@ from coadapt.demo import BASE
 from .report import machine, markdown
 
 PEOPLE = ("Mia", "Tom", "Ana", "Ben", "Lily", "Sam", "Nora", "Max")
+SAID = "red spoon, blue cup, green boat, red hat, black ring, red scarf, blue hat, green ring, black cup"
+"""What the demo's base says again, so that an answer is as long as it may be."""
 STARTS = 180.0
 """Seconds that a server has to start."""
 PATIENCE = 300.0
@@ -123,7 +125,7 @@ async def load(address: str, models: Sequence[str], given: argparse.Namespace, c
             model, found = models[number % len(models)], list[Heard]()
             for turn in range(given.requests):
                 who = PEOPLE[(number + turn) % len(PEOPLE)]
-                prompt = f"{who} and the others went to the garden. One day {who}"
+                prompt = f"{who} says: {SAID}. Eva says it after {who}:"
                 found.append(await ask(client, model, prompt, given.tokens, greedy))
             return found
 
