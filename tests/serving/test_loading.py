@@ -1,5 +1,6 @@
 """Adapters come and go while others are asked: only out of one folder, and whole."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,12 @@ from typing import Any
 
 import httpx
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from coadapt import PeftModel
+from coadapt.demo import BASE
+from coadapt.serving.engine import Engine
+from coadapt.serving.opening import Given, introduced, listed
 
 ASKED: dict[str, Any] = {"prompt": "Mia hid the kite.\nQ: Who hid the kite?\nA:", "max_tokens": 12, "temperature": 0}
 
@@ -132,3 +139,24 @@ def test_without_a_folder_and_for_what_was_given(adapters: Path, start: Callable
         for name in ("task", "base"):
             found = http.post("/v1/unload_lora_adapter", json={"lora_name": name})
             assert (found.status_code, found.json()["error"]["code"]) == (400, "model_stays")
+
+
+def test_a_damaged_folder_among_many_is_left_out(adapters: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    many = tmp_path / "many"
+    for folder in (outside, many / "good", many / "bad", many / "worse", many / "a name"):
+        shutil.copytree(adapters / "task", folder)
+    (many / "bad" / "adapter_model.safetensors").unlink()
+    (many / "worse" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3}))
+    (many / "link").symlink_to(outside)
+    entries, notes = listed([], many)
+    engine = Engine(PeftModel(AutoModelForCausalLM.from_pretrained(BASE)), AutoTokenizer.from_pretrained(BASE))
+    kept, more = introduced(engine, entries, 8)
+    assert [entry.name for entry in kept] == ["good"]
+    said = "\n".join([*notes, *more])
+    assert [line.split(" is left out: ")[0] for line in said.splitlines() if "is left out" in line] == [
+        str(many / name) for name in ("a name", "bad", "link", "worse")
+    ]
+    with pytest.raises(ValueError, match="r=3|shape|size|differ"):
+        introduced(engine, listed([Given(name="worse", folder=many / "worse")], None)[0], 8)
+    engine.stop()

@@ -1,6 +1,8 @@
 """`coadapt serve`: a base and its adapters behind an OpenAI-shaped address."""
 
 import os
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +57,7 @@ def _serve(given: "list[Given]", model: str | None, options: dict[str, Any]) -> 
         where = bound(options["host"], options["port"], key)
     with where:
         serving, opened = _made(given, model, key, options)
-        ready = lambda: _greet(where.getsockname(), options["host"], opened, key is not None)  # noqa: E731
+        ready = partial(_greet, where.getsockname(), options["host"], opened, key is not None)
         asyncio.run(Service(serving, where, stop_after=options["stop_after"]).run(ready))
     return 0
 
@@ -66,7 +68,7 @@ def _made(given: "list[Given]", model: str | None, key: str | None, options: dic
     from coadapt.serving.catalog import Catalog
     from coadapt.serving.engine import Engine
     from coadapt.serving.limits import Limits
-    from coadapt.serving.opening import opened
+    from coadapt.serving.opening import introduced, opened
     from coadapt.training.machine import chosen
 
     most = options["max_loaded"]
@@ -80,8 +82,8 @@ def _made(given: "list[Given]", model: str | None, key: str | None, options: dic
             tokens=options["tokens"],
             loaded=most,
         )
-        for number, entry in enumerate(found.entries):  # as many as there is room for are tried now
-            (engine.load if number < most else engine.offer)(entry.name, entry.folder)
+        entries, notes = introduced(engine, found.entries, most)
+        found = replace(found, entries=entries, notes=[*found.notes, *notes])
     catalog = Catalog(
         engine,
         base=found.base,
@@ -105,8 +107,8 @@ def _made(given: "list[Given]", model: str | None, key: str | None, options: dic
 
 def _key(told: str | None) -> str | None:
     key = told if told is not None else os.environ.get(KEY) or None
-    if key is not None and (not key.strip() or not key.isascii() or not key.isprintable()):
-        raise click.UsageError("--api-key must be printable ASCII, and not empty: it travels in a header.")
+    if key is not None and not (key and key == key.strip() and key.isascii() and key.isprintable()):
+        raise click.UsageError("--api-key must be printable ASCII, without spaces around it: it travels in a header.")
     return key
 
 

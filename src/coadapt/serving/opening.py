@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from coadapt.data.segments import Framing
 from coadapt.model import PeftModel
 from coadapt.serving.catalog import NAME, NO_NAME, Entry, holds_adapter
+from coadapt.serving.engine import Engine
 from coadapt.training.load import base_of, framing_of, grow, load_bare
 
 
@@ -57,16 +58,44 @@ def listed(given: Sequence[Given], adapters_dir: Path | None) -> tuple[list[Entr
             raise FileNotFoundError(f"There is no folder --adapters-dir {str(adapters_dir)!r}.")
         root = adapters_dir.resolve()
         for folder in sorted(path for path in adapters_dir.iterdir() if holds_adapter(path)):
-            if not folder.resolve().is_relative_to(root):
-                notes.append(f"{folder} is left out: it is a link that leads out of --adapters-dir.")
-            elif not NAME.fullmatch(folder.name):
-                notes.append(f"{folder} is left out: its name is none for an adapter ({NO_NAME}).")
-            else:
-                found.append(Entry.read(folder.name, folder))
+            try:
+                found.append(_in_folder(folder, root))
+            except (ValueError, OSError) as error:  # the others can be served
+                notes.append(_left_out(folder, error))
     names = [entry.name for entry in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"The name {twice[0]!r} is there twice. Give one of them another: --adapter NAME=DIR.")
     return found, notes
+
+
+def _in_folder(folder: Path, root: Path) -> Entry:
+    if not folder.resolve().is_relative_to(root):
+        raise ValueError("it is a link that leads out of --adapters-dir.")
+    if not NAME.fullmatch(folder.name):
+        raise ValueError(f"its name is none for an adapter ({NO_NAME}).")
+    return Entry.read(folder.name, folder)
+
+
+def _left_out(folder: Path, error: Exception) -> str:
+    return f"{folder} is left out: {error}"
+
+
+def introduced(engine: Engine, entries: Sequence[Entry], most: int) -> tuple[list[Entry], list[str]]:
+    """Tells an engine, which does not run yet, of all adapters, and loads so many; those, and what was left out.
+
+    Raises:
+        ValueError: one that was named does not fit the base.
+    """
+    kept, notes = list[Entry](), list[str]()
+    for entry in entries:
+        try:
+            (engine.load if len(kept) < most else engine.offer)(entry.name, entry.folder)
+            kept.append(entry)
+        except (ValueError, OSError) as error:
+            if entry.given:
+                raise
+            notes.append(_left_out(entry.folder, error))
+    return kept, notes
 
 
 def base_for(model: str | None, entries: Sequence[Entry]) -> str:

@@ -105,7 +105,8 @@ def command(base: str, adapters: Sequence[Module], options: Mapping[str, object]
     line += [f"--{name}={value}" for name, value in options.items() if value is not None]
     if adapters:
         line += ["--enable-lora", f"--max-lora-rank={max(VLLM_RANK, *(module.room for module in adapters))}"]
-        line += [f"--max-loras={min(len(adapters), MOST)}"]
+        most = options.get("max-cpu-loras") or MOST  # of which those of one batch are a part
+        line += [f"--max-loras={min(len(adapters), MOST, int(str(most)))}"]
         line += ["--lora-modules", *(f"{module.name}={module.folder.resolve()}" for module in adapters)]
     return line
 
