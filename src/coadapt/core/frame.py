@@ -61,6 +61,8 @@ class Frame:
         """(B, T, D) states that go along the blocks, as they are now, by what they come from: see stream.py."""
         self.began: dict[Any, Tensor] = {}
         """The same as they began."""
+        self.stacked: dict[Any, tuple[Tensor, Tensor]] = {}
+        """Factors of each row's adapters, which stay the same while this call lasts (that of `generate`, all tokens)."""
         self.given: dict[Any, Any] = {}
         """Products that one layer made for another which reads the same input: see lowrank.py."""
 
