@@ -62,7 +62,7 @@ class Frame:
         self.began: dict[Any, Tensor] = {}
         """The same as they began."""
         self.stacked: dict[Any, tuple[Tensor, Tensor]] = {}
-        """Factors of each row's adapters, which stay the same while this call lasts (that of `generate`, all tokens)."""
+        """Factors of each row's adapters, the same for all tokens of a call of `generate`: see rows.py."""
         self.given: dict[Any, Any] = {}
         """Products that one layer made for another which reads the same input: see lowrank.py."""
 
