@@ -1,5 +1,6 @@
 """What happens in a step: prompts are read, each running row gets a token, and is told of it."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -84,6 +85,9 @@ class Writer:
             return
         if scores is None:
             return
+        if len(filling.rows) > 1 and not bool(scores.amax(-1).isfinite().all()):
+            self._read_again(filling, None)
+            return
         self.prompt_tokens += sum(len(row.request.tokens) for row in filling.rows)
         left = self._told(filling.rows, scores, Ways([row.request for row in filling.rows], scores.device))
         self.filling, rows = None, [filling.rows[i] for i in left]
@@ -93,12 +97,12 @@ class Writer:
             for row in rows:
                 self.finish(row, "error", error=_said(error))
 
-    def _read_again(self, filling: Filling, error: Exception) -> None:
+    def _read_again(self, filling: Filling, error: Exception | None) -> None:
         """One by one, so that a row's fault is its own."""
         self.filling = None
         rows = filling.rows
         del filling
-        if len(rows) == 1:
+        if len(rows) == 1 and error is not None:
             self.finish(rows[0], "error", error=_said(error))
             return
         for row in rows:
@@ -113,9 +117,9 @@ class Writer:
         rows = list(batch.rows)
         tokens = torch.tensor([[row.last] for row in rows], device=batch.device)
         scores, failed = self._scores(tokens)
+        left = set(self._told(rows, scores, batch.ways, failed, tokens))
         batch.grown()
         self.steps, self.stepped = self.steps + 1, self.stepped + len(rows)
-        left = set(self._told(rows, scores, batch.ways, failed))
         if len(left) < len(rows):
             batch.leave([row for i, row in enumerate(rows) if i not in left])
         if not batch.rows:
@@ -172,19 +176,40 @@ class Writer:
 
     # ---- what rows hear ----------------------------------------------------------------------------------------------
 
-    def _told(self, rows: Sequence[Row], scores: Tensor, ways: Ways, failed: dict[int, str] | None = None) -> list[int]:
-        """Chooses a token for each row and tells it; which rows go on."""
-        requests = [row.request for row in rows]
-        tokens = ways.choose(scores, [rows[i].numbers.next() for i in ways.numbers]).tolist()
+    def _told(
+        self,
+        rows: Sequence[Row],
+        scores: Tensor,
+        ways: Ways,
+        failed: dict[int, str] | None = None,
+        before: Tensor | None = None,
+    ) -> list[int]:
+        """Chooses a token for each row and tells it; which rows go on.
+
+        Args:
+            failed: why rows have no scores.
+            before: (B, 1) the tokens of this step, of the running batch.
+        """
+        requests, failed = [row.request for row in rows], failed or {}
+        numbers = [rows[i].numbers.next() for i in ways.numbers]
+        tokens = ways.choose(scores, numbers).tolist()
+        if before is not None and BROKEN in tokens:
+            self._again(scores, [i for i, t in enumerate(tokens) if t == BROKEN and i not in failed], before)
+            tokens = ways.choose(scores, numbers).tolist()
         told: dict[int, Chosen] = ways.tell(scores, tokens, requests)
         left: list[int] = []
         for i, (row, token) in enumerate(zip(rows, tokens, strict=True)):
             if token == BROKEN:
-                why = (failed or {}).get(i, "The model gave no numbers.")
-                self.finish(row, "error", error=why)
+                self.finish(row, "error", error=failed.get(i, "The model gave no numbers."))
             elif self._wrote(row, token, told.get(i)):
                 left.append(i)
         return left
+
+    def _again(self, scores: Tensor, which: Sequence[int], before: Tensor) -> None:
+        """Asks rows without numbers one by one: an adapter without numbers reaches all rows that a call has with it."""
+        for i in which if len(before) > 1 else ():
+            with contextlib.suppress(Exception):  # then it has none
+                scores[i] = self.batch.next_scores(i, i + 1, before[i : i + 1])[0]
 
     def _wrote(self, row: Row, token: int, chosen: Chosen | None) -> bool:
         """Tells a row of its next token; whether it goes on."""
