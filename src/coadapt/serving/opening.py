@@ -77,7 +77,7 @@ def _in_folder(folder: Path, root: Path) -> Entry:
 
 
 def _left_out(folder: Path, error: Exception) -> str:
-    return f"{folder} is left out: {error}"
+    return f"{folder} is left out: {str(error).splitlines()[0]}"
 
 
 def introduced(engine: Engine, entries: Sequence[Entry], most: int) -> tuple[list[Entry], list[str]]:
