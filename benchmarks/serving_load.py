@@ -123,8 +123,8 @@ async def load(address: str, models: Sequence[str], given: argparse.Namespace, c
 
         async def one(number: int) -> list[Heard]:
             model, found = models[number % len(models)], list[Heard]()
-            for turn in range(given.requests):
-                who = PEOPLE[(number + turn) % len(PEOPLE)]
+            who = PEOPLE[number % len(PEOPLE)]
+            for _ in range(given.requests):
                 prompt = f"{who} says: {SAID}. Eva says it after {who}:"
                 found.append(await ask(client, model, prompt, given.tokens, greedy))
             return found

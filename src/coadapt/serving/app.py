@@ -27,7 +27,6 @@ from coadapt.serving.metrics import Metrics
 from coadapt.serving.request import Piece, Request
 from coadapt.serving.rows import Rows
 from coadapt.serving.schemas import Chat, Completion, Load, Sampling, Unload, read
-from coadapt.training.assemble import positions
 
 log = logging.getLogger(__name__)
 CLOSE = {"connection": "close"}
@@ -47,13 +46,12 @@ class Serving:
     metrics: Metrics = field(default_factory=Metrics)
     state: State = field(default_factory=State)
     key: str | None = None
-    tokens: int | None = None
-    """Tokens of prompt and answer together, where the server gives less than the model has room for."""
 
     def room(self, choice: Choice) -> int | None:
-        """Tokens of prompt and answer together, beside virtual ones; None where the base does not say."""
-        known = positions(self.view.config, self.tokenizer)  # type: ignore[arg-type]
-        limits = [number - choice.virtual for number in known] + ([self.tokens] if self.tokens else [])
+        """Tokens of prompt and answer together, beside virtual ones; None where nobody says."""
+        whole = self.engine.model.positions
+        limits = [whole - choice.virtual] if whole is not None else []
+        limits += [self.engine.tokens] if self.engine.tokens is not None else []
         return min(limits, default=None)
 
 
