@@ -136,8 +136,7 @@ class Engine:
             FileNotFoundError, ValueError: as `PeftModel.from_pretrained`, or there is an adapter of that name. Nothing
                 has changed then.
         """
-        if name in self.shelf.known:
-            raise ValueError(f"There is an adapter {name!r} already. Unload it first, or take another name.")
+        self.shelf.check_new(name)
         found = self.shelf.read(folder)
 
         def attach() -> None:
