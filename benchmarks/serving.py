@@ -7,6 +7,7 @@ are those of the processor, in this process: what else a machine does counts for
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -26,7 +27,9 @@ from coadapt.serving.engine import Engine
 from coadapt.serving.request import Piece, Request
 
 ADAPTERS = 32
-TEXT = "Once upon a time there was a little girl who had a red ball. She went to the park with her mother and saw a dog."
+TEXT = (
+    "Once upon a time there was a little girl who had a red ball. She went to the park with her mother and saw a dog."
+)
 
 
 def unequal(count: int, tokenizer: Any) -> list[tuple[tuple[int, ...], int]]:
@@ -91,6 +94,19 @@ def per_second(candidates: Mapping[str, Callable[[], int]], rounds: int) -> dict
     return {name: statistics.median(values) for name, values in found.items()}
 
 
+def candidates(
+    base: Any, view: PeftModel, tokenizer: Any, asked: Sequence[Any], rows: int
+) -> dict[str, Callable[[], int]]:
+    """What is measured with so many rows."""
+    many = [f"a{i}" for i in range(ADAPTERS)]
+    return {
+        "transformers, base": lambda: theirs(base, asked, rows),
+        "coadapt, base": lambda: ours(view, tokenizer, asked, [None], rows),
+        "coadapt, one adapter": lambda: ours(view, tokenizer, asked, ["a0"], rows),
+        f"coadapt, {ADAPTERS} adapters": lambda: ours(view, tokenizer, asked, many, rows),
+    }
+
+
 def stalls(view: PeftModel, tokenizer: Any, folders: Sequence[Path]) -> tuple[float, float, float]:
     """Seconds between two steps of 16 rows: the median, the longest, and the longest while adapters come."""
     made, times = engine_of(view, tokenizer, 17), list[float]()
@@ -101,11 +117,11 @@ def stalls(view: PeftModel, tokenizer: Any, folders: Sequence[Path]) -> tuple[fl
     made.start()
     while len(times) < 80:
         time.sleep(0.001)
-    quiet = [b - a for a, b in zip(times[20:], times[21:], strict=False)]
+    quiet = [b - a for a, b in itertools.pairwise(times[20:])]
     at = len(times)
     for i, folder in enumerate(folders):
         made.load(f"new{i}", folder)
-    busy = [b - a for a, b in zip(times[at:], times[at + 1 :], strict=False)]
+    busy = [b - a for a, b in itertools.pairwise(times[at - 1 :])]
     made.stop()
     return statistics.median(quiet), max(quiet), max(busy)
 
@@ -124,21 +140,13 @@ def main() -> None:
         view.add_adapter(f"a{i}", LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
     view.requires_grad_(False)
     asked = unequal(told.requests, tokenizer)
-    many = [f"a{i}" for i in range(ADAPTERS)]
     table = Table("tokens a second", "1 row", "8 rows", "32 rows", title=f"{told.requests} requests, {told.model}")
-    lines: dict[str, list[str]] = {}
-    for rows in (1, 8, 32):
-        part = asked[: max(told.requests * rows // 32, 4)]
-        candidates: dict[str, Callable[[], int]] = {
-            "transformers, base": lambda: theirs(base, part, rows),
-            "coadapt, base": lambda: ours(view, tokenizer, part, [None], rows),
-            "coadapt, one adapter": lambda: ours(view, tokenizer, part, ["a0"], rows),
-            f"coadapt, {ADAPTERS} adapters": lambda: ours(view, tokenizer, part, many, rows),
-        }
-        for name, value in per_second(candidates, told.rounds).items():
-            lines.setdefault(name, []).append(f"{value:.0f}")
-    for name, values in lines.items():
-        table.add_row(name, *values)
+    figures = [
+        per_second(candidates(base, view, tokenizer, asked[: max(told.requests * rows // 32, 4)], rows), told.rounds)
+        for rows in (1, 8, 32)
+    ]
+    for name in figures[0]:
+        table.add_row(name, *(f"{found[name]:.0f}" for found in figures))
     Console().print(table)
     with tempfile.TemporaryDirectory() as folder:
         for i in range(4):
