@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
@@ -156,7 +155,7 @@ def serving(command: Sequence[str], port: int, log: Path) -> Iterator[str]:
             time.sleep(0.2)
         yield address
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:

@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,20 +182,20 @@ async def _answered(
         choices=len(prompts) * asked.n,
         usage=asked.stream_options is not None and asked.stream_options.include_usage,
     )
-    async with AsyncExitStack() as stack:
-        rows = await stack.enter_async_context(_begun(serving, asked, choice, prompts, top))
-        if not asked.stream:
-            return await _whole(call, rows, answer)
-        return Stream(rows, answer, stack.pop_all())
+    rows = Rows(serving.engine, _requests(serving, asked, choice, prompts, top), serving.metrics)
+    if asked.stream:
+        return Stream(rows, answer)
+    try:
+        return await _whole(call, rows, answer)
+    finally:
+        rows.cancel()
 
 
-@asynccontextmanager
-async def _begun(
+def _requests(
     serving: Serving, asked: Sampling, choice: Choice, prompts: Sequence[tuple[int, ...]], top: int | None
-) -> AsyncIterator[Rows]:
-    """Context in which the rows run; nothing runs on behind it."""
+) -> list[Request]:
     room = serving.room(choice)
-    requests = [
+    return [
         Request(
             tokens=tokens,
             adapters=choice.text,
@@ -211,11 +210,6 @@ async def _begun(
         for tokens in prompts
         for number in range(asked.n)
     ]
-    rows = Rows(serving.engine, requests, serving.metrics)
-    try:
-        yield rows
-    finally:
-        rows.cancel()
 
 
 async def _whole(call: Call, rows: Rows, answer: Answer) -> Response:
@@ -245,14 +239,16 @@ async def _whole(call: Call, rows: Rows, answer: Answer) -> Response:
 class Stream(StreamingResponse):
     """Server-sent events; whatever ends it, the rows are freed."""
 
-    def __init__(self, rows: Rows, answer: Answer, held: AsyncExitStack) -> None:
+    def __init__(self, rows: Rows, answer: Answer) -> None:
         super().__init__(self._events(rows, answer), media_type="text/event-stream")
         self.headers["cache-control"] = "no-cache"
-        self.held = held
+        self.rows = rows
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async with self.held:
+        try:
             await super().__call__(scope, receive, send)
+        finally:
+            self.rows.cancel()
 
     async def _events(self, rows: Rows, answer: Answer) -> AsyncIterator[str]:
         try:
