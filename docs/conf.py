@@ -1,6 +1,7 @@
 """How `make docs` makes pages of this folder, and of those outside of it that it links to."""
 
 from importlib.metadata import version as installed
+from pathlib import Path
 
 project = "coadapt"
 author = "The coadapt authors"
@@ -11,7 +12,16 @@ root_doc = "docs/index"
 include_patterns = ["*.md", "docs/**", "benchmarks/results/*.md", "examples/*/README.md", "packages/*/README.md"]
 suppress_warnings = ["toc.not_included"]  # those are linked to where they are spoken of
 
-extensions = ["myst_parser", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx_copybutton"]
+
+# Notebooks are kept without outputs and run here, again only where their cells have changed.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(Path(__file__).parent.parent / "build" / "notebooks")
+nb_execution_raise_on_error = True
+nb_execution_timeout = 120
+nb_merge_streams = True
+nb_output_stderr = "remove"  # what libraries say about this machine
+
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 copybutton_prompt_text = "$ "
