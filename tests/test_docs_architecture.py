@@ -1,4 +1,4 @@
-"""docs/architecture.md: the files that it names are there, and its picture of the package is what import-linter holds."""
+"""docs/architecture.md: the files that it names are there, and the layers that it draws are those that are enforced."""
 
 import re
 import runpy

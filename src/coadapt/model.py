@@ -62,7 +62,7 @@ class PeftModel(View):
 
     @property
     def base_model(self) -> "BaseModel":
-        """The base's attributes and the view's verbs: what `model.base_model.set_adapter([...])` in the field needs."""
+        """The base's attributes with the view's verbs, for the field's `model.base_model.set_adapter([...])`."""
         return BaseModel(self)
 
     # ---- attaching and taking away -----------------------------------------------------------------------------------
