@@ -36,7 +36,8 @@ nb_output_stderr = "remove"  # what libraries say about this machine
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
-copybutton_prompt_text = "$ "
+copybutton_prompt_text = r">>> |\$ "
+copybutton_prompt_is_regexp = True
 
 html_theme = "furo"
 html_title = "coadapt"

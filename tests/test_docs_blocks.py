@@ -5,6 +5,8 @@ test_readme.py). In all others a block of Python finds `START`. What cannot be r
 above it: `<!-- not run here: needs a GPU -->`.
 """
 
+import doctest
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -94,6 +96,17 @@ def taken(line: str) -> None:
         context = click.Context(command)
         command = command.resolve_command(context, [words.pop(0)])[1] or group
     command.make_parser(click.Context(command, help_option_names=["-h", "--help"])).parse_args(words)
+
+
+WITH_EXAMPLES = [file for file in sorted((ROOT / "src").rglob("*.py")) if ">>> " in file.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("file", WITH_EXAMPLES, ids=lambda file: file.stem)
+def test_examples_in_docstrings_give_what_they_say(file: Path) -> None:
+    name = ".".join(file.relative_to(ROOT / "src").with_suffix("").parts)
+    done = doctest.testmod(importlib.import_module(name))
+    assert done.attempted
+    assert not done.failed
 
 
 def test_an_option_that_there_is_not_is_found() -> None:

@@ -594,6 +594,11 @@ def get_peft_model(
 ) -> PeftModel:
     """A view of `model` with one adapter; given a view, that view with the adapter added to what is active.
 
+    >>> base = nn.Sequential(nn.Linear(4, 4))
+    >>> model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"]), adapter_name="style")
+    >>> model.active_adapters, model.trainable("style")
+    (['style'], ['style'])
+
     Args:
         adapter_name: left out, the configuration's own name or "default" (or, where that is taken, the method's name).
         mixed: taken as in the field; every view can mix methods.
