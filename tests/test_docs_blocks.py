@@ -68,6 +68,13 @@ def test_its_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         exec(compile(code, f"{page}, block {number}", "exec"), names)
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/") and page != "docs/commands.md"])
+def test_what_one_types_is_as_wide_as_a_page(page: str) -> None:
+    """Longer lines are cut at the right, where a reader does not see that they go on."""
+    typed = [text for kind in ("python", "yaml", "console") for text in blocks(page, kind)]
+    assert [line for text in typed for line in text.splitlines() if len(line) > 88] == []
+
+
 @pytest.mark.parametrize("page", WITH_YAML)
 def test_its_yaml_is_one_that_is_read(page: str) -> None:
     for text in blocks(page, "yaml"):
