@@ -18,7 +18,7 @@ Made from the sources by `tools/configs_page.py`. Each is a frozen dataclass tha
 `LoraConfig(r=16, lora_alpha=32)`. The names, and the defaults, are those of `adapter_config.json` in the field; an
 option that would do nothing is an error, and so is one that a method does not have. What each method computes, and when
 to use it, is in [the methods](../methods.md); the same options on the command line are in [the
-commands](../commands.md).
+commands](../commands.md). An option without a default must be given.
 """
 
 
@@ -54,8 +54,10 @@ def section(kind: type, own: list[Option], known: dict[str, list[Option]]) -> st
     others = [base.__name__ for base in kind.__mro__[1:] if known.get(base.__name__)]
     if own:
         declared = {found.name: found for found in fields(kind)}
-        lines += ["| option | default | |", "|---|---|---|"]
-        lines += [f"| `{o.name}` | {default(declared[o.name])} | {cell(o.doc)} `{cell(o.annotation)}` |" for o in own]
+        lines += ["| option and default | |", "|---|---|"]
+        lines += [
+            f"| `{cell(o.name + default(declared[o.name]))}` | {cell(o.doc)} `{cell(o.annotation)}` |" for o in own
+        ]
         lines.append("")
     if others:
         lines.append("And the options of " + ", ".join(f"[{name}](#{name.lower()})" for name in others) + ".\n")
@@ -63,12 +65,10 @@ def section(kind: type, own: list[Option], known: dict[str, list[Option]]) -> st
 
 
 def default(option: Field[Any]) -> str:
-    """What stands in a field that is left out."""
+    """What stands in a field that is left out; nothing where it must be given."""
     if option.default_factory is not MISSING:
-        return f"`{option.default_factory()!r}`"
-    if option.default is MISSING:
-        return "must be given"
-    return f"`{cell(repr(option.default))}`"
+        return f" = {option.default_factory()!r}"
+    return "" if option.default is MISSING else f" = {option.default!r}"
 
 
 def cell(text: str) -> str:
