@@ -491,15 +491,37 @@ class PeftModel(View):
         self._load(Path(model_id), adapter_name, is_trainable, None, half=not autocast_adapter_dtype)
 
     def _load(self, where: Path, name: str | None, is_trainable: bool, config: PeftConfig | None, half: bool) -> Node:
+        found = self.read(where, name, is_trainable, config, half)
+        self.take_in(found)
+        return found.node
+
+    def read(
+        self,
+        where: Path,
+        name: str | None = None,
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        half: bool = False,
+    ) -> folder.Loaded:
+        """What a folder holds, built for this base and attached to nothing: on any thread, beside calls. For `take_in`.
+
+        Raises as `from_pretrained`.
+        """
         if config is None and (asked := folder.replication_in(where)) is not None:
             replication.check(self.base, asked)
-        found = folder.load(where, self.base, self._record.fingerprint, name, config, is_trainable, half)
+        return folder.load(where, self.base, self._record.fingerprint, name, config, is_trainable, half)
+
+    def take_in(self, found: folder.Loaded) -> None:
+        """Attaches what `read` gave. What is active stays as it is.
+
+        Raises:
+            ValueError: there is an adapter of one of the names already. Nothing is attached then.
+        """
         for adapter in found.adapters:
             if adapter.name in self._names:
                 raise ValueError(f"There is an adapter {adapter.name!r} already; load it under another adapter_name.")
         for adapter in found.adapters:
             self._install(adapter)
-        return found.node
 
     def get_extra_state(self) -> Tensor:
         """Configurations, composition and fingerprint, as JSON in a uint8 tensor."""

@@ -119,7 +119,7 @@ def load(
     ready = load_bare(model, adapter, quantised=quantised, device=device, on_disk=on_disk)
     if adapter is None:
         return replace(ready, model=ready.model.to(device))
-    _grow(ready.model, adapter, on_disk is not None)
+    grow(ready.model, adapter, on_disk is not None)
     view = PeftModel.from_pretrained(ready.model, adapter)
     if adapters is not None:
         view.set_adapter(adapters)
@@ -128,7 +128,7 @@ def load(
     return replace(ready, model=view.to(device).eval())
 
 
-def _grow(base: Any, adapter: Path, on_disk: bool) -> None:
+def grow(base: Any, adapter: Path, on_disk: bool = False) -> None:
     """Makes room for the tokens that an adapter brings: this base is nobody else's."""
     needed = rows_needed(adapter, base)
     if needed and needed > (rows := len(base.get_input_embeddings().weight)):
@@ -199,6 +199,19 @@ def load_bare(
 
 def _task_of(adapter: Path) -> Task | None:
     return next((TASKS[str(kind)] for said in _configs(adapter) if (kind := said.get("task_type")) in TASKS), None)
+
+
+def framing_of(adapter: Path) -> Framing | None:
+    """How prompts were put to an adapter in its training; None where its folder does not say.
+
+    Raises:
+        ValueError: the folder's record is damaged.
+    """
+    told = _provenance(adapter).get("prompt")
+    try:
+        return None if told is None else Framing(**told)
+    except TypeError as error:
+        raise ValueError(f"{adapter / PROVENANCE} is damaged: {error}") from error
 
 
 def _provenance(adapter: Path) -> dict[str, Any]:
