@@ -17,6 +17,7 @@ VERBS = {
     "search": "Find the best combination of methods, sites, ranks and rates.",
     "generate": "Ask a model with its adapter.",
     "chat": "Talk to a model with its adapters.",
+    "ui": "A page in the browser: train, watch, chat, compare.",
     "eval": "Score a base and its adapters side by side, on rows.",
     "compat": "Which programs load an adapter, and what mends a no.",
     "merge": "Put an adapter into the weights of its base.",

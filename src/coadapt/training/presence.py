@@ -1,6 +1,6 @@
 """Which process trains a run: a file beside its log while it goes, so that anybody who looks finds it, and its end.
 
-A process that is killed leaves the file behind; the time at which it began tells it from a later one of the same number.
+A process that is killed leaves the file behind; when it began tells it from a later one of the same number.
 """
 
 import json

@@ -1,1 +1,1 @@
-"""A page in the browser: train, watch, chat, compare. What it knows stands in plain files; `tab_*` and `page` show it."""
+"""A page in the browser: train, watch, chat, compare. `tab_*` and `page` show what the other files know."""

@@ -15,7 +15,7 @@ from coadapt.ui.curves import Points, loss, thinned
 
 ALWAYS = ("output_dir",)
 """Settings that differ of necessity."""
-NOTHING = "–"
+NOTHING = "-"
 
 
 @dataclass(frozen=True, kw_only=True)

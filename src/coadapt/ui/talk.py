@@ -191,6 +191,14 @@ class Talker:
             return None
         return gated(view.composition, {**loaded.gates.values, **gates})
 
+    def text(self, adapter: str, model: str, saved: Mapping[str, float], gates: Mapping[str, float]) -> str:
+        """What these gates make active, as text; of a model that is not loaded (any more) as a plain sum."""
+        loaded = self._loaded if self._key == (adapter.strip(), model.strip()) else None
+        if loaded is not None:
+            node = self.composition(loaded, gates)
+            return loaded.gates.saved if node is None else shown(node)
+        return shown(gated(Sum(*saved), gates))
+
     def answers(
         self, adapter: str, model: str, turns: Sequence[tuple[str, str]], question: str, how: Asked
     ) -> Iterator[tuple[bool, str]]:

@@ -1,0 +1,194 @@
+"""The tab of the runs: which there are, how one stands, its curves and its log."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from coadapt.training.memory import size
+from coadapt.training.presence import process_of
+from coadapt.ui import curves, launch, runs, shown
+from coadapt.ui.compared import NOTHING, summary
+from coadapt.ui.context import LOUD, QUIET, Context, wrong_with
+
+EVERY = 2.0
+"""Seconds between two looks at the files."""
+EMPTY = "There is no run in {} yet. Start one in Train, or with: coadapt train --output-dir {}/NAME …"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchTab:
+    """The components of the tab."""
+
+    chosen: gr.Radio
+    empty: gr.HTML
+    whole: gr.Row
+    standing: gr.HTML
+    stop: gr.Button
+    go_on: gr.Button
+    wrong: gr.HTML
+    loss: gr.LinePlot
+    panels: dict[str, gr.LinePlot]
+    memory: gr.LinePlot
+    log: gr.Textbox
+
+
+def plot(title: str, height: int, visible: bool = True) -> gr.LinePlot:
+    """An empty plot of lines over steps."""
+    return gr.LinePlot(
+        pd.DataFrame({"step": [], title: [], "line": []}),
+        x="step",
+        y=title,
+        color="line",
+        title=title,
+        y_title=" ",
+        x_title="step",
+        color_title=" ",
+        height=height,
+        visible=visible,
+        min_width=250,
+        show_label=False,
+        buttons=[],
+    )
+
+
+def drawn(points: curves.Points, title: str, order: Iterable[str] = ()) -> Any:
+    """The plot with these lines, hidden where there are none."""
+    steps, values, names = curves.rows(points, order)
+    table = pd.DataFrame({"step": steps, title: pd.Series(values, dtype="float64"), "line": names})
+    return gr.LinePlot(table, colors_in_legend=list(points), visible=bool(points))
+
+
+def lay_out(context: Context) -> WatchTab:
+    """Makes the components."""
+    empty = gr.HTML(shown.note(EMPTY.format(context.runs, context.runs)))
+    with gr.Row(visible=False) as whole:
+        with gr.Column(scale=2, min_width=220):
+            chosen = gr.Radio([], label="Runs, the latest first", elem_classes=["ca-list"])
+        with gr.Column(scale=7, min_width=480):
+            standing = gr.HTML()
+            stop = gr.Button("Stop after this step", size="sm", visible=False)
+            go_on = gr.Button("Go on from the last checkpoint", size="sm", visible=False)
+            wrong = gr.HTML(visible=False)
+            loss = plot("loss", 290, visible=False)
+            with gr.Row():
+                panels = {figure: plot(title, 210, visible=False) for figure, title in curves.PANELS.items()}
+                memory = plot("memory, GiB", 210, visible=False)
+            log = gr.Textbox(
+                label="The last lines of its log", lines=8, max_lines=14, interactive=False, elem_classes=["ca-log"]
+            )
+    return WatchTab(
+        chosen=chosen,
+        empty=empty,
+        whole=whole,
+        standing=standing,
+        stop=stop,
+        go_on=go_on,
+        wrong=wrong,
+        loss=loss,
+        panels=panels,
+        memory=memory,
+        log=log,
+    )
+
+
+def labels(there: dict[str, Path]) -> list[tuple[str, str]]:
+    """What the list of runs shows, and the name behind it."""
+    return [(f"{name} · {runs.standing(folder).state}", name) for name, folder in there.items()]
+
+
+def _touched(folder: Path | None) -> list[Any]:
+    """What changes where a run has written something."""
+    if folder is None:
+        return []
+    found: list[Any] = [str(folder), runs.standing(folder)]
+    for name in (runs.METRICS, runs.LOG, runs.RUN):
+        file = folder / name
+        found.append((file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None)
+    return found
+
+
+def figures(name: str, folder: Path, at: runs.Standing) -> dict[str, str]:
+    """The figures beside how a run stands."""
+    cells = summary(name, folder).cells()
+    found = {label: cells[key] for key, label in (("adapters", "adapters"), ("held-out loss", "held-out loss"))}
+    found |= {"best": cells["best"], "of training": cells["time"], "memory at most": cells["memory"]}
+    if at.state == "running" and (process := process_of(folder)) is not None:
+        found |= {"in memory now": size(process.memory_info().rss), "process": str(process.pid)}
+    return {label: value for label, value in found.items() if value != NOTHING}
+
+
+def wire(context: Context, page: gr.Blocks, tab: WatchTab) -> None:
+    """Says what happens."""
+    kept, seen = context.kept("watched", ""), gr.State(None)
+    outputs = [
+        *(tab.chosen, tab.empty, tab.whole, tab.standing, tab.stop, tab.go_on),
+        *(tab.loss, *tab.panels.values(), tab.memory, tab.log, seen, kept),
+    ]
+
+    def refresh(chosen: str | None, before: list[Any] | None) -> Any:
+        if before is None:  # what was watched before the page was loaded is not there yet
+            return [gr.skip() for _ in outputs]
+        launch.reap()
+        there = runs.found(context.runs)
+        name = chosen if chosen in there else next(iter(there), None)
+        folder = there.get(name or "")
+        listed = labels(there)
+        now = [repr(listed), *map(repr, _touched(folder))]
+        if now == before:
+            return [gr.skip() for _ in outputs]
+        if folder is None:
+            return [
+                gr.Radio(choices=[], value=None),
+                gr.HTML(visible=True),
+                gr.Row(visible=False),
+                *(gr.skip() for _ in outputs[3:-2]),
+                now,
+                "",
+            ]
+        return [
+            gr.Radio(choices=listed, value=name),
+            gr.HTML(visible=False),
+            gr.Row(visible=True),
+            *_details(name or "", folder, tab),
+            now,
+            name,
+        ]
+
+    inputs = [tab.chosen, seen]
+    gr.Timer(EVERY).tick(refresh, inputs, outputs, concurrency_limit=None, **QUIET)
+    tab.chosen.change(refresh, inputs, outputs, concurrency_limit=None, **QUIET)
+
+    def restore(name: str) -> list[Any]:
+        there = runs.found(context.runs)
+        return [gr.Radio(choices=labels(there), value=name if name in there else None), []]
+
+    page.load(restore, kept, [tab.chosen, seen], **QUIET).then(refresh, inputs, outputs, **QUIET)
+
+    def act(name: str, what: Callable[[Path], None]) -> Any:
+        try:
+            what(runs.named(context.runs, name))
+        except (ValueError, OSError) as error:
+            return wrong_with(str(error))
+        return wrong_with("")
+
+    tab.stop.click(lambda name: act(name, launch.stop), tab.chosen, tab.wrong, **LOUD)
+    tab.go_on.click(lambda name: act(name, launch.go_on), tab.chosen, tab.wrong, **LOUD)
+
+
+def _details(name: str, folder: Path, tab: WatchTab) -> list[Any]:
+    at, log = runs.standing(folder), runs.lines(folder)
+    adapters = list(runs.settings(folder).get("adapters") or {})
+    memory = curves.memory(log)
+    return [
+        shown.standing(name, at, figures(name, folder, at)),
+        gr.Button(visible=at.state == "running"),
+        gr.Button(visible=at.state in ("stopped", "failed") and (folder / runs.RUN).is_file()),
+        drawn(curves.loss(log), "loss"),
+        *(drawn(curves.panel(log, figure), title, adapters) for figure, title in curves.PANELS.items()),
+        drawn(memory, "memory, GiB"),
+        runs.last_lines(folder),
+    ]
