@@ -1,9 +1,9 @@
 """What a run has written, as points to be drawn: its loss, rates, norms, gates, memory."""
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from coadapt.training.palette import HELD_OUT, TRAIN, adapter_colors
 from coadapt.training.picture import values_over_steps
 from coadapt.training.record import held_out_losses
 
@@ -15,12 +15,12 @@ Log = Sequence[Mapping[str, Any]]
 Points = dict[str, list[tuple[int, float]]]
 """Name of a line -> (step, value)."""
 PANELS = {
-    "learning_rate": "learning rate, log10",
-    "grad_norm": "gradient norm, log10",
-    "update_norm": "update norm, log10",
-    "gate": "gates",
+    "learning_rate": ("learning rate", True),
+    "grad_norm": ("gradient norm", True),
+    "update_norm": ("update norm, of one step", True),
+    "gate": ("gates", False),
 }
-"""Figure of each adapter -> the title of its panel. Those of adapters lie orders of magnitude apart."""
+"""Figure of each adapter -> the title of its panel, and whether its axis is logarithmic."""
 
 
 def loss(log: Log) -> Points:
@@ -33,10 +33,10 @@ def loss(log: Log) -> Points:
 
 
 def panel(log: Log, figure: str) -> Points:
-    """One figure of each adapter; of what is shown as a logarithm, where it is above 0."""
+    """One figure of each adapter; where the axis is logarithmic, what is above 0."""
     found = values_over_steps(log, figure)
-    if PANELS[figure].endswith("log10"):
-        found = {n: [(step, math.log10(v)) for step, v in points if v > 0] for n, points in found.items()}
+    if PANELS[figure][1]:
+        found = {name: [(step, value) for step, value in points if value > 0] for name, points in found.items()}
     return {name: thinned(points) for name, points in found.items() if points}
 
 
@@ -56,15 +56,7 @@ def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return [*points[:-1][::every], *points[-1:]]
 
 
-def rows(found: Points, order: Iterable[str] = ()) -> tuple[list[int], list[float | None], list[str]]:
-    """Columns of a table: steps, values, names.
-
-    Colours go by the order of the names. Those of `order` come first, also where they have no points here, so that a
-    name has one colour in all pictures.
-    """
-    first = min((points[0][0] for points in found.values() if points), default=0)
-    places: dict[str, list[tuple[int, float | None]]] = {name: [(first, None)] for name in order}
-    for name, points in found.items():
-        places[name] = [*points]
-    flat = [(step, value, name) for name, points in places.items() for step, value in points]
-    return [f[0] for f in flat], [f[1] for f in flat], [f[2] for f in flat]
+def colors(names: Iterable[str], adapters: Iterable[str] = ()) -> dict[str, str]:
+    """Line -> its colour; an adapter has the one that it has on a terminal and in loss.png."""
+    known = {TRAINING: TRAIN, HELD: HELD_OUT, "peak": TRAIN}
+    return {**adapter_colors(dict.fromkeys([*adapters, *(name for name in names if name not in known)])), **known}

@@ -170,6 +170,11 @@ STYLE = """
 .ca-legend {display:flex; flex-wrap:wrap; gap:.2rem 1rem; font-size:.8rem; padding:.4rem 0;
   color:var(--body-text-color-subdued)}
 .ca-legend i {display:inline-block; width:.6rem; height:.6rem; border-radius:2px; margin-right:.35rem}
+.ca-plot {border:1px solid var(--border-color-primary); border-radius:6px; padding:.6rem .8rem .3rem}
+.ca-plot svg {width:100%; height:auto; display:block}
+.ca-plot svg text {font-family:var(--font) !important}
+.ca-title {font-size:.85rem; font-weight:500; padding-bottom:.2rem}
+.ca-plots {display:grid; grid-template-columns:repeat(auto-fit, minmax(250px, 1fr)); gap:.8rem; margin-top:.8rem}
 .ca-label {font-size:.8rem; color:var(--body-text-color-subdued); padding-top:.7rem}
 .ca-sample {white-space:pre-wrap; overflow-wrap:anywhere; font-family:var(--font-mono); font-size:.82rem;
   background:var(--background-fill-secondary); padding:.6rem .8rem; border-radius:6px; margin:.2rem 0; max-height:14rem;

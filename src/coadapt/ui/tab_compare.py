@@ -1,14 +1,16 @@
 """The tab of several runs: a table, their curves in one picture, and the settings that differ."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from coadapt.ui import compared, runs, shown
+from coadapt.training.palette import adapter_colors
+from coadapt.ui import compared, drawing, runs, shown
 from coadapt.ui.context import QUIET, Context
 from coadapt.ui.curves import HELD, TRAINING
-from coadapt.ui.tab_watch import drawn, labels, plot
+from coadapt.ui.tab_watch import labels
 
 EVERY = 5.0
 NONE_CHOSEN = "Choose two runs or more: they stand here beside each other, with the settings that differ."
@@ -21,7 +23,7 @@ class CompareTab:
     chosen: gr.CheckboxGroup
     which: gr.Radio
     table: gr.HTML
-    curves: gr.LinePlot
+    curves: gr.HTML
     differing: gr.HTML
 
 
@@ -33,7 +35,7 @@ def lay_out(context: Context) -> CompareTab:
             which = gr.Radio([HELD, TRAINING], value=HELD, label="Loss that is drawn")
         with gr.Column(scale=7, min_width=480):
             table = gr.HTML(shown.note(NONE_CHOSEN))
-            curves = plot("loss", 320, visible=False)
+            curves = gr.HTML(padding=False)
             differing = gr.HTML()
     return CompareTab(chosen=chosen, which=which, table=table, curves=curves, differing=differing)
 
@@ -56,12 +58,12 @@ def wire(context: Context, page: gr.Blocks, tab: CompareTab) -> None:
         again = gr.CheckboxGroup(choices=listed, value=list(folders))
         said = {"runs": list(folders), "which": which}
         if not folders:
-            return [again, shown.note(NONE_CHOSEN), gr.LinePlot(visible=False), "", now, said]
+            return [again, shown.note(NONE_CHOSEN), "", "", now, said]
         rows = [one.cells() for one in found]
         return [
             again,
             shown.table(list(rows[0]), [list(row.values()) for row in rows]),
-            drawn(compared.curves(folders, which), "loss"),
+            _curves(folders, which),
             _differing(folders),
             now,
             said,
@@ -79,7 +81,13 @@ def wire(context: Context, page: gr.Blocks, tab: CompareTab) -> None:
     page.load(restore, kept, [tab.chosen, tab.which, seen], **QUIET).then(refresh, inputs, outputs, **QUIET)
 
 
-def _differing(folders: dict[str, Any]) -> str:
+def _curves(folders: dict[str, Path], which: str) -> str:
+    found = compared.curves(folders, which)
+    title = f"loss, {which}"
+    return drawing.plot(title, found, adapter_colors(folders), size=drawing.WIDE)
+
+
+def _differing(folders: dict[str, Path]) -> str:
     if len(folders) < 2:
         return shown.note("Choose another run, and the settings that differ stand here.")
     found = compared.differing(folders)

@@ -1,16 +1,15 @@
 """The tab of the runs: which there are, how one stands, its curves and its log."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
 from coadapt.training.memory import size
 from coadapt.training.presence import process_of
-from coadapt.ui import curves, launch, runs, shown
+from coadapt.ui import curves, drawing, launch, runs, shown
 from coadapt.ui.compared import NOTHING, summary
 from coadapt.ui.context import LOUD, QUIET, Context, wrong_with
 
@@ -30,36 +29,23 @@ class WatchTab:
     stop: gr.Button
     go_on: gr.Button
     wrong: gr.HTML
-    loss: gr.LinePlot
-    panels: dict[str, gr.LinePlot]
-    memory: gr.LinePlot
+    curves: gr.HTML
     log: gr.Textbox
 
 
-def plot(title: str, height: int, visible: bool = True) -> gr.LinePlot:
-    """An empty plot of lines over steps."""
-    return gr.LinePlot(
-        pd.DataFrame({"step": [], title: [], "line": []}),
-        x="step",
-        y=title,
-        color="line",
-        title=title,
-        y_title=" ",
-        x_title="step",
-        color_title=" ",
-        height=height,
-        visible=visible,
-        min_width=250,
-        show_label=False,
-        buttons=[],
-    )
-
-
-def drawn(points: curves.Points, title: str, order: Iterable[str] = ()) -> Any:
-    """The plot with these lines, hidden where there are none."""
-    steps, values, names = curves.rows(points, order)
-    table = pd.DataFrame({"step": steps, title: pd.Series(values, dtype="float64"), "line": names})
-    return gr.LinePlot(table, colors_in_legend=list(points), visible=bool(points))
+def pictures(folder: Path) -> str:
+    """The curves of a run."""
+    log = runs.lines(folder)
+    adapters = list(runs.settings(folder).get("adapters") or {})
+    loss, memory = curves.loss(log), curves.memory(log)
+    small = [
+        drawing.plot(title, found, curves.colors(found, adapters), logarithmic=logarithmic)
+        for figure, (title, logarithmic) in curves.PANELS.items()
+        if (found := curves.panel(log, figure))
+    ]
+    small.append(drawing.plot("memory, GiB", memory, curves.colors(memory)))
+    wide = drawing.plot("loss", loss, curves.colors(loss), size=drawing.WIDE)
+    return f'{wide}<div class="ca-plots">{"".join(small)}</div>' if wide else ""
 
 
 def lay_out(context: Context) -> WatchTab:
@@ -73,10 +59,7 @@ def lay_out(context: Context) -> WatchTab:
             stop = gr.Button("Stop after this step", size="sm", visible=False)
             go_on = gr.Button("Go on from the last checkpoint", size="sm", visible=False)
             wrong = gr.HTML(visible=False)
-            loss = plot("loss", 290, visible=False)
-            with gr.Row():
-                panels = {figure: plot(title, 210, visible=False) for figure, title in curves.PANELS.items()}
-                memory = plot("memory, GiB", 210, visible=False)
+            drawn = gr.HTML(padding=False)
             log = gr.Textbox(
                 label="The last lines of its log", lines=8, max_lines=14, interactive=False, elem_classes=["ca-log"]
             )
@@ -88,9 +71,7 @@ def lay_out(context: Context) -> WatchTab:
         stop=stop,
         go_on=go_on,
         wrong=wrong,
-        loss=loss,
-        panels=panels,
-        memory=memory,
+        curves=drawn,
         log=log,
     )
 
@@ -126,7 +107,7 @@ def wire(context: Context, page: gr.Blocks, tab: WatchTab) -> None:
     kept, seen = context.kept("watched", ""), gr.State(None)
     outputs = [
         *(tab.chosen, tab.empty, tab.whole, tab.standing, tab.stop, tab.go_on),
-        *(tab.loss, *tab.panels.values(), tab.memory, tab.log, seen, kept),
+        *(tab.curves, tab.log, seen, kept),
     ]
 
     def refresh(chosen: str | None, before: list[Any] | None) -> Any:
@@ -153,7 +134,7 @@ def wire(context: Context, page: gr.Blocks, tab: WatchTab) -> None:
             gr.Radio(choices=listed, value=name),
             gr.HTML(visible=False),
             gr.Row(visible=True),
-            *_details(name or "", folder, tab),
+            *_details(name or "", folder),
             now,
             name,
         ]
@@ -179,16 +160,12 @@ def wire(context: Context, page: gr.Blocks, tab: WatchTab) -> None:
     tab.go_on.click(lambda name: act(name, launch.go_on), tab.chosen, tab.wrong, **LOUD)
 
 
-def _details(name: str, folder: Path, tab: WatchTab) -> list[Any]:
-    at, log = runs.standing(folder), runs.lines(folder)
-    adapters = list(runs.settings(folder).get("adapters") or {})
-    memory = curves.memory(log)
+def _details(name: str, folder: Path) -> list[Any]:
+    at = runs.standing(folder)
     return [
         shown.standing(name, at, figures(name, folder, at)),
         gr.Button(visible=at.state == "running"),
         gr.Button(visible=at.state in ("stopped", "failed") and (folder / runs.RUN).is_file()),
-        drawn(curves.loss(log), "loss"),
-        *(drawn(curves.panel(log, figure), title, adapters) for figure, title in curves.PANELS.items()),
-        drawn(memory, "memory, GiB"),
+        pictures(folder),
         runs.last_lines(folder),
     ]
