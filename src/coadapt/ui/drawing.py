@@ -16,7 +16,7 @@ from coadapt.ui.curves import Points
 
 WIDE, SMALL = (9.6, 2.7), (3.3, 1.5)
 """Inches; the page makes them as wide as there is room."""
-FEW = 2
+FEW = 1.3
 """Powers of ten below which a logarithmic axis shows numbers between them, too."""
 _drawing = threading.Lock()
 """matplotlib's settings are those of the whole process, and several pages may be open."""

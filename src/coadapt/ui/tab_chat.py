@@ -49,19 +49,17 @@ def lay_out(context: Context) -> ChatTab:
             adapter = gr.Dropdown([], label="Run, or adapter folder", allow_custom_value=True)
             model = gr.Textbox(label="Base", placeholder="left out: the one that the adapter names", max_lines=1)
             load = gr.Button("Load", size="md")
-            sliders = [gr.Slider(0, talk.WIDEST, step=0.01, label="", visible=False) for _ in range(MOST)]
+            sliders = [gr.Slider(0, talk.WIDEST, step=0.01, label="", visible=False, buttons=[]) for _ in range(MOST)]
             composition = gr.HTML()
-            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: the likeliest token)")
-            longest = gr.Slider(1, 1024, value=LONGEST, step=1, label="Longest answer, tokens")
+            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: the likeliest token)", buttons=[])
+            longest = gr.Slider(1, 1024, value=LONGEST, step=1, label="Longest answer, tokens", buttons=[])
             compare = gr.Checkbox(label="The base's answer beside it")
         with gr.Column(scale=8, min_width=480):
             wrong = gr.HTML(visible=False)
             with gr.Row():
                 adapted = _conversation("with its adapters", EMPTY)
                 base = _conversation("the base", "The base's answers stand here.", visible=False)
-            question = gr.Textbox(
-                label="Question", placeholder="Enter asks, Shift+Enter begins a line", lines=3, max_lines=10
-            )
+            question = gr.Textbox(label="Question", placeholder="Shift+Enter asks", lines=3, max_lines=10)
             with gr.Row():
                 ask = gr.Button("Ask", variant="primary", size="md")
                 stop = gr.Button("Stop", size="md")
@@ -227,4 +225,5 @@ def _wire_asking(context: Context, tab: ChatTab, everything: list[Any], turns: g
     asked: Any = [tab.ask.click, tab.question.submit]
     asking = gr.on(asked, ask, [tab.question, *everything], outputs, concurrency_limit=None, **QUIET)
     tab.stop.click(None, None, None, cancels=[asking], api_visibility="private")
-    tab.clear.click(lambda: [[], [], []], None, [turns, tab.adapted, tab.base], cancels=[asking], **QUIET)
+    forget: Any = [tab.clear.click, tab.adapted.clear, tab.base.clear]
+    gr.on(forget, lambda: [[], [], []], None, [turns, tab.adapted, tab.base], cancels=[asking], **QUIET)

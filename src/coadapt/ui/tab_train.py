@@ -8,8 +8,9 @@ from typing import Any
 
 import gradio as gr
 
-from coadapt.ui import form, launch, shown
+from coadapt.ui import form, launch, runs, shown
 from coadapt.ui.context import LOUD, QUIET, Context, wrong_with
+from coadapt.ui.tab_watch import labels
 
 MOST = 6
 """Adapters that the form has room for."""
@@ -258,7 +259,11 @@ def wire(context: Context, page: gr.Blocks, tab: TrainTab, started: list[Any]) -
             launch.start(context.runs, name, settings)
         except (ValueError, OSError) as error:
             return [wrong_with(str(error)), *(gr.skip() for _ in started)]
-        return [wrong_with(""), gr.Tabs(selected="watch"), name]
+        return [
+            wrong_with(""),
+            gr.Tabs(selected="watch"),
+            gr.Radio(choices=labels(runs.found(context.runs)), value=name),
+        ]
 
     tab.estimate.click(estimate, everything, tab.needs, **LOUD)
     tab.look.click(look, everything, tab.data, **LOUD)
