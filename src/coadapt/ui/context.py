@@ -1,6 +1,7 @@
 """What the tabs of one served page share."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,17 @@ class Context:
         place = hashlib.sha256(str(self.runs.resolve()).encode()).hexdigest()[:12]
         # It has to be the same at the next start. It guards nothing: what is kept is the person's own.
         return gr.BrowserState(default, storage_key=f"coadapt-{place}-{what}", secret="coadapt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remembered:
+    """What a tab puts back when the page is loaded: `restore(kept)` gives the values of `outputs`."""
+
+    kept: gr.BrowserState
+    restore: Callable[[Any], list[Any]]
+    outputs: list[Any]
+    after: tuple[Callable[..., Any], list[Any], list[Any]] | None = None
+    """What follows from it: function, inputs, outputs."""
 
 
 def wrong_with(text: str) -> gr.HTML:

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from coadapt.ui import runs, shown, talk
-from coadapt.ui.context import LOUD, QUIET, Context, wrong_with
+from coadapt.ui.context import LOUD, QUIET, Context, Remembered, wrong_with
 from coadapt.ui.talk import Asked, Loaded
 
 MOST = 8
@@ -133,7 +133,7 @@ def _active(text: str, told: str) -> str:
     return shown.label("active") + shown.code(text) + shown.quiet(told)
 
 
-def wire(context: Context, page: gr.Blocks, tab: ChatTab) -> None:
+def wire(context: Context, tab: ChatTab) -> Remembered:
     """Says what happens."""
     kept = context.kept("chat", FIRST)
     turns, saved, told = gr.State([]), gr.State({}), gr.State("")
@@ -164,7 +164,6 @@ def wire(context: Context, page: gr.Blocks, tab: ChatTab) -> None:
         ]
 
     outputs = [*everything, tab.adapted, tab.base]
-    page.load(restore, kept, outputs, **QUIET)
     tab.adapter.focus(lambda: gr.Dropdown(choices=folders(context)), None, tab.adapter, queue=False, **QUIET)
 
     def load(adapter: str | None, model: str | None) -> list[Any]:
@@ -190,6 +189,7 @@ def wire(context: Context, page: gr.Blocks, tab: ChatTab) -> None:
     gr.on(changes, keep, everything, kept, trigger_mode="always_last", queue=False, **QUIET)
     tab.compare.change(lambda on: gr.Chatbot(visible=on), tab.compare, tab.base, queue=False, **QUIET)
     _wire_asking(context, tab, everything, turns)
+    return Remembered(kept=kept, restore=restore, outputs=outputs)
 
 
 def _gates(saved: dict[str, float], sliders: Sequence[float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import gradio as gr
 
 from coadapt.training.palette import adapter_colors
 from coadapt.ui import compared, drawing, runs, shown
-from coadapt.ui.context import QUIET, Context
+from coadapt.ui.context import QUIET, Context, Remembered
 from coadapt.ui.curves import HELD, TRAINING
 from coadapt.ui.tab_watch import labels
 
@@ -40,7 +40,7 @@ def lay_out(context: Context) -> CompareTab:
     return CompareTab(chosen=chosen, which=which, table=table, curves=curves, differing=differing)
 
 
-def wire(context: Context, page: gr.Blocks, tab: CompareTab) -> None:
+def wire(context: Context, tab: CompareTab) -> Remembered:
     """Says what happens."""
     kept, seen = context.kept("compared", {"runs": [], "which": HELD}), gr.State(None)
     outputs = [tab.chosen, tab.table, tab.curves, tab.differing, seen, kept]
@@ -78,7 +78,8 @@ def wire(context: Context, page: gr.Blocks, tab: CompareTab) -> None:
         before = [name for name in said.get("runs", []) if name in there]
         return [gr.CheckboxGroup(choices=labels(there), value=before), said.get("which", HELD), []]
 
-    page.load(restore, kept, [tab.chosen, tab.which, seen], **QUIET).then(refresh, inputs, outputs, **QUIET)
+    found = [tab.chosen, tab.which, seen]
+    return Remembered(kept=kept, restore=restore, outputs=found, after=(refresh, inputs, outputs))
 
 
 def _curves(folders: dict[str, Path], which: str) -> str:

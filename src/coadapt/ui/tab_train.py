@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from coadapt.ui import form, launch, runs, shown
-from coadapt.ui.context import LOUD, QUIET, Context, wrong_with
+from coadapt.ui.context import LOUD, QUIET, Context, Remembered, wrong_with
 from coadapt.ui.tab_watch import labels
 
 MOST = 6
@@ -195,7 +195,7 @@ def read(said: dict[str, Any]) -> dict[str, Any]:
     return form.settings(said["values"], [form.AdapterForm(**a) for a in said["adapters"]])
 
 
-def wire(context: Context, page: gr.Blocks, tab: TrainTab, started: list[Any]) -> None:
+def wire(context: Context, tab: TrainTab, started: list[Any]) -> Remembered:
     """Says what happens; `started` are what a start changes elsewhere: the tabs, and the run that is watched."""
     kept = context.kept("form", FIRST)
     count = gr.State(1)
@@ -228,7 +228,6 @@ def wire(context: Context, page: gr.Blocks, tab: TrainTab, started: list[Any]) -
         return [len(adapters), said.get("name", ""), *fields, *_shown_adapters(adapters)]
 
     outputs = [count, tab.name, *tab.fields.values(), *_adapter_outputs(tab)]
-    page.load(restore, kept, outputs, **QUIET).then(mean, everything, meaning, **QUIET)
 
     def estimate(count: int, *values: Any) -> str:
         from coadapt.training.estimate import estimated
@@ -268,6 +267,7 @@ def wire(context: Context, page: gr.Blocks, tab: TrainTab, started: list[Any]) -
     tab.estimate.click(estimate, everything, tab.needs, **LOUD)
     tab.look.click(look, everything, tab.data, **LOUD)
     tab.start.click(start, everything, [tab.wrong, *started], **LOUD)
+    return Remembered(kept=kept, restore=restore, outputs=outputs, after=(mean, everything, meaning))
 
 
 def check_there(model: str, data: Sequence[str | None]) -> None:

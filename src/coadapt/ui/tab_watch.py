@@ -11,7 +11,7 @@ from coadapt.training.memory import size
 from coadapt.training.presence import process_of
 from coadapt.ui import curves, drawing, launch, runs, shown
 from coadapt.ui.compared import NOTHING, summary
-from coadapt.ui.context import LOUD, QUIET, Context, wrong_with
+from coadapt.ui.context import LOUD, QUIET, Context, Remembered, wrong_with
 
 EVERY = 2.0
 """Seconds between two looks at the files."""
@@ -102,7 +102,7 @@ def figures(name: str, folder: Path, at: runs.Standing) -> dict[str, str]:
     return {label: value for label, value in found.items() if value != NOTHING}
 
 
-def wire(context: Context, page: gr.Blocks, tab: WatchTab) -> None:
+def wire(context: Context, tab: WatchTab) -> Remembered:
     """Says what happens."""
     kept, seen = context.kept("watched", ""), gr.State(None)
     outputs = [
@@ -147,8 +147,6 @@ def wire(context: Context, page: gr.Blocks, tab: WatchTab) -> None:
         there = runs.found(context.runs)
         return [gr.Radio(choices=labels(there), value=name if name in there else None), []]
 
-    page.load(restore, kept, [tab.chosen, seen], **QUIET).then(refresh, inputs, outputs, **QUIET)
-
     def act(name: str, what: Callable[[Path], None]) -> Any:
         try:
             what(runs.named(context.runs, name))
@@ -158,6 +156,7 @@ def wire(context: Context, page: gr.Blocks, tab: WatchTab) -> None:
 
     tab.stop.click(lambda name: act(name, launch.stop), tab.chosen, tab.wrong, **LOUD)
     tab.go_on.click(lambda name: act(name, launch.go_on), tab.chosen, tab.wrong, **LOUD)
+    return Remembered(kept=kept, restore=restore, outputs=[tab.chosen, seen], after=(refresh, inputs, outputs))
 
 
 def _details(name: str, folder: Path) -> list[Any]:
