@@ -54,7 +54,7 @@ def default_size(method: str) -> str:
     known = method_named(method)
     name = size_option(method)
     chosen = RECOMMENDED.get(known.name)
-    if chosen is not None and name in chosen.options:
+    if chosen is not None and name is not None and name in chosen.options:
         return str(chosen.options[name])
     defaults = [o.default for o in (*known.own, *known.inherited) if o.name == name]
     return defaults[0] if defaults and defaults[0] != "None" else ""

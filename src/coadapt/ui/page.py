@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.themes import Base, Default
 
 from coadapt.ui import tab_chat, tab_compare, tab_train, tab_watch
 from coadapt.ui.context import QUIET, Context, Remembered
@@ -17,9 +18,9 @@ HEAD = '<div class="ca-head {1}"><b>coadapt</b><span>runs in {0}</span></div>'
 """The second is a class that says that what the browser remembers is back in its place."""
 
 
-def theme() -> gr.themes.Base:
+def theme() -> Base:
     """Calm, and without fonts from elsewhere."""
-    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", radius_size="sm", font=FONT, font_mono=MONO)
+    return Default(primary_hue="blue", neutral_hue="slate", radius_size="sm", font=FONT, font_mono=MONO)
 
 
 def page(runs: Path, model: str = "") -> gr.Blocks:

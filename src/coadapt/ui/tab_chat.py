@@ -97,7 +97,7 @@ def _conversation(label: str, placeholder: str, visible: bool = True) -> gr.Chat
     )
 
 
-def messages(turns: Turns, key: str) -> list[dict[str, str]]:
+def messages(turns: Turns, key: str) -> list[Any]:
     """A conversation as it is shown; `key` says whose answers."""
     found: list[dict[str, str]] = []
     for turn in turns:
