@@ -81,8 +81,8 @@ def chat(page: Page, into: Path) -> None:
         box.press("Enter")
         page.get_by_label("Question").fill(QUESTION)
         page.get_by_role("button", name="Ask").click()
-        expect(page.locator(".bot.message")).to_have_count(2 * count)
-        page.wait_for_timeout(1500)
+        expect(page.locator("#ca-base [data-testid=bot]")).to_have_count(count)
+        page.wait_for_timeout(5000)
     shoot(page, "chat", into)
 
 

@@ -95,12 +95,14 @@ def answers(page: Any, count: int) -> list[str]:
     """The last answers, of the adapters and of the base, once there are so many of each."""
     from playwright.sync_api import expect
 
-    found: list[str] = []
-    for label in ("with its adapters", "the base"):
-        said = page.get_by_label(label, exact=False).locator(".bot.message")
-        expect(said).to_have_count(count)
-        found.append(said.last.inner_text().strip())
-    return found
+    said = [page.locator(f"#ca-{who} [data-testid=bot]") for who in ("adapted", "base")]
+    for each in said:
+        expect(each).to_have_count(count)
+    before, now = [""], [each.last.inner_text().strip() for each in said]
+    while now != before:  # they come piece by piece
+        page.wait_for_timeout(2000)
+        before, now = now, [each.last.inner_text().strip() for each in said]
+    return now
 
 
 @pytest.mark.full

@@ -106,13 +106,20 @@ def standing(folder: Path) -> Standing:
 
 def progress(folder: Path) -> tuple[int, int | None] | None:
     """(step, of how many; None where that is not known) of a run; None before its first line."""
-    if told := PROGRESS.findall(tail(folder)):
+    if not _older(folder / LOG, folder / METRICS) and (told := PROGRESS.findall(tail(folder))):
         return int(told[-1][0]), int(told[-1][1])
     log = lines(folder)
     if not log:
         return None
     steps = settings(folder).get("max_steps", -1)
     return max(line["step"] for line in log), steps if isinstance(steps, int) and steps > 0 else None
+
+
+def _older(file: Path, other: Path) -> bool:
+    """Whether a file was written to well before the other: it is of an earlier run in the same folder."""
+    with suppress(OSError):
+        return file.stat().st_mtime < other.stat().st_mtime - 5
+    return False
 
 
 def settings(folder: Path) -> dict[str, Any]:

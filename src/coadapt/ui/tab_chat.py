@@ -57,8 +57,8 @@ def lay_out(context: Context) -> ChatTab:
         with gr.Column(scale=8, min_width=480):
             wrong = gr.HTML(visible=False)
             with gr.Row():
-                adapted = _conversation("with its adapters", EMPTY)
-                base = _conversation("the base", "The base's answers stand here.", visible=False)
+                adapted = _conversation("adapted", "with its adapters", EMPTY)
+                base = _conversation("base", "the base", "The base's answers stand here.", visible=False)
             question = gr.Textbox(label="Question", placeholder="Shift+Enter asks", lines=3, max_lines=10)
             with gr.Row():
                 ask = gr.Button("Ask", variant="primary", size="md")
@@ -83,9 +83,10 @@ def lay_out(context: Context) -> ChatTab:
     )
 
 
-def _conversation(label: str, placeholder: str, visible: bool = True) -> gr.Chatbot:
+def _conversation(name: str, label: str, placeholder: str, visible: bool = True) -> gr.Chatbot:
     return gr.Chatbot(
         label=label,
+        elem_id=f"ca-{name}",
         placeholder=placeholder,
         height=420,
         min_width=220,
