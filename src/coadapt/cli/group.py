@@ -18,6 +18,7 @@ VERBS = {
     "generate": "Ask a model with its adapter.",
     "chat": "Talk to a model with its adapters.",
     "serve": "Serve a base and many adapters, as OpenAI's API.",
+    "ui": "A page in the browser: train, watch, chat, compare.",
     "eval": "Score a base and its adapters side by side, on rows.",
     "compat": "Which programs load an adapter, and what mends a no.",
     "merge": "Put an adapter into the weights of its base.",

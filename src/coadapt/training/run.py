@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from coadapt.training.memory import total as device_memory
 from coadapt.training.mixing import Mixture, shares, streams
 from coadapt.training.monitor import Stillness, teller
 from coadapt.training.panel import screen
+from coadapt.training.presence import present
 from coadapt.training.proof import prove
 from coadapt.training.recommend import parameters
 from coadapt.training.record import EarlyStop, Interrupt, MetricsLog, Watch, check_tracker
@@ -73,8 +75,9 @@ def train(run: RunConfig, console: Console, callbacks: Sequence[TrainerCallback]
         _begin(run, out, start)
     for callback in callbacks:
         trainer.add_callback(callback)
-    interrupted = _fit(run, trainer, start, console)
-    done = finish(run, trainer, view, material, out, interrupted)
+    with present(out) if processes.first() else nullcontext():
+        interrupted = _fit(run, trainer, start, console)
+        done = finish(run, trainer, view, material, out, interrupted)
     for line in stopped(run, done, trainer):
         console.print(Text(line), soft_wrap=True)
     return done
