@@ -81,7 +81,7 @@ class _Answers(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def _answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self._chunks() if self.headers.get("Transfer-Encoding") == "chunked" else self._whole()
         path = unquote(urlsplit(self.path).path)
         self.hub.asked.append(f"{self.command} {path}")
         if self.hub.fails_at and self.hub.fails_at in path:
@@ -90,6 +90,17 @@ class _Answers(BaseHTTPRequestHandler):
             if found := re.fullmatch(pattern, f"{self.command} {path}"):
                 return getattr(self, method)(body, *found.groups())
         return self._reply(404, {"error": "not found"}, X_Error_Code="RepoNotFound")
+
+    def _whole(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _chunks(self) -> bytes:
+        found = b""
+        while size := int(self.rfile.readline(), 16):
+            found += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return found
 
     do_GET = do_HEAD = do_POST = do_PUT = _answer
 
@@ -105,7 +116,7 @@ class _Answers(BaseHTTPRequestHandler):
         said = json.loads(body)
         repo = f"{said['organization']}/{said['name']}"
         if repo in self.hub.repos:
-            self._reply(409, {"error": "You already created this model repo"})
+            self._reply(409, {"error": "You already created this model repo", "url": f"{self.hub.address}/{repo}"})
             return
         self.hub.repos[repo] = {"main": {".gitattributes": b"*.safetensors filter=lfs\n"}}
         self.hub.private[repo] = said.get("visibility") == "private"
@@ -225,7 +236,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "data").mkdir()
     rows = "".join(json.dumps(row) + "\n" for row in examples("train", 48, 0))
     (place / "data" / "rows.jsonl").write_text(rows, "utf-8")
-    how = "--max-steps 4 --logging-steps 1 --eval-steps 2 --eval-split 0.25 --save-steps 4 --use-cpu --verify false"
+    how = "--max-steps 4 --logging-steps 1 --eval-steps 2 --eval-split 0.25 --save-steps 4 --use-cpu --no-verify"
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(place)
         patched.setattr("coadapt.cli.output.quiet", lambda: None)

@@ -18,6 +18,7 @@ from coadapt.hub.card import BEGIN, END, Said, make_card, write_card
 from coadapt.hub.figures import run_time
 from coadapt.hub.licences import licence_of
 
+OF_PEFT = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -30,7 +31,7 @@ def front(card: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("folder", "libraries"), [("one", ["coadapt", "peft"]), ("two", ["coadapt"])])
-@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+@pytest.mark.filterwarnings(OF_PEFT)
 def test_its_lines_run(at_work: Path, capsys: pytest.CaptureFixture[str], folder: str, libraries: list[str]) -> None:
     card = (at_work / folder / "README.md").read_text("utf-8")
     scripts = lines_of(card, "python")
@@ -67,11 +68,11 @@ def test_it_says_what_the_folder_recorded(at_work: Path) -> None:
     base = measured["results"][0]["scores"]["perplexity"]
     assert f"{base['mean']:,.0f} ({base['low']:,.0f} to {base['high']:,.0f})" in card
     told = json.loads((at_work / "two" / "provenance.json").read_text("utf-8"))
-    for fact in (told["data"]["sha256"], told["versions"]["torch"], "133,120 parameters", "![The loss over the steps]"):
+    for fact in (told["data"]["sha256"], told["versions"]["torch"], "133,632 parameters", "![The loss over the steps]"):
         assert fact in card
     assert "| licence of the data | **unknown** |" in card
     settings = yaml.safe_load(lines_of(card, "yaml")[0])
-    assert (settings["data"], settings["max_steps"], settings["composition"]) == ("rows.jsonl", 4, "prompt + lora")
+    assert (settings["data"], settings["max_steps"], [*settings["adapters"]]) == ("rows.jsonl", 4, ["prompt", "lora"])
 
 
 def test_what_was_not_measured_is_not_claimed(at_work: Path) -> None:
@@ -140,6 +141,7 @@ def test_the_licence_that_the_data_states(tmp_path: Path) -> None:
     assert found == ["cc-by-4.0", "mit, cc0-1.0", "odbl", None, None]
 
 
+@pytest.mark.filterwarnings(OF_PEFT)
 def test_a_folder_without_a_run_has_a_card_too(at_work: Path) -> None:
     """As `save_pretrained` leaves it."""
     view = get_peft_model(AutoModelForCausalLM.from_pretrained("tiny/base"), LoraConfig(r=3, target_modules=["q_proj"]))

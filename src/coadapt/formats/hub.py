@@ -92,22 +92,30 @@ def _in_words(repo: str) -> Iterator[None]:
     """One sentence for what a hub refuses."""
     try:
         yield
-    except OfflineModeIsEnabled as error:
-        raise ValueError(f"HF_HUB_OFFLINE is set, so {repo} is not asked for. Unset it, or give a folder.") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        said = {
-            401: "the hub does not know this token. Log in with `hf auth login`, or set HF_TOKEN",
-            403: "the token has no right to write there. Take one with the right, or a name of your own",
-            404: "there is no such repository or revision, or the token may not see it",
-            409: "the name is taken",
-            413: "the files are larger than the hub takes",
-        }.get(status, f"the hub answered {status}: {error.server_message or 'without a reason'}")
-        raise ValueError(f"{repo}: {said}.") from error
-    except _NO_ANSWER as error:
-        raise ValueError(
-            f"{repo}: nobody answers at {constants.ENDPOINT} ({type(error).__name__}). Is there a network?"
-        ) from error
+    except (OfflineModeIsEnabled, RuntimeError, _NO_ANSWER) as error:
+        # A file that could not be sent is a RuntimeError, with the reason behind it.
+        reason = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        raise ValueError(f"{repo}: {_said(reason)}.") from error
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so the hub is not asked. Unset it"
+    if not isinstance(error, HfHubHTTPError):
+        nobody = isinstance(error, _NO_ANSWER)
+        return f"nobody answers at {constants.ENDPOINT} ({type(error).__name__})" if nobody else str(error)
+    status = error.response.status_code
+    known = {
+        401: "the hub does not know this token. Log in with `hf auth login`, or set HF_TOKEN",
+        403: "the token has no right to write there. Take one with the right, or a name of your own",
+        404: "there is no such repository or revision, or the token may not see it",
+        409: "the name is taken",
+        413: "the files are larger than the hub takes",
+    }
+    return known.get(status, f"the hub answered {status}: {error.server_message or 'without a reason'}")
+
+
+# ---- and back --------------------------------------------------------------------------------------------------------
 
 
 def fetch(name: str, revision: str | None = None) -> Path:

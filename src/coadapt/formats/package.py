@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .facts import places
-from .files import COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, read_json, settle
+from .files import COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, read_json, read_tensors, settle
 
 CARD, PICTURE = "README.md", "loss.png"
 OF_ADAPTERS = (CONFIG, WEIGHTS, TRAINING, COMPOSITION, GATES, PROVENANCE)
@@ -55,10 +55,12 @@ def pack(folder: Path, base: str | None = None) -> Package:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {str(folder)!r}.")
     settle(folder)
-    where = [place for place in places(folder) if (place / WEIGHTS).is_file()]
-    if not where:
+    if not (where := places(folder)):
         there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise FileNotFoundError(f"{folder} holds no adapter: {CONFIG} and {WEIGHTS} are missing (found: {there}).")
+        raise FileNotFoundError(f"{folder} holds no adapter: {CONFIG} is missing (found: {there}).")
+    for place in where:
+        if not (place / WEIGHTS).is_file():
+            read_tensors(place / WEIGHTS)  # says what is there instead
     known = [folder / name for name in (*OF_ADAPTERS, *BESIDE)]
     known += [place / name for place in where if place != folder for name in OF_ADAPTERS]
     found = [file for file in known if file.is_file() and not file.is_symlink()]

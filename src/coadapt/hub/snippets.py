@@ -21,7 +21,8 @@ def snippets(story: Story) -> Iterator[tuple[str, str]]:
 def read_by_peft(story: Story) -> bool:
     """Whether peft loads all that the folder holds."""
     [peft] = [program for program in PROGRAMS if program.name == "peft"]
-    return not story.is_composition and all(peft.judge(one).loads for one in story.facts)
+    [first, *more] = story.facts
+    return not more and not story.is_composition and first.folder == story.folder and peft.judge(first).loads
 
 
 def python(story: Story, library: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from coadapt.formats.facts import Facts, read_facts
-from coadapt.formats.files import COMPOSITION, PROVENANCE, read_json
+from coadapt.formats.files import PROVENANCE, read_json
 from coadapt.formats.package import PICTURE, is_here, without_paths
 from coadapt.training.assemble import TASKS, load_config
 from coadapt.training.folder import EVALUATION, METRICS, RUN
@@ -54,8 +54,8 @@ class Story:
 
     @property
     def is_composition(self) -> bool:
-        """Whether only coadapt reads the folder as a whole."""
-        return (self.folder / COMPOSITION).is_file() or len(self.facts) > 1
+        """Whether the folder is more than one adapter, which is active as it is."""
+        return len(self.facts) > 1 or self.contents.composition != self.facts[0].name
 
     @property
     def has_processor(self) -> bool:
@@ -98,13 +98,14 @@ def read_story(folder: Path, repo: str | None = None, base: str | None = None) -
             f"{folder} is a checkpoint of transformers' Trainer. Make a folder of it first: coadapt export {folder} "
             "--for peft"
         )
+    run = without_paths(_settings(folder / RUN))
     return Story(
         folder=folder,
         repo=repo or folder.resolve().name,
         contents=contents,
         facts=facts,
         provenance=without_paths(_json(folder / PROVENANCE)),
-        run=without_paths(_settings(folder / RUN)),
+        run={**run, "model": base} if run and base else run,
         log=read_log(folder / METRICS),
         evaluation=without_paths({k: v for k, v in _json(folder / EVALUATION).items() if k not in ("rows", "values")}),
         base=base or (without_paths(named) if named else None),
