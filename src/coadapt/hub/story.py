@@ -44,8 +44,8 @@ class Story:
     def task(self) -> Task:
         """What the adapters are for."""
         told = (TASKS.get(str(one.config.get("task_type"))) for one in self.facts)
-        said: Task | None = self.run.get("task")
-        return said or next((task for task in told if task), "causal-lm")
+        usual: Task = "causal-lm"
+        return self.run.get("task") or next((task for task in told if task), usual)
 
     @property
     def classes(self) -> Sequence[str]:
