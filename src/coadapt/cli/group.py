@@ -26,6 +26,8 @@ VERBS = {
     "combine": "Make one adapter out of several.",
     "export": "Write an adapter for vLLM, llama.cpp, Ollama, MLX, ONNX …",
     "convert": "Read an adapter of another program, and write it for a third.",
+    "card": "Write the model card of an adapter folder.",
+    "push": "Put an adapter, with its card, on a model hub.",
     "show": "What an adapter folder, or a model, is made of.",
     "doctor": "What this machine has, and what of it works.",
     "completion": "The script that lets a shell complete coadapt.",

@@ -168,6 +168,7 @@ def _invoke(config: Path | None, overrides: tuple[str, ...], **flags: Any) -> in
     run = read_settings(config, flags, overrides)
     if "WORLD_SIZE" in os.environ:  # PyTorch advises against a setting that any composition but one needs
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from coadapt.cli.card import write_card_of
     from coadapt.cli.output import console, quiet
     from coadapt.training import processes
     from coadapt.training.load import asking
@@ -182,6 +183,7 @@ def _invoke(config: Path | None, overrides: tuple[str, ...], **flags: Any) -> in
     if done.interrupted:
         click.echo(f"\nStopped at step {done.step}; nothing is lost. Go on with:\n  {again}")
         return 1
+    write_card_of(done.folder)
     click.echo(f"\nSaved in {done.folder} (adapter, README.md, loss.png, metrics.jsonl, run.yaml). Try it:")
     which = f' --adapters "{next(iter(run.sources.values())).composition}"' if len(run.datasets) > 1 else ""
     if (tasks := done.material.first.tasks) is not None:

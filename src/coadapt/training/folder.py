@@ -5,7 +5,7 @@ import platform
 import shutil
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,13 @@ from coadapt.formats.files import (
     read_json,
     settle,
 )
+from coadapt.formats.package import CARD, PICTURE
 from coadapt.formats.provenance import versions
 from coadapt.training import processes
 from coadapt.training.record import read_log
 from coadapt.training.settings import RunConfig, Task
 
-RUN, METRICS, PICTURE, CARD = "run.yaml", "metrics.jsonl", "loss.png", "README.md"
+RUN, METRICS = "run.yaml", "metrics.jsonl"
 EVALUATION = "evaluation.json"
 """What `coadapt eval` writes beside the adapters, where nothing else is said."""
 STATE = "trainer_state.json"
@@ -256,69 +257,6 @@ def write_provenance(folder: Path, **facts: Any) -> None:
     before = read_json(file) if file.is_file() else {}
     with aside(file) as part:
         part.write_text(json.dumps({**before, **known, **facts}, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def write_card(
-    folder: Path, run: RunConfig, figures: Mapping[str, Any], prompt_style: str | None, classes: Sequence[str] = ()
-) -> None:
-    """The model card, which hubs show; `prompt_style` None: it is asked no prompts."""
-    peak = run.peak_rates()
-    adapters = "\n".join(
-        f"| `{name}` | {a.method} | {peak[name]:g} | " + ", ".join(f"{k}={v}" for k, v in a.options.items()) + " |"
-        for name, a in run.adapters.items()
-    )
-    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    with aside(folder / CARD) as file:
-        text = _CARD.format(
-            run=run,
-            data=", ".join(f"`{one.data}`" for one in run.sources.values()),
-            adapters=adapters,
-            rows=rows,
-            asked=f"Prompts were put to the model in the style `{prompt_style}`. " if prompt_style else "",
-            head=_head(run, classes),
-            base=json.dumps(run.model),
-            auto=AUTO_NAMES[run.task or "causal-lm"],
-        )
-        file.write_text(text, "utf-8")
-
-
-def _head(run: RunConfig, classes: Sequence[str]) -> str:
-    """How the base is loaded with a head of as many classes as the adapter's."""
-    other = ", ignore_mismatched_sizes=True" if run.task == "image-classification" else ""
-    return f", num_labels={len(classes)}{other}" if classes else ""
-
-
-_CARD = """---
-base_model: {base}
-library_name: coadapt
-tags: [adapter]
----
-
-# An adapter for {run.model}
-
-Trained by coadapt on {data}.
-
-| adapter | method | learning rate | options |
-|---|---|---|---|
-{adapters}
-
-| | |
-|---|---|
-{rows}
-
-![loss](loss.png)
-
-```python
-from coadapt import PeftModel
-from transformers import {auto}
-
-base = {auto}.from_pretrained({base}{head})
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
-```
-
-{asked}The whole configuration is in `run.yaml`, each step's figures in `metrics.jsonl`, versions and hashes in
-`provenance.json`.
-"""
 
 
 def link(folder: Path, name: str, target: Path | None) -> None:

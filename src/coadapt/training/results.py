@@ -52,7 +52,6 @@ def finish(
         with aside(out / folder.PICTURE) as file:
             draw(log, file, title(run))
         figures = _figures(trainer, log, material, best_step)
-        folder.write_card(out, run, figures, material.framing and material.framing.style, material.classes)
         base = {"name": run.model, "fingerprint": fingerprint(view.get_base_model())}
         how = {"quantisation": run.quantisation} if run.quantisation else {}
         folder.write_provenance(out, **material.facts(), **how, base=base, figures=figures)
