@@ -18,13 +18,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from coadapt.data.prepare import CLASSIFYING
 from coadapt.data.tokens import IGNORED
 from coadapt.model import PeftModel
-from coadapt.training import folder, machine, processes
+from coadapt.training import devices, folder, machine, processes, sharing
 from coadapt.training.assemble import (
     adapter_config,
     attach,
     check_vocabulary,
     load_base,
-    own_seed,
     rates,
     seed_everything,
 )
@@ -43,6 +42,7 @@ from coadapt.training.record import EarlyStop, Interrupt, MetricsLog, Watch, che
 from coadapt.training.results import Outcome, finish, stopped
 from coadapt.training.settings import RunConfig
 from coadapt.training.timetable import Timetable, timetable
+from coadapt.training.trainer import own_seed
 
 
 def train(run: RunConfig, console: Console, callbacks: Sequence[TrainerCallback] = ()) -> Outcome:
@@ -54,23 +54,31 @@ def train(run: RunConfig, console: Console, callbacks: Sequence[TrainerCallback]
         ValueError: anything in the settings, the data or the model that does not fit, before a step is run.
         FileNotFoundError: the data or the model is not there.
     """
+    with processes.together(run.use_cpu):
+        return _train(run, console, callbacks)
+
+
+def _train(run: RunConfig, console: Console, callbacks: Sequence[TrainerCallback]) -> Outcome:
+    devices.check(run)
     check_tracker(run.report_to)
     if not processes.first():
         console = Console(quiet=True)  # of several processes the others compute along, and leave no trace
     table = timetable(run)
     out = folder.output_dir(run)
     start = folder.claim(out, run)
+    told, run = run, start.run or run
     material = gather(run, table)
     material.tell(console)
     run, view = _attached(run, table, material, out, start)
     trainer = _trainer(run, view, table, material, out, resuming=start.checkpoint is not None)
     console.print(settings_table(run, view, trainer.forecast(), trainer.told()), "")
     if run.resume:
-        console.print(Text(_resumed(start)), soft_wrap=True)
+        console.print(Text(_resumed(run, start)), soft_wrap=True)
     if run.verify and start.checkpoint is None:
         prove(view, table, material, console)
     if processes.first():
-        _begin(run, out, start)
+        same = {name: getattr(told, name) for name in (sharing.BATCH, sharing.ACCUMULATION)}
+        _begin(run.model_copy(update=same), out, start)
     for callback in callbacks:
         trainer.add_callback(callback)
     interrupted = _fit(run, trainer, start, console)
@@ -162,7 +170,7 @@ def length(run: RunConfig, table: Timetable, rows: Sequence[int], weights: Seque
     found = streams(
         rows,
         shares(run.per_device_train_batch_size, weights),
-        run.gradient_accumulation_steps,
+        run.gradient_accumulation_steps * processes.count(),
         run.seed,
         list(table.datasets.values()),
     )
@@ -251,6 +259,7 @@ def training_arguments(
             "prediction_loss_only": run.task not in CLASSIFYING,
             "remove_unused_columns": False,
             "disable_tqdm": True,
+            "log_level_replica": "error",  # as it is for the first process
             "dataloader_pin_memory": torch.cuda.is_available() and not run.use_cpu,
         }
     )
@@ -289,9 +298,11 @@ def settings_table(run: RunConfig, view: PeftModel, needed: Forecast, told: Mapp
     return table
 
 
-def _resumed(start: folder.Start) -> str:
+def _resumed(run: RunConfig, start: folder.Start) -> str:
     left = [f"{path.name} is left out, it was not written to its end: {why}." for path, why in start.broken.items()]
     if start.checkpoint is None:
         return "\n".join([*left, "There is no checkpoint yet: training begins anew."])
     end = " Training had ended there; what it came to is written now." if start.ended else ""
-    return "\n".join([*left, f"Going on from {start.checkpoint.name}.{end}"])
+    now = sharing.wanted(run)
+    shared = f" A step still has {now.rows} rows: {now}, after {start.then}." if start.then not in (None, now) else ""
+    return "\n".join([*left, f"Going on from {start.checkpoint.name}.{end}{shared}"])
