@@ -7,8 +7,7 @@ from safetensors.torch import load_file
 
 from coadapt.formats.files import COMPOSITION
 from coadapt.training.folder import damage
-from devices.ranks import Together
-from devices.test_resume import settings
+from devices.ranks import Together, settings
 
 
 def test_an_error_in_one_process_ends_all_with_one_message(base: str, rows: str, tmp_path: Path) -> None:

@@ -1,72 +1,15 @@
 """A run resumed with other processes: the same rows in each step, and the adapters of one that never stopped."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
-from coadapt.formats.files import WEIGHTS
 from coadapt.training import sharing
-from coadapt.training.record import read_log
 from coadapt.training.settings import RunConfig
 from coadapt.training.sharing import Share
-from devices.ranks import Together, Told
-
-WITHIN = 1e-4
-"""Of a tensor's length: the order of sums differs with the number of processes."""
-
-
-def settings(base: str, rows: str, out: Path, batch: int, accumulation: int, *more: str) -> list[str]:
-    """Two passes over 30 rows, 8 in each step, with a rate that rises and falls; no dropout."""
-    every = {"model": base, "data": rows, "output-dir": str(out), "method": "prompt + lora", "num-train-epochs": "2"}
-    every |= {"per-device-train-batch-size": str(batch), "gradient-accumulation-steps": str(accumulation)}
-    every |= {"logging-steps": "1", "save-steps": "2", "seed": "3", "eval-split": "0", "warmup-steps": "2"}
-    return ["train", "--use-cpu", *(f"--{name}={value}" for name, value in every.items()), *more]
-
-
-def weights(out: Path) -> dict[str, Tensor]:
-    return {f"{f.parent.name}: {n}": t for f in sorted(out.glob(f"*/{WEIGHTS}")) for n, t in load_file(f).items()}
-
-
-def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest difference of a tensor, as a share of its length."""
-    assert one.keys() == other.keys()
-    return max(float((one[n] - other[n]).norm() / other[n].norm()) for n in one)
-
-
-def equal(told: list[Told]) -> None:
-    """Every process has the same adapters, to the bit."""
-    states = [one.state for one in told]
-    assert states[0]
-    for state in states:
-        assert state is not None
-        assert all(torch.equal(state[name], states[0][name]) for name in states[0])
-
-
-def drawn(*parts: list[Told]) -> Counter[tuple[int, ...]]:
-    """How often each row was trained on, by its tokens; padding left out."""
-    found: Counter[tuple[int, ...]] = Counter()
-    for told in parts:
-        for one in told:
-            found.update(tuple(t for t in row if t) for _, batch in one.rows for row in batch)
-    return found
-
-
-def curve(out: Path) -> list[tuple[float, ...]]:
-    names = ("step", "epoch", "train/loss", "train/learning_rate")
-    return [tuple(line[n] for n in names) for line in read_log(out / "metrics.jsonl") if "train/loss" in line]
-
-
-@pytest.fixture(scope="module")
-def unbroken(base: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Told]]:
-    place = tmp_path_factory.mktemp("unbroken")
-    told = Together(place / "ranks", 1, settings(base, rows, place / "out", 4, 2)).ended()
-    assert told[0].code == 0, told[0].said
-    return place / "out", told
+from devices.ranks import WITHIN, Together, Told, apart, curve, drawn, equal, settings, weights
 
 
 def test_two_then_one_then_two_processes(

@@ -139,6 +139,8 @@ class Batches(Sampler[list[Place]]):
 
     drop_last = False
 
+    streams: tuple[Stream, ...]
+
     def __init__(self, streams: Sequence[Stream], step: Callable[[], int], among: int = 1) -> None:
         self.step, self.streams, self.among = step, tuple(streams), among
         self.steps = max(stream.steps for stream in streams)

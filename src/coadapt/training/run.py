@@ -41,6 +41,7 @@ from coadapt.training.recommend import parameters
 from coadapt.training.record import EarlyStop, Interrupt, MetricsLog, Watch, check_tracker
 from coadapt.training.results import Outcome, finish, stopped
 from coadapt.training.settings import RunConfig
+from coadapt.training.sharding import refuse_quantised, shard
 from coadapt.training.timetable import Timetable, timetable
 from coadapt.training.trainer import own_seed
 
@@ -59,7 +60,7 @@ def train(run: RunConfig, console: Console, callbacks: Sequence[TrainerCallback]
 
 
 def _train(run: RunConfig, console: Console, callbacks: Sequence[TrainerCallback]) -> Outcome:
-    devices.check(run)
+    run = devices.settle(run)
     check_tracker(run.report_to)
     if not processes.first():
         console = Console(quiet=True)  # of several processes the others compute along, and leave no trace
@@ -110,6 +111,8 @@ def _attached(
         quantisation=run.quantisation,
         device=machine.chosen(run.use_cpu),
     )
+    if run.fsdp:
+        refuse_quantised(base)
     for part in material.parts.values():
         check_vocabulary(base, part.made.train, material.processor)
     run = run.with_rates(parameters(base))
@@ -212,6 +215,9 @@ def _fit(run: RunConfig, trainer: JointTrainer, start: folder.Start, console: Co
             if checkpoint is not None and start.ended:
                 trainer.take_up(checkpoint)
             else:
+                if run.fsdp:
+                    shard(trainer.view, trainer.args.device)
+                    trainer.place_model_on_device = False
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             shown.stop()
@@ -235,9 +241,8 @@ def training_arguments(
     `steps` in place of `max_steps`.
     """
     known = TrainingArguments.__dataclass_fields__
-    same = {
-        name: value for name, value in run if name in known and name not in ("output_dir", "gradient_checkpointing")
-    }
+    ours = ("output_dir", "gradient_checkpointing", "fsdp")  # which mean something else there
+    same = {name: value for name, value in run if name in known and name not in ours}
     # Its name since transformers 5.20; the older one warns there.
     checkpointing = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
     return TrainingArguments(
