@@ -90,7 +90,8 @@ def run(args: Sequence[str] | None = None) -> int:
     try:
         return int(group.main(args=args, prog_name="coadapt", standalone_mode=False) or 0)
     except click.ClickException as error:
-        error.show()
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes that are called alike, the first
+            error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         return _say("stopped")

@@ -154,8 +154,9 @@ def built(make: Callable[[], Made]) -> Made:
         raise click.UsageError(explain(error)) from error
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    for hint in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, SettingHint)):
-        click.echo(f"hint: {hint}", err=True)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on a machine, the first
+        for hint in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, SettingHint)):
+            click.echo(f"hint: {hint}", err=True)
     return made
 
 
@@ -176,7 +177,10 @@ def _invoke(config: Path | None, overrides: tuple[str, ...], **flags: Any) -> in
 
     quiet()
     out = console()
-    done = train(run, out)
+    try:
+        done = train(run, out)
+    except processes.Elsewhere:
+        return 1
     if not processes.first():
         return 1 if done.interrupted else 0
     again = f"coadapt train --config {done.folder}/run.yaml --resume"

@@ -242,9 +242,7 @@ class LowRankCall:
             frame.given[sibling] = x, made
         return out
 
-    def _inferred(
-        self, x: Tensor, y: Tensor, frame: Frame, chosen: tuple[int, ...] | None, fresh: bool
-    ) -> Tensor:
+    def _inferred(self, x: Tensor, y: Tensor, frame: Frame, chosen: tuple[int, ...] | None, fresh: bool) -> Tensor:
         """Where there is no backward. `fresh`: y was made in this call and belongs to nobody else."""
         if chosen is not None and self.rows is not None:
             made = frame.stacked.get(self)

@@ -28,18 +28,17 @@ from coadapt.formats.files import (
 )
 from coadapt.formats.package import CARD, PICTURE
 from coadapt.formats.provenance import versions
-from coadapt.training import processes
+from coadapt.training import sharing
 from coadapt.training.record import read_log
 from coadapt.training.settings import RunConfig, Task
+from coadapt.training.sharing import ACCUMULATION, BATCH, STATE, Share
 
 RUN, METRICS = "run.yaml", "metrics.jsonl"
 EVALUATION = "evaluation.json"
 """What `coadapt eval` writes beside the adapters, where nothing else is said."""
-STATE = "trainer_state.json"
-"""What Trainer writes last into a checkpoint."""
 MAY_CHANGE = frozenset(
     """max_steps num_train_epochs logging_steps eval_strategy eval_steps eval_on_start save_strategy save_steps
-    save_total_limit report_to use_cpu verify dataloader_num_workers per_device_eval_batch_size output_dir
+    save_total_limit report_to use_cpu fsdp verify dataloader_num_workers per_device_eval_batch_size output_dir
     auto_find_batch_size early_stopping_patience early_stopping_threshold""".split()
 )
 """Settings that a resumed run may have otherwise than the run that it goes on with."""
@@ -68,6 +67,10 @@ class Start:
 
     checkpoint: Path | None = None
     """What it goes on from; None: it begins anew."""
+    run: RunConfig | None = None
+    """The run with the batches that keep the rows of a step what they were; None: it begins anew."""
+    then: Share | None = None
+    """How the run that it goes on with shared the rows of a step."""
     ended: bool = False
     """Whether training ended with this checkpoint, and only the results are to be written."""
     broken: Mapping[Path, str] = field(default_factory=dict[Path, str])
@@ -110,8 +113,10 @@ def _resume(folder: Path, run: RunConfig) -> Start:
     broken: dict[Path, str] = {}
     for checkpoint in reversed(checkpoints):
         if (wrong := damage(checkpoint)) is None:
-            _same_processes(checkpoint)
-            return Start(checkpoint=checkpoint, broken=broken, ended=_ended(folder, checkpoint, before, run))
+            then = sharing.found(checkpoint, before)
+            run = sharing.taken_up(run, before, then)
+            ended = _ended(folder, checkpoint, before, run)
+            return Start(checkpoint=checkpoint, run=run, then=then, broken=broken, ended=ended)
         broken[checkpoint] = wrong
     # A process that is killed leaves one such checkpoint; several have another cause, and somebody may mend them.
     found = "; ".join(f"{path.name}: {wrong}" for path, wrong in broken.items())
@@ -125,17 +130,6 @@ def _resume(folder: Path, run: RunConfig) -> Start:
             "To train it anew: --overwrite-output-dir."
         )
     return Start(broken=broken)
-
-
-def _same_processes(checkpoint: Path) -> None:
-    """Each process has a state of its own, and with more or fewer of them the batches would be others."""
-    then = max(len(list(checkpoint.glob("rng_state_*.pth"))), 1)  # one alone writes rng_state.pth
-    if then != processes.count():
-        raise ValueError(
-            f"resume: {checkpoint.name} was written by {then} {'process' if then == 1 else 'processes'}, and now there "
-            f"are {processes.count()}, so that the batches would be others. Start {then}, or begin anew "
-            "(--overwrite-output-dir)."
-        )
 
 
 def _ended(folder: Path, checkpoint: Path, before: Mapping[str, Any], run: RunConfig) -> bool:
@@ -169,7 +163,10 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name.replace('*', '')} is missing"
         if cut := [file.name for file in files if not _whole(file)]:
             return f"{cut[0]} was cut off"
-    return None
+    share = sharing.recorded(checkpoint)
+    left = 0 if share is None or share.processes == 1 else share.processes
+    lost = [name for rank in range(left) if not (checkpoint / (name := f"rng_state_{rank}.pth")).is_file()]
+    return f"{lost[0]} is missing" if lost else None
 
 
 def _whole(file: Path) -> bool:
@@ -232,7 +229,8 @@ def same_run(folder: Path, run: RunConfig) -> Mapping[str, Any]:
     for name, adapter in now["adapters"].items():
         then = known["adapters"].get(name, {})
         adapter |= {key: then[key] for key in ("learning_rate", "total_step") if key not in adapter and key in then}
-    other = [n for n in now if n not in MAY_CHANGE and now[n] is not None and known[n] != now[n]]
+    free = MAY_CHANGE if len(run.sources) > 1 else MAY_CHANGE | {BATCH, ACCUMULATION}  # which `sharing` compares
+    other = [n for n in now if n not in free and now[n] is not None and known[n] != now[n]]
     if other:
         shown = "\n".join(f"  {n}: {known[n]!r} then, {now[n]!r} now" for n in other)
         raise ValueError(
