@@ -15,6 +15,7 @@ from coadapt.data.by_task import TASK, number_of
 from coadapt.data.segments import Framing
 from coadapt.formats.facts import read_facts
 from coadapt.formats.files import PROVENANCE, read_json, settle
+from coadapt.formats.package import place_of
 from coadapt.formats.vocabulary import rows_needed
 from coadapt.model import PeftModel
 from coadapt.training.assemble import TASKS, Processor, load_base, load_config, load_processor, task_of_model
@@ -105,6 +106,7 @@ def load(
 ) -> Ready:
     """The base (the adapter's own where `model` is None), with the adapter folder, of which `adapters` is active.
 
+    `adapter` can be a repository of the hub, USER/NAME, where there is no such folder.
     Both are put on `device`; None: on the best one that there is.
 
     Args:
@@ -116,6 +118,7 @@ def load(
         FileNotFoundError: there is no such folder.
     """
     device = best() if device is None else device
+    adapter = None if adapter is None else place_of(str(adapter))
     ready = load_bare(model, adapter, quantised=quantised, device=device, on_disk=on_disk)
     if adapter is None:
         return replace(ready, model=ready.model.to(device))
