@@ -251,13 +251,13 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         rows, notes = table(given, Path(folder))
-    shown = "the demo's base" if given.model == str(BASE) else given.model
+    shown = "The demo's base" if given.model == str(BASE) else given.model
     text = (
         f"# Many clients at once, {date.today()}\n\n"
         f"`python -m benchmarks.serving_load --clients {given.clients} --adapters {given.adapters} --requests "
         f"{given.requests} --tokens {given.tokens} --rows {given.rows}` with coadapt {coadapt.__version__}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}, on {machine()}, clients and server on the same "
-        f"cores. {shown}; LoRAs of rank 8 on all linear layers; each client has its own adapter and asks "
+        f"cores. {shown}; LoRAs of rank 8 on all linear layers; clients share the adapters out, and each asks "
         f"{given.requests} times, streamed, greedily, for {given.tokens} tokens. Times: p50 / p95 / p99. as alone: "
         f"answers that equal the one to the same question asked alone. {given.remark}\n\n{markdown(HEAD, rows)}\n"
     )
