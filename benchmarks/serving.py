@@ -134,7 +134,7 @@ def main() -> None:
     told = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(told.model)
-    base = AutoModelForCausalLM.from_pretrained(told.model, dtype=torch.float32).eval()
+    base, other = (AutoModelForCausalLM.from_pretrained(told.model, dtype=torch.float32).eval() for _ in range(2))
     view = PeftModel(base)
     for i in range(ADAPTERS):
         view.add_adapter(f"a{i}", LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
@@ -142,7 +142,7 @@ def main() -> None:
     asked = unequal(told.requests, tokenizer)
     table = Table("tokens a second", "1 row", "8 rows", "32 rows", title=f"{told.requests} requests, {told.model}")
     figures = [
-        per_second(candidates(base, view, tokenizer, asked[: max(told.requests * rows // 32, 4)], rows), told.rounds)
+        per_second(candidates(other, view, tokenizer, asked[: max(told.requests * rows // 32, 4)], rows), told.rounds)
         for rows in (1, 8, 32)
     ]
     for name in figures[0]:
