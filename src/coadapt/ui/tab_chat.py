@@ -47,11 +47,11 @@ def lay_out(context: Context) -> ChatTab:
     with gr.Row():
         with gr.Column(scale=3, min_width=280):
             adapter = gr.Dropdown([], label="Run, or adapter folder", allow_custom_value=True)
-            model = gr.Textbox(label="Base", placeholder="left out: the one that the adapter names", max_lines=1)
+            model = gr.Textbox(label="Base", placeholder="the one that it names", max_lines=1)
             load = gr.Button("Load", size="md")
             sliders = [gr.Slider(0, talk.WIDEST, step=0.01, label="", visible=False, buttons=[]) for _ in range(MOST)]
             composition = gr.HTML()
-            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: the likeliest token)", buttons=[])
+            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", buttons=[])
             longest = gr.Slider(1, 1024, value=LONGEST, step=1, label="Longest answer, tokens", buttons=[])
             compare = gr.Checkbox(label="The base's answer beside it")
         with gr.Column(scale=8, min_width=480):
@@ -88,7 +88,7 @@ def _conversation(name: str, label: str, placeholder: str, visible: bool = True)
         label=label,
         elem_id=f"ca-{name}",
         placeholder=placeholder,
-        height=420,
+        height=520,
         min_width=220,
         visible=visible,
         buttons=["copy"],

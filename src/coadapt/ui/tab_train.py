@@ -70,17 +70,17 @@ def lay_out(context: Context) -> TrainTab:
             fields = _sources()
             adapters, add = _adapters()
             fields |= _course()
+            name = gr.Textbox(label="Name of the run", placeholder="left out: after model and adapters", max_lines=1)
+            command = gr.Code(label="Command", language="shell", lines=1, wrap_lines=True, interactive=False)
+            yaml = gr.Code(label="Settings", language="yaml", lines=8, interactive=False)
         with gr.Column(scale=5, min_width=380):
             wrong = gr.HTML(visible=False)
             with gr.Row():
                 estimate = gr.Button("Estimate", size="md")
                 look = gr.Button("Look at the data", size="md")
                 start = gr.Button("Start", variant="primary", size="md")
-            name = gr.Textbox(label="Name of the run", placeholder="left out: after model and adapters", max_lines=1)
             needs = gr.HTML(shown.note("Estimate says what memory and time a step needs. Nothing is loaded for it."))
             data = gr.HTML(shown.note("Look at the data shows how its rows are read, and what is wrong with them."))
-            command = gr.Code(label="Command", language="shell", lines=1, wrap_lines=True, interactive=False)
-            yaml = gr.Code(label="Settings", language="yaml", lines=8, interactive=False)
     order = {n: fields[n] for n in (*form.FIELDS, "more")}
     return TrainTab(
         name=name,
@@ -151,7 +151,7 @@ def _course() -> dict[str, Any]:
             ("num_train_epochs", "Epochs", "3"),
             ("max_steps", "or steps", "by epochs"),
             ("per_device_train_batch_size", "Batch", "8"),
-            ("max_length", "Longest row, tokens", "1024, or what fits"),
+            ("max_length", "Longest row", "in tokens"),
         ):
             fields[name] = gr.Textbox(label=label, placeholder=default, max_lines=1, min_width=110)
     with gr.Accordion("More", open=False):
