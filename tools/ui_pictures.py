@@ -100,7 +100,8 @@ def main(folder: Path, width: int, dark: bool, into: Path) -> None:
     """Makes the folder, serves it, and takes the pictures."""
     folder.mkdir(parents=True)
     coadapt(folder, "demo", "--files-only", "--out", "demo")
-    lora = ["--method", "lora", "--learning-rate", "4e-3", "--max-steps", "300", "--batch-size", "16"]
+    lora = ["adapters.lora.method=lora", "adapters.lora.learning_rate=4e-3", "max_steps=300"]
+    lora += ["per_device_train_batch_size=16"]
     data = ["--data", "demo-data/train.jsonl", "--eval-data", "demo-data/held-out.jsonl", "--eval-steps", "30"]
     coadapt(folder, "train", "--model", "demo-data/base", *data, *lora, "--output-dir", "runs/lora")
     with socket.socket() as free:

@@ -44,7 +44,7 @@ def pictures(folder: Path) -> str:
         if (found := curves.panel(log, figure))
     ]
     small.append(drawing.plot("memory, GiB", memory, curves.colors(memory)))
-    wide = drawing.plot("loss", loss, curves.colors(loss), size=drawing.WIDE)
+    wide = drawing.plot("loss", loss, curves.colors(loss), size=drawing.WIDE, logarithmic=curves.spread(loss))
     return f'{wide}<div class="ca-plots">{"".join(small)}</div>' if wide else ""
 
 
