@@ -66,8 +66,10 @@ def lay_out() -> TrainTab:
             adapters, add = _adapters()
             fields |= _course()
             name = gr.Textbox(label="Name of the run", placeholder="left out: after model and adapters", max_lines=1)
-            command = gr.Code(label="Command", language="shell", lines=1, wrap_lines=True, interactive=False)
-            yaml = gr.Code(label="Settings", language="yaml", lines=8, interactive=False)
+            command = gr.Code(
+                label="Command", language="shell", lines=1, wrap_lines=True, interactive=False, show_line_numbers=False
+            )
+            yaml = gr.Code(label="Settings", language="yaml", lines=8, interactive=False, show_line_numbers=False)
         with gr.Column(scale=5, min_width=380):
             wrong = gr.HTML(visible=False)
             with gr.Row():
