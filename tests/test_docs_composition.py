@@ -138,7 +138,7 @@ def test_the_table_has_every_known_scheme() -> None:
 
 def test_its_pictures_are_there_and_can_be_drawn(tmp_path: Path) -> None:
     shown = {name for page in PAGES for name in re.findall(r"\]\(pictures/(\w+)\.png\)", text_of(page))}
-    assert shown == {file.stem for file in (DOCS / "pictures").iterdir()}
+    assert shown <= {file.stem for file in (DOCS / "pictures").iterdir()}
     runpy.run_path(str(ROOT / "tools" / "draw_compositions.py"))["main"](tmp_path)
     assert {file.stem for file in tmp_path.iterdir()} == shown - {"usage"}
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from coadapt import PeftModel
 from coadapt.cli import main as coadapt
 from coadapt.cli.output import console
 from coadapt.demo import BASE
-from coadapt.demo.task import exact_match, examples
+from coadapt.demo.task import batch_of, exact_match, examples
 from coadapt.training.run import train
 from coadapt.training.settings import RunConfig
 
@@ -53,16 +52,6 @@ def train_adapters(folder: Path, rows: Sequence[Row]) -> None:
         ),
         console(),
     )
-
-
-def batch_of(tokenizer: Any, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Prompts with their completions; the loss is over the completions."""
-    texts = [row["prompt"] + row["completion"] + tokenizer.eos_token for row in rows]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for row, label in zip(rows, labels, strict=True):
-        label[: len(tokenizer(row["prompt"])["input_ids"])] = -100
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
 
 
 def train_router(model: PeftModel, tokenizer: Any, rows: Sequence[Row], steps: int = 120) -> None:

@@ -19,7 +19,11 @@ Node = Any
 
 
 class Seq:
-    """One after the other: e2 adapts the model that e1 has adapted. Prompts and prefixes concatenate, in order."""
+    """One after the other: e2 adapts the model that e1 has adapted. Prompts and prefixes concatenate, in order.
+
+    >>> Seq("language", Sum("task", "style"))
+    language >> (task + style)
+    """
 
     def __init__(self, *children: Node) -> None:
         self.children: tuple[Node, ...] = tuple(as_node(c) for c in children)
@@ -32,6 +36,9 @@ class Sum:
     """f + sum_i g_i (e_i(f) - f): a gated sum of changes to the same base.
 
     Joint prefixes share one softmax (their gate is a bias log g on its logits); prompts of equal length are added.
+
+    >>> Sum("task", "style", weights=(1, 0.5))
+    task + 0.5*style
 
     Args:
         children: names or compositions.

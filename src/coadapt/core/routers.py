@@ -96,7 +96,7 @@ class TaskRouter(Router):
 
 
 class Arrow(Router):
-    """g = softmax(|v_i x|) over the top_k: v_i is what B A amplifies most, its first right singular vector.
+    """g = softmax(abs(v_i x)) over the top_k: v_i is what B A amplifies most, its first right singular vector.
 
     Arrow routing (arXiv 2405.11157): nothing is trained; low-rank adapters only, and they are read as they are now.
     """

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from coadapt.demo.text import turn
 from coadapt.demo.world import COLORS, PEOPLE, PLACES, THINGS, Placement, question, scene
 from coadapt.evaluation import intervals, metrics
 from coadapt.evaluation.intervals import Estimate
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Split = Literal["train", "held-out"]
 
@@ -33,6 +36,16 @@ def examples(split: Split, count: int, seed: int) -> list[dict[str, str]]:
             prompt = f"{placement.sentence(rng)}\n{turn(asked)}"
             rows.append({"prompt": prompt, "completion": f"\n{_record(placement, asked)}"})
     return rows
+
+
+def batch_of(tokenizer: Any, rows: Sequence[dict[str, str]]) -> dict[str, Tensor]:
+    """Prompts with their completions and the end token, as a model takes them; the loss is over the completions."""
+    texts = [row["prompt"] + row["completion"] + tokenizer.eos_token for row in rows]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for row, label in zip(rows, labels, strict=True):
+        label[: len(tokenizer(row["prompt"])["input_ids"])] = -100
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
 
 
 def exact_match(generated: Sequence[str], rows: Sequence[dict[str, str]]) -> Estimate:

@@ -44,6 +44,10 @@ def recommended(method: str, model: nn.Module | None = None) -> Recommended:
 
     `view.add_adapter("task", found.config)`, then `view.param_groups({"task": found.learning_rate})`.
 
+    >>> found = recommended("lora")
+    >>> found.config.r, found.config.lora_alpha, found.learning_rate
+    (16, 32, 0.0002)
+
     Args:
         method: lora, dora, prompt, boft … or any other, in the usual spellings.
         model: the base, or a view of it, that shall be adapted. Below 10 million parameters the rates are those that
