@@ -22,7 +22,7 @@ dropin: .venv-dropin/installed .venv/installed-test
 
 # The pages, into build/docs; a link that leads nowhere is an error.
 docs: .venv/installed-test
-	.venv/bin/sphinx-build -q -W --keep-going -c docs . build/docs
+	OMP_NUM_THREADS=1 .venv/bin/sphinx-build -q -W --keep-going -c docs . build/docs
 
 lint: .venv/installed-test
 	.venv/bin/ruff format --check

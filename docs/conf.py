@@ -30,7 +30,7 @@ napoleon_numpy_docstring = False
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(Path(__file__).parent.parent / "build" / "notebooks")
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120
+nb_execution_timeout = 600
 nb_merge_streams = True
 nb_output_stderr = "remove"  # what libraries say about this machine
 

@@ -1,5 +1,6 @@
 """The first ten minutes, and one page a task: whoever copies their lines, from the first to the last, gets no error."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -24,6 +25,7 @@ NAMED = re.compile(r"# (\S+\.yaml)\n")
 def test_what_it_says_can_be_typed(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python, commands after a `$`, and YAML files that name themselves in their first line."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": page}
     found = FENCED.findall((DOCS / page).read_text("utf-8"))

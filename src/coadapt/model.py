@@ -1,5 +1,6 @@
 """PeftModel: a view of a frozen base, and its verbs."""
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -20,6 +21,7 @@ from .core.status import TunerLayerStatus, TunerModelStatus, get_layer_status, g
 from .core.store import count
 from .core.view import View
 from .formats import checkpoint, folder
+from .formats.package import pack, place_of
 from .methods.lora import LoraConfig, loras
 from .methods.xlora import XLoraConfig
 from .verifying import Proof, verify
@@ -437,6 +439,38 @@ class PeftModel(View):
         node = self._node if whole else composition.Sum(*chosen)
         folder.save(Path(save_directory), adapters, node, self.base, self._record.fingerprint, save_embedding_layers)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str = "Adapters",
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        base_model: str | None = None,
+    ) -> str:
+        """Puts the adapters on a hub, as `save_pretrained` writes them, in one commit; its address.
+
+        There is no card: `coadapt push` sends a folder with one.
+
+        Args:
+            repo_id: USER/NAME; made where it is not there.
+            private: of a repository that is made.
+            token: in place of the one that the hub's own login left, or HF_TOKEN.
+            revision: a branch; made where it is not there.
+            base_model: the base on the hub, where it was loaded from a path of this machine.
+
+        Raises:
+            ValueError: nobody else could load it, the name is taken, the token may not, or nobody answers.
+        """
+        from .formats import hub  # importing it takes a third of a second, and few need it
+
+        hub.check_name(repo_id)
+        hub.ready_to_send(token)
+        with tempfile.TemporaryDirectory() as place:
+            self.save_pretrained(place)
+            package = pack(Path(place), base_model)
+            return hub.send(package, repo_id, message=commit_message, private=private, revision=revision, token=token)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -447,14 +481,18 @@ class PeftModel(View):
         config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
         subfolder: str | None = None,
+        revision: str | None = None,
         **kwargs: Any,
     ) -> Self:
         """A view of `model` with what a folder holds: one adapter, a composition, or a Trainer's checkpoint.
 
         Args:
             model: the base, or a view, to which the adapters are added.
+            model_id: the folder; or, where there is none of that name, a repository of the hub, USER/NAME. Of it only
+                what belongs to adapters is fetched, never pickles.
             adapter_name: for a folder with one adapter; "default" if left out.
             is_trainable: attach it to be trained on; frozen, and in evaluation mode, otherwise.
+            revision: of the repository.
 
         Raises:
             FileNotFoundError, ValueError: no adapter there, one for another model, or tensors missing, left over or of
@@ -463,7 +501,7 @@ class PeftModel(View):
         unused = {k: v for k, v in kwargs.items() if k != "low_cpu_mem_usage" and v}
         if unused:
             raise TypeError(f"from_pretrained has no option {', '.join(unused)}.")
-        where = Path(model_id, subfolder or "")
+        where = place_of(model_id, revision) / (subfolder or "")
         asked = folder.replication_in(where) if config is None else _replication(config)
         view = model if isinstance(model, PeftModel) else cls(replication.replicated(model, asked))
         try:
@@ -485,21 +523,47 @@ class PeftModel(View):
         autocast_adapter_dtype: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Attaches an adapter from its folder. What is active stays as it is. Raises as `from_pretrained`."""
+        """Attaches an adapter from its folder, or the hub. What is active stays as it is.
+
+        Raises as `from_pretrained`.
+        """
         if unused := {k for k, v in kwargs.items() if k != "low_cpu_mem_usage" and v}:
             raise TypeError(f"load_adapter has no option {', '.join(unused)}.")
-        self._load(Path(model_id), adapter_name, is_trainable, None, half=not autocast_adapter_dtype)
+        where = place_of(model_id)
+        self._load(where, adapter_name, is_trainable, None, half=not autocast_adapter_dtype)
 
     def _load(self, where: Path, name: str | None, is_trainable: bool, config: PeftConfig | None, half: bool) -> Node:
+        found = self.read(where, name, is_trainable, config, half)
+        self.take_in(found)
+        return found.node
+
+    def read(
+        self,
+        where: Path,
+        name: str | None = None,
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        half: bool = False,
+    ) -> folder.Loaded:
+        """What a folder holds, built for this base and attached to nothing: on any thread, beside calls. For `take_in`.
+
+        Raises as `from_pretrained`.
+        """
         if config is None and (asked := folder.replication_in(where)) is not None:
             replication.check(self.base, asked)
-        found = folder.load(where, self.base, self._record.fingerprint, name, config, is_trainable, half)
+        return folder.load(where, self.base, self._record.fingerprint, name, config, is_trainable, half)
+
+    def take_in(self, found: folder.Loaded) -> None:
+        """Attaches what `read` gave. What is active stays as it is.
+
+        Raises:
+            ValueError: there is an adapter of one of the names already. Nothing is attached then.
+        """
         for adapter in found.adapters:
             if adapter.name in self._names:
                 raise ValueError(f"There is an adapter {adapter.name!r} already; load it under another adapter_name.")
         for adapter in found.adapters:
             self._install(adapter)
-        return found.node
 
     def get_extra_state(self) -> Tensor:
         """Configurations, composition and fingerprint, as JSON in a uint8 tensor."""

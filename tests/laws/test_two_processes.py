@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from laws import two_processes
-from laws.two_processes import CASES, FULL, QUICK, Gradients
+from laws.two_processes import CASES, FULL, QUICK, SHARDED, Gradients
 
 TESTS = Path(two_processes.__file__).parents[1]
 LIMIT = 240
@@ -48,6 +48,11 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return computed(tmp_path_factory.mktemp("full"), list(FULL))
 
 
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return computed(tmp_path_factory.mktemp("sharded"), list(SHARDED))
+
+
 def same(found: list[Gradients], expected: list[Gradients], within: float) -> None:
     assert len(found) == len(expected)
     for step, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
@@ -81,3 +86,9 @@ def test_each_gradient_is_that_of_one_process(name: str, quick: list[dict[str, A
 @pytest.mark.parametrize("name", FULL)
 def test_each_gradient_is_that_of_one_process_elsewhere(name: str, full: list[dict[str, Any]]) -> None:
     holds(name, full)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", SHARDED)
+def test_each_gradient_is_that_of_one_process_with_a_base_in_parts(name: str, sharded: list[dict[str, Any]]) -> None:
+    holds(name, sharded)

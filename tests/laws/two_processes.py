@@ -17,8 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from cases import CASES as METHODS
+from cases import VARIANTS
 from coadapt import Learned, PeftModel, PooledRouter, Seq, Sum, TokenRouter
-from laws.setting import MAKE, attach, ids, recompute
+from coadapt.core.base import in_parts
+from coadapt.training import devices
+from coadapt.training.sharding import shard
+from laws.setting import MAKE, attach, fits, ids, recompute
 
 ROWS = 4
 """Two for each process."""
@@ -48,6 +53,8 @@ class Case:
     reentrant: bool | None = None
     """Checkpointing: of which kind, or none."""
     precision: str = "fp32"
+    sharded: bool = False
+    """Whether each process holds a part of the base only."""
 
     def view(self) -> PeftModel:
         base = MAKE[self.model]()
@@ -69,6 +76,9 @@ class Case:
         """The gradients of each step; those of process `rank`, or of one that does it all."""
         view = self.view()
         rows = slice(None) if rank is None else slice(2 * rank, 2 * rank + 2)
+        if rank is not None and self.sharded:
+            shard(view, torch.device("cpu"))
+            assert in_parts(view.base)
         model = view if rank is None else DistributedDataParallel(view, **self.wrapped)
         optimizer = torch.optim.SGD([p for p in view.parameters() if p.requires_grad], lr=0.1)
         found: list[Gradients] = []
@@ -125,6 +135,10 @@ QUICK: dict[str, Case] = {
     "gates-reentrant-fixed": Case(steps=[[[ACTIVE]]] * 2, active="gated", reentrant=True, wrapped=FIXED),
     "rows-bf16": Case(steps=[[[MIXED]], [[ONE_SIDE]]], precision="bf16"),
     "serial-autocast": Case(steps=SERIAL[:1], precision="autocast"),
+    "sharded": Case(steps=[[[ACTIVE]], [[every("a + 0.5*b >> c")]], [[MIXED]]], sharded=True),
+    "sharded-accumulated": Case(steps=ACCUMULATED, sharded=True, reentrant=False),
+    "sharded-tied": Case(steps=CHANGING, sharded=True, model="gpt2"),
+    "sharded-gates": Case(steps=[[[ACTIVE]], [[ACTIVE, MIXED]]], active="gated", sharded=True),
 }
 _STEPS = {"rows": CHANGING, "serial": SERIAL, "accumulated": ACCUMULATED}
 _OTHERS = {
@@ -140,7 +154,21 @@ FULL: dict[str, Case] = {
     for name, steps in _STEPS.items()
     for kind, reentrant in (("plain", None), ("checkpointed", False))
 }
-CASES = {**QUICK, **FULL}
+SHARDED: dict[str, Case] = {
+    f"sharded-{model}-{case}": Case(
+        steps=[[[ACTIVE]], [[ACTIVE], [ACTIVE]]],
+        cases=(case,),
+        model=model,
+        active="a",
+        sharded=True,
+        reentrant=reentrant,
+    )
+    for model, reentrant in (("llama", None), ("gpt2", False))
+    for case in (*METHODS, *VARIANTS)
+    if fits(case, model) and not case.startswith((*devices.WHOLE_WEIGHTS, "pvera"))  # pvera draws numbers
+}
+"""Every method on a base in parts."""
+CASES = {**QUICK, **FULL, **SHARDED}
 
 
 def main(rank: int, folder: Path, names: Sequence[str]) -> None:

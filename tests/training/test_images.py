@@ -14,6 +14,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from byte_tokenizer import save_base
 from coadapt import PeftModel
 from coadapt.cli.group import run as call
+from coadapt.hub.card import make_card
 from coadapt.training.ask import answer_image
 from coadapt.training.load import load
 from coadapt.training.record import read_log
@@ -74,9 +75,9 @@ def test_classes_of_images(seeing: Path, images: Path, out: Path, capsys: pytest
     assert {row["wanted"] == row["found"]["default"]["answer"] for row in rows_in(out / "evaluation.json")} == {True}
     assert len(rows_in(out / "evaluation.json")) == held_out["data"]["rows"] > 2
     # as the card says
-    card = (out / "README.md").read_text()
+    card = make_card(out, base=str(seeing)).text
     assert f'AutoModelForImageClassification.from_pretrained("{seeing}", num_labels=2, ignore_mismatched' in card
-    assert "Prompts" not in card
+    assert "--image image.png" in card
     base = AutoModelForImageClassification.from_pretrained(seeing, num_labels=2, ignore_mismatched_sizes=True)
     pixels = torch.rand(2, 3, 8, 8)
     done.view.eval()

@@ -22,6 +22,7 @@ from coadapt.data.collate import Collator
 from coadapt.data.columns import Told
 from coadapt.data.prepare import plan, prepare
 from coadapt.data.source import read
+from coadapt.hub.card import make_card
 from coadapt.training.assemble import adapter_config, own_seed
 from coadapt.training.folder import damage
 from coadapt.training.picture import _apart, draw
@@ -366,7 +367,7 @@ def test_each_data_set_is_proved_and_shown(base: str, files: dict[str, str], tmp
     assert f"add {losses['add'][-1]:.4f}, say {losses['say'][-1]:.4f}" in told
     assert done.held_out_loss == pytest.approx((losses["add"][-1] + losses["say"][-1]) / 2)
     assert "5 of the 8 rows of a batch, a pass in 5 steps" in told
-    card = (tmp_path / "out" / "README.md").read_text()
+    card = make_card(tmp_path / "out").text
     assert f"| held-out loss of say | {losses['say'][0]:.4f} → {losses['say'][-1]:.4f} |" in card
     facts = json.loads((tmp_path / "out" / "provenance.json").read_text())["data"]["datasets"]
     assert facts["say"]["name"] == files["say"]

@@ -68,10 +68,11 @@ def test_a_stream_begins_and_ends_at_its_steps_wherever_they_are() -> None:
 
 def test_the_batches_of_several_streams_are_those_of_each_side_by_side() -> None:
     streams = [Stream(rows=7, batch=2, accumulation=2, seed=1), Stream(rows=20, batch=3, accumulation=2, seed=1)]
-    batches = Batches(streams)
+    step = 0
+    batches = Batches(streams, lambda: step)
     assert len(batches) == 8  # four steps of the longer one, each of two batches
     for epoch in range(3):
-        batches.set_epoch(epoch)
+        step = epoch * batches.steps
         found = list(batches)
         assert len(found) == 8
         for number, stream in enumerate(streams):
@@ -82,7 +83,7 @@ def test_the_batches_of_several_streams_are_those_of_each_side_by_side() -> None
 
 
 def test_one_stream_by_itself_has_its_own_epochs() -> None:
-    batches = Batches([Stream(rows=7, batch=2, accumulation=3, seed=1)])
+    batches = Batches([Stream(rows=7, batch=2, accumulation=3, seed=1)], lambda: 0)
     assert [len(batch) for batch in batches] == [2, 2, 2, 1]
     assert len(batches) == 4
 

@@ -121,20 +121,6 @@ def test_ctrl_c_in_one_process_ends_all_after_the_same_step(base: str, rows: str
     assert len(list(last.glob("rng_state_*.pth"))) == 2
 
 
-def test_a_run_goes_on_with_as_many_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    one, two = tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"
-    for file in (one / "rng_state.pth", two / "rng_state_0.pth", two / "rng_state_1.pth"):
-        file.parent.mkdir(exist_ok=True)
-        file.touch()
-    folder._same_processes(one)
-    with pytest.raises(ValueError, match=r"checkpoint-2 was written by 2 processes, and now there are 1.*Start 2"):
-        folder._same_processes(two)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    folder._same_processes(two)
-    with pytest.raises(ValueError, match=r"checkpoint-1 was written by 1 process, and now there are 2"):
-        folder._same_processes(one)
-
-
 def test_the_first_process_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert processes.first()
     monkeypatch.setenv("RANK", "1")

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertForMaskedLM, T
 import models
 from byte_tokenizer import save_base
 from coadapt import PeftModel
+from coadapt.hub.card import make_card
 from coadapt.training import run as module
 from coadapt.training.ask import answer
 from coadapt.training.folder import damage
@@ -64,7 +65,7 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(base: str, rows: str, 
     assert told["versions"]["torch"] == torch.__version__
     assert len(told["data"]["sha256"]) == 64
     assert told["base"]["fingerprint"]
-    assert "held-out loss" in (out / "README.md").read_text()
+    assert "| held-out loss |" in make_card(out).text
     assert (out / "last").resolve() == out / "checkpoint-6"
     assert {"prompt + completion", "⟦", "trainable", "held-out loss"} <= set(_found(text.getvalue()))
 
@@ -224,7 +225,7 @@ def test_a_run_that_gets_no_better_stops_and_saves_the_best(base: str, rows: str
     assert not any(torch.equal(saved[name], last[name]) for name in tensors)
     assert f"Stopped early, at step {done.step} of 72" in text.getvalue()
     assert f"Saved are the best adapters, of step {best} (held-out loss {losses[best]:.4f})" in text.getvalue()
-    assert f"the best adapters, of step {best}" in (out / "README.md").read_text()
+    assert f"the best adapters, of step {best}" in make_card(out).text
     with pytest.raises(ValueError, match=r"stopped at step .* Raise early_stopping_patience to go on"):
         go(base, rows, out, resume=True, **TOO_FAR)
     assert go(base, rows, out, resume=True, **{**TOO_FAR, "early_stopping_patience": 4}).step > done.step
@@ -344,7 +345,7 @@ def test_a_run_that_was_killed_after_its_last_step_is_brought_to_its_end(
 ) -> None:
     done = go(base, rows, out, **how)
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    for name in ("adapter_config.json", "adapter_model.safetensors", "composition.json", "loss.png", "README.md"):
+    for name in ("adapter_config.json", "adapter_model.safetensors", "composition.json", "loss.png"):
         (out / name).unlink()
     text = io.StringIO()
     again = go(base, rows, out, Console(file=text, width=120), resume=True, **how)

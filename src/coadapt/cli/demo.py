@@ -48,6 +48,7 @@ def _invoke(out: Path, seed: int, overwrite: bool, files_only: bool) -> int:
         return 0
     import torch
 
+    from coadapt.cli.card import write_card_of
     from coadapt.cli.output import console, quiet
     from coadapt.demo import BASE
     from coadapt.demo.task import exact_match, examples
@@ -74,6 +75,7 @@ def _invoke(out: Path, seed: int, overwrite: bool, files_only: bool) -> int:
     if done.interrupted:
         click.echo("Stopped.")
         return 1
+    write_card_of(out)
     tokenizer: Any = done.processor
     view, rows = done.view.eval(), examples("held-out", ASKED, DATA_SEED + 1)
     answers = _answers(view, tokenizer, [row["prompt"] for row in rows])

@@ -17,6 +17,8 @@ VERBS = {
     "search": "Find the best combination of methods, sites, ranks and rates.",
     "generate": "Ask a model with its adapter.",
     "chat": "Talk to a model with its adapters.",
+    "serve": "Serve a base and many adapters, as OpenAI's API.",
+    "ui": "A page in the browser: train, watch, chat, compare.",
     "eval": "Score a base and its adapters side by side, on rows.",
     "compat": "Which programs load an adapter, and what mends a no.",
     "merge": "Put an adapter into the weights of its base.",
@@ -24,6 +26,8 @@ VERBS = {
     "combine": "Make one adapter out of several.",
     "export": "Write an adapter for vLLM, llama.cpp, Ollama, MLX, ONNX …",
     "convert": "Read an adapter of another program, and write it for a third.",
+    "card": "Write the model card of an adapter folder.",
+    "push": "Put an adapter, with its card, on a model hub.",
     "show": "What an adapter folder, or a model, is made of.",
     "doctor": "What this machine has, and what of it works.",
     "completion": "The script that lets a shell complete coadapt.",
@@ -86,7 +90,8 @@ def run(args: Sequence[str] | None = None) -> int:
     try:
         return int(group.main(args=args, prog_name="coadapt", standalone_mode=False) or 0)
     except click.ClickException as error:
-        error.show()
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes that are called alike, the first
+            error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         return _say("stopped")

@@ -154,8 +154,9 @@ def built(make: Callable[[], Made]) -> Made:
         raise click.UsageError(explain(error)) from error
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    for hint in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, SettingHint)):
-        click.echo(f"hint: {hint}", err=True)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes on a machine, the first
+        for hint in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, SettingHint)):
+            click.echo(f"hint: {hint}", err=True)
     return made
 
 
@@ -168,6 +169,7 @@ def _invoke(config: Path | None, overrides: tuple[str, ...], **flags: Any) -> in
     run = read_settings(config, flags, overrides)
     if "WORLD_SIZE" in os.environ:  # PyTorch advises against a setting that any composition but one needs
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from coadapt.cli.card import write_card_of
     from coadapt.cli.output import console, quiet
     from coadapt.training import processes
     from coadapt.training.load import asking
@@ -175,13 +177,17 @@ def _invoke(config: Path | None, overrides: tuple[str, ...], **flags: Any) -> in
 
     quiet()
     out = console()
-    done = train(run, out)
+    try:
+        done = train(run, out)
+    except processes.Elsewhere:
+        return 1
     if not processes.first():
         return 1 if done.interrupted else 0
     again = f"coadapt train --config {done.folder}/run.yaml --resume"
     if done.interrupted:
         click.echo(f"\nStopped at step {done.step}; nothing is lost. Go on with:\n  {again}")
         return 1
+    write_card_of(done.folder)
     click.echo(f"\nSaved in {done.folder} (adapter, README.md, loss.png, metrics.jsonl, run.yaml). Try it:")
     which = f' --adapters "{next(iter(run.sources.values())).composition}"' if len(run.datasets) > 1 else ""
     if (tasks := done.material.first.tasks) is not None:

@@ -1,6 +1,7 @@
 """What is known of a base model while adapters are attached to it: whose sites, what trained before, what is merged."""
 
 import hashlib
+import sys
 import threading
 import weakref
 from collections import Counter
@@ -110,9 +111,9 @@ class Base:
         """Tells bases apart: names and shapes of all weights, and a sample of their values rounded to bf16.
 
         Made again only where a weight is another one, or was written to, since the last time. While adapters are merged
-        into the weights, it is what it was before.
+        into the weights, or these lie in parts on several processes, it is what it was before.
         """
-        if self.merged_by is None or not self._fingerprint:
+        if not self._fingerprint or (self.merged_by is None and not in_parts(self.model)):
             now = [(id(p), stamp(p)) for module in self.model.modules() for p in held(module)]
             if not self._fingerprint or now != self._weights:
                 self._fingerprint, self._weights = fingerprint(self.model), now
@@ -122,6 +123,12 @@ class Base:
 def statistics(model: nn.Module) -> list[nn.Module]:
     """The layers that count along in training (BatchNorm): in evaluation mode their statistics stay as they are."""
     return [m for m in model.modules() if "running_mean" in dict(m.named_buffers(recurse=False))]
+
+
+def in_parts(module: nn.Module) -> bool:
+    """Whether weights lie in parts on several processes (`fully_shard`, tensor parallelism)."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and any(isinstance(p, tensors.DTensor) for p in module.parameters())
 
 
 FIRST = 16

@@ -89,7 +89,9 @@ class _Join(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, *parameters: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.count = len(parameters)
-        return output.view_as(output)  # the wrapper copies outputs itself, so that they may be changed in place
+        # No view, which fully_shard's hooks advise against. The wrapper copies outputs itself, so that they may be
+        # changed in place.
+        return output.data
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

@@ -61,6 +61,8 @@ class Frame:
         """(B, T, D) states that go along the blocks, as they are now, by what they come from: see stream.py."""
         self.began: dict[Any, Tensor] = {}
         """The same as they began."""
+        self.stacked: dict[Any, tuple[Tensor, Tensor]] = {}
+        """Factors of each row's adapters, the same for all tokens of a call of `generate`: see rows.py."""
         self.given: dict[Any, Any] = {}
         """Products that one layer made for another which reads the same input: see lowrank.py."""
 

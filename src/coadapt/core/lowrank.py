@@ -224,7 +224,7 @@ class LowRankCall:
         rows = frame.rows_of(x) if self.rows is not None and x.dim() == 3 else None
         plain = getattr(forward, "func", None) is nn.Linear.forward
         if not torch.is_grad_enabled() and not share:
-            return self._inferred(x, call(x), frame.rows, rows, plain)
+            return self._inferred(x, call(x), frame, rows, plain)
         runs = plain and _is_frozen(self.layer.module, x)
         y = None if runs else call(x)
         used = x if y is None else x.to(y.dtype)
@@ -242,16 +242,17 @@ class LowRankCall:
             frame.given[sibling] = x, made
         return out
 
-    def _inferred(
-        self, x: Tensor, y: Tensor, rows: Tensor | None, chosen: tuple[int, ...] | None, fresh: bool
-    ) -> Tensor:
+    def _inferred(self, x: Tensor, y: Tensor, frame: Frame, chosen: tuple[int, ...] | None, fresh: bool) -> Tensor:
         """Where there is no backward. `fresh`: y was made in this call and belongs to nobody else."""
         if chosen is not None and self.rows is not None:
-            down, up = self.rows.kept(chosen, y.dtype)
+            made = frame.stacked.get(self)
+            if made is None or len(made[0]) != len(chosen) or made[0].dtype != y.dtype:
+                made = frame.stacked[self] = self.rows.kept(chosen, y.dtype)
+            down, up = made
             return _plus(y, narrow(x.to(y.dtype), down), up, fresh)
         factors = [term.method.factors() for term in self.terms]
         x = x.to(y.dtype)
-        gate = _gate(self.terms, factors, rows, Reading(self.layer.path, x, y), x.dim(), x)
+        gate = _gate(self.terms, factors, frame.rows, Reading(self.layer.path, x, y), x.dim(), x)
         z = F.linear(x, _down(factors).to(y.dtype)) * gate
         return _plus(y, z, _up(factors).to(y.dtype).mT, fresh)
 

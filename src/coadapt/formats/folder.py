@@ -167,8 +167,8 @@ def load(
     files.settle(where)
     if not where.is_dir():
         raise FileNotFoundError(
-            f"There is no folder {str(where)!r}. An adapter is a folder that holds {CONFIG} (hub ids are not read: "
-            "download it first)."
+            f"There is no folder {str(where)!r}. An adapter is a folder that holds {CONFIG}; one of the hub is called "
+            "USER/NAME."
         )
     reader = _Reader(base, fingerprint, half)
     if (where / COMPOSITION).is_file():

@@ -107,6 +107,14 @@ def mergeable(facts: Facts) -> bool:
     return facts.kind in METHODS and issubclass(METHODS[facts.kind], WeightMethod | ModuleCopy)
 
 
+def vllm_room(facts: Facts) -> int | None:
+    """The `--max-lora-rank` with which vLLM takes it as it is; None where it does not."""
+    reasons = [*_as_checkpoint(facts), *_vllm_refuses(facts)]
+    if not all(reason.startswith("rank") for reason in reasons):
+        return None
+    return next((room for room in VLLM_RANKS if room >= max(*facts.ranks, VLLM_RANK)), None)
+
+
 # ---- what programs find ----------------------------------------------------------------------------------------------
 
 

@@ -81,7 +81,7 @@ class GLoRA(WithBiases, WeightMethod):
                 f"GLoRA: nothing trains at {layer.path!r}, which has {'a' if has_bias else 'no'} bias: config_A_B, "
                 'config_C and config_D_E are "none" as far as they count. Give one of them a form.'
             )
-        for name in forms.keys() - self.absent:
+        for name in [n for n in forms if n not in self.absent]:  # in one order in all processes
             self.add_module(name, Support(forms[name], shapes[name], config.r, config.init_weights))
 
     def part(self, name: str) -> Tensor | None:

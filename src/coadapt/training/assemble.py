@@ -1,6 +1,5 @@
 """The parts of a run: its task, its tokenizer, its base, and the adapters on it."""
 
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -222,11 +221,6 @@ def attach(
         view.add_adapter(name, configs[name])
     view.set_adapter(composition or (list(configs) if others else first))
     return view
-
-
-def own_seed(seed: int, name: str) -> int:
-    """The seed of an adapter's start, whatever stands beside it; another for each name."""
-    return zlib.crc32(f"{seed} {name}".encode()) >> 1
 
 
 def rates(run: RunConfig, view: PeftModel) -> dict[str, Rates]:

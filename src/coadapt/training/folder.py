@@ -5,7 +5,7 @@ import platform
 import shutil
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,19 @@ from coadapt.formats.files import (
     read_json,
     settle,
 )
+from coadapt.formats.package import CARD, PICTURE
 from coadapt.formats.provenance import versions
-from coadapt.training import processes
+from coadapt.training import sharing
 from coadapt.training.record import read_log
 from coadapt.training.settings import RunConfig, Task
+from coadapt.training.sharing import ACCUMULATION, BATCH, STATE, Share
 
-RUN, METRICS, PICTURE, CARD = "run.yaml", "metrics.jsonl", "loss.png", "README.md"
+RUN, METRICS = "run.yaml", "metrics.jsonl"
 EVALUATION = "evaluation.json"
 """What `coadapt eval` writes beside the adapters, where nothing else is said."""
-STATE = "trainer_state.json"
-"""What Trainer writes last into a checkpoint."""
 MAY_CHANGE = frozenset(
     """max_steps num_train_epochs logging_steps eval_strategy eval_steps eval_on_start save_strategy save_steps
-    save_total_limit report_to use_cpu verify dataloader_num_workers per_device_eval_batch_size output_dir
+    save_total_limit report_to use_cpu fsdp verify dataloader_num_workers per_device_eval_batch_size output_dir
     auto_find_batch_size early_stopping_patience early_stopping_threshold""".split()
 )
 """Settings that a resumed run may have otherwise than the run that it goes on with."""
@@ -67,6 +67,10 @@ class Start:
 
     checkpoint: Path | None = None
     """What it goes on from; None: it begins anew."""
+    run: RunConfig | None = None
+    """The run with the batches that keep the rows of a step what they were; None: it begins anew."""
+    then: Share | None = None
+    """How the run that it goes on with shared the rows of a step."""
     ended: bool = False
     """Whether training ended with this checkpoint, and only the results are to be written."""
     broken: Mapping[Path, str] = field(default_factory=dict[Path, str])
@@ -109,8 +113,10 @@ def _resume(folder: Path, run: RunConfig) -> Start:
     broken: dict[Path, str] = {}
     for checkpoint in reversed(checkpoints):
         if (wrong := damage(checkpoint)) is None:
-            _same_processes(checkpoint)
-            return Start(checkpoint=checkpoint, broken=broken, ended=_ended(folder, checkpoint, before, run))
+            then = sharing.found(checkpoint, before)
+            run = sharing.taken_up(run, before, then)
+            ended = _ended(folder, checkpoint, before, run)
+            return Start(checkpoint=checkpoint, run=run, then=then, broken=broken, ended=ended)
         broken[checkpoint] = wrong
     # A process that is killed leaves one such checkpoint; several have another cause, and somebody may mend them.
     found = "; ".join(f"{path.name}: {wrong}" for path, wrong in broken.items())
@@ -124,17 +130,6 @@ def _resume(folder: Path, run: RunConfig) -> Start:
             "To train it anew: --overwrite-output-dir."
         )
     return Start(broken=broken)
-
-
-def _same_processes(checkpoint: Path) -> None:
-    """Each process has a state of its own, and with more or fewer of them the batches would be others."""
-    then = max(len(list(checkpoint.glob("rng_state_*.pth"))), 1)  # one alone writes rng_state.pth
-    if then != processes.count():
-        raise ValueError(
-            f"resume: {checkpoint.name} was written by {then} {'process' if then == 1 else 'processes'}, and now there "
-            f"are {processes.count()}, so that the batches would be others. Start {then}, or begin anew "
-            "(--overwrite-output-dir)."
-        )
 
 
 def _ended(folder: Path, checkpoint: Path, before: Mapping[str, Any], run: RunConfig) -> bool:
@@ -168,7 +163,10 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name.replace('*', '')} is missing"
         if cut := [file.name for file in files if not _whole(file)]:
             return f"{cut[0]} was cut off"
-    return None
+    share = sharing.recorded(checkpoint)
+    left = 0 if share is None or share.processes == 1 else share.processes
+    lost = [name for rank in range(left) if not (checkpoint / (name := f"rng_state_{rank}.pth")).is_file()]
+    return f"{lost[0]} is missing" if lost else None
 
 
 def _whole(file: Path) -> bool:
@@ -231,7 +229,8 @@ def same_run(folder: Path, run: RunConfig) -> Mapping[str, Any]:
     for name, adapter in now["adapters"].items():
         then = known["adapters"].get(name, {})
         adapter |= {key: then[key] for key in ("learning_rate", "total_step") if key not in adapter and key in then}
-    other = [n for n in now if n not in MAY_CHANGE and now[n] is not None and known[n] != now[n]]
+    free = MAY_CHANGE if len(run.sources) > 1 else MAY_CHANGE | {BATCH, ACCUMULATION}  # which `sharing` compares
+    other = [n for n in now if n not in free and now[n] is not None and known[n] != now[n]]
     if other:
         shown = "\n".join(f"  {n}: {known[n]!r} then, {now[n]!r} now" for n in other)
         raise ValueError(
@@ -256,69 +255,6 @@ def write_provenance(folder: Path, **facts: Any) -> None:
     before = read_json(file) if file.is_file() else {}
     with aside(file) as part:
         part.write_text(json.dumps({**before, **known, **facts}, indent=2, ensure_ascii=False) + "\n", "utf-8")
-
-
-def write_card(
-    folder: Path, run: RunConfig, figures: Mapping[str, Any], prompt_style: str | None, classes: Sequence[str] = ()
-) -> None:
-    """The model card, which hubs show; `prompt_style` None: it is asked no prompts."""
-    peak = run.peak_rates()
-    adapters = "\n".join(
-        f"| `{name}` | {a.method} | {peak[name]:g} | " + ", ".join(f"{k}={v}" for k, v in a.options.items()) + " |"
-        for name, a in run.adapters.items()
-    )
-    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    with aside(folder / CARD) as file:
-        text = _CARD.format(
-            run=run,
-            data=", ".join(f"`{one.data}`" for one in run.sources.values()),
-            adapters=adapters,
-            rows=rows,
-            asked=f"Prompts were put to the model in the style `{prompt_style}`. " if prompt_style else "",
-            head=_head(run, classes),
-            base=json.dumps(run.model),
-            auto=AUTO_NAMES[run.task or "causal-lm"],
-        )
-        file.write_text(text, "utf-8")
-
-
-def _head(run: RunConfig, classes: Sequence[str]) -> str:
-    """How the base is loaded with a head of as many classes as the adapter's."""
-    other = ", ignore_mismatched_sizes=True" if run.task == "image-classification" else ""
-    return f", num_labels={len(classes)}{other}" if classes else ""
-
-
-_CARD = """---
-base_model: {base}
-library_name: coadapt
-tags: [adapter]
----
-
-# An adapter for {run.model}
-
-Trained by coadapt on {data}.
-
-| adapter | method | learning rate | options |
-|---|---|---|---|
-{adapters}
-
-| | |
-|---|---|
-{rows}
-
-![loss](loss.png)
-
-```python
-from coadapt import PeftModel
-from transformers import {auto}
-
-base = {auto}.from_pretrained({base}{head})
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
-```
-
-{asked}The whole configuration is in `run.yaml`, each step's figures in `metrics.jsonl`, versions and hashes in
-`provenance.json`.
-"""
 
 
 def link(folder: Path, name: str, target: Path | None) -> None:

@@ -17,6 +17,7 @@ from coadapt.training.course import Course
 from coadapt.training.losses import Window, window
 from coadapt.training.mixing import Batches, Mixture, Stream, shares, streams
 from coadapt.training.settings import Task
+from coadapt.training.sharing import Recorder, Share
 from coadapt.training.trainer import AdapterTrainer
 
 DATASET = "dataset"
@@ -43,8 +44,11 @@ class JointTrainer(AdapterTrainer):
         self.weights, self.course = tuple(weights), course
         self.task: Task = task
         self.add_callback(course)
+        self.add_callback(Recorder(self.share))
         parts = [part for name in self.view.peft_config for part in self.view.get_adapter(name).parts]
-        own = [p.method for p in parts if isinstance(p.method, InputMethod) and p.method.labels is not None]
+        self._own_labels = own = [
+            p.method for p in parts if isinstance(p.method, InputMethod) and p.method.labels is not None
+        ]
         if self.several and own:
             raise ValueError(
                 f"{type(own[0]).__name__} learns from its own tokens in a loss that is made of all rows of a batch; a "
@@ -70,8 +74,13 @@ class JointTrainer(AdapterTrainer):
     def streams(self, batch: int) -> list[Stream]:
         """The rows of each data set in batches of so many rows in all."""
         rows, spans = [len(rows) for rows in self.mixture.sets.values()], list(self.course.plan.datasets.values())
-        accumulation = self.args.gradient_accumulation_steps
+        accumulation = self.args.gradient_accumulation_steps * self.args.world_size  # batches of a step, of all
         return streams(rows, shares(batch, self.weights), accumulation, self.args.seed, spans)
+
+    def share(self) -> Share:
+        """How the rows of a step are shared out."""
+        accumulation, processes = self.args.gradient_accumulation_steps, self.args.world_size
+        return Share(batch=self._train_batch_size, accumulation=accumulation, processes=processes)
 
     def told(self) -> dict[str, str]:
         """Of each of several data sets, what it has in a batch."""
@@ -82,9 +91,12 @@ class JointTrainer(AdapterTrainer):
         }
 
     def get_train_dataloader(self) -> DataLoader[Any]:
+        # Elsewhere a batch without labels has no loss; accelerate gives the last processes the pass's first rows.
+        counts = self.task == "causal-lm" and self.model_accepts_loss_kwargs and not self._own_labels
+        among = self.args.world_size if counts else 1
         loader = DataLoader(
             self.mixture,
-            batch_sampler=Batches(self.streams(self._train_batch_size)),
+            batch_sampler=Batches(self.streams(self._train_batch_size), lambda: self.state.global_step, among),
             collate_fn=self._collated,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,

@@ -15,6 +15,7 @@ from coadapt.data.by_task import TASK, number_of
 from coadapt.data.segments import Framing
 from coadapt.formats.facts import read_facts
 from coadapt.formats.files import PROVENANCE, read_json, settle
+from coadapt.formats.package import place_of
 from coadapt.formats.vocabulary import rows_needed
 from coadapt.model import PeftModel
 from coadapt.training.assemble import TASKS, Processor, load_base, load_config, load_processor, task_of_model
@@ -105,6 +106,7 @@ def load(
 ) -> Ready:
     """The base (the adapter's own where `model` is None), with the adapter folder, of which `adapters` is active.
 
+    `adapter` can be a repository of the hub, USER/NAME, where there is no such folder.
     Both are put on `device`; None: on the best one that there is.
 
     Args:
@@ -116,10 +118,11 @@ def load(
         FileNotFoundError: there is no such folder.
     """
     device = best() if device is None else device
+    adapter = None if adapter is None else place_of(str(adapter))
     ready = load_bare(model, adapter, quantised=quantised, device=device, on_disk=on_disk)
     if adapter is None:
         return replace(ready, model=ready.model.to(device))
-    _grow(ready.model, adapter, on_disk is not None)
+    grow(ready.model, adapter, on_disk is not None)
     view = PeftModel.from_pretrained(ready.model, adapter)
     if adapters is not None:
         view.set_adapter(adapters)
@@ -128,7 +131,7 @@ def load(
     return replace(ready, model=view.to(device).eval())
 
 
-def _grow(base: Any, adapter: Path, on_disk: bool) -> None:
+def grow(base: Any, adapter: Path, on_disk: bool = False) -> None:
     """Makes room for the tokens that an adapter brings: this base is nobody else's."""
     needed = rows_needed(adapter, base)
     if needed and needed > (rows := len(base.get_input_embeddings().weight)):
@@ -199,6 +202,19 @@ def load_bare(
 
 def _task_of(adapter: Path) -> Task | None:
     return next((TASKS[str(kind)] for said in _configs(adapter) if (kind := said.get("task_type")) in TASKS), None)
+
+
+def framing_of(adapter: Path) -> Framing | None:
+    """How prompts were put to an adapter in its training; None where its folder does not say.
+
+    Raises:
+        ValueError: the folder's record is damaged.
+    """
+    told = _provenance(adapter).get("prompt")
+    try:
+        return None if told is None else Framing(**told)
+    except TypeError as error:
+        raise ValueError(f"{adapter / PROVENANCE} is damaged: {error}") from error
 
 
 def _provenance(adapter: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ data set alone.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset, Sampler
+
+from coadapt.data.tokens import IGNORED
 
 Place = tuple[int, int]
 """(data set, row)"""
@@ -107,7 +109,7 @@ def streams(
 
 
 class Mixture(Dataset[tuple[int, Any]]):
-    """The rows of all data sets, by place."""
+    """The rows of all data sets, by place. A row below 0 is ~row without anything that is trained on."""
 
     def __init__(self, sets: Mapping[str, Any]) -> None:
         self.sets = dict(sets)
@@ -117,37 +119,50 @@ class Mixture(Dataset[tuple[int, Any]]):
         return sum(len(rows) for rows in self._rows)
 
     def __getitem__(self, place: Place) -> tuple[int, Any]:
-        return place[0], self._rows[place[0]][place[1]]
+        dataset, number = place
+        if number >= 0:
+            return dataset, self._rows[dataset][number]
+        row = self._rows[dataset][~number]
+        return dataset, {**row, "labels": [IGNORED] * len(row["labels"])}
 
 
 class Batches(Sampler[list[Place]]):
     """The batches of one epoch: a pass over the data set that takes the most steps; the others begin again meanwhile.
 
     One in which no data set is drawn is empty.
+
+    Args:
+        step: says, where an epoch begins, the step that comes next; so no wrapper around has to hand an epoch on.
+        among: so many processes, which take turns. With more than one, each pass over the one data set that there is
+            ends with rows that are not trained on, so that none has less to compute than the others.
     """
 
     drop_last = False
 
-    def __init__(self, streams: Sequence[Stream]) -> None:
-        self.streams = tuple(streams)
+    streams: tuple[Stream, ...]
+
+    def __init__(self, streams: Sequence[Stream], step: Callable[[], int], among: int = 1) -> None:
+        self.step, self.streams, self.among = step, tuple(streams), among
         self.steps = max(stream.steps for stream in streams)
         self.accumulation = streams[0].accumulation
         self.batch_size = sum(stream.batch for stream in streams)
-        self.epoch = 0
-        self.sampler = self  # where accelerate looks for what has epochs
-
-    def set_epoch(self, epoch: int) -> None:
-        """Which epoch the next iteration is of."""
-        self.epoch = epoch
+        self.sampler = self  # where accelerate looks for one
 
     def __len__(self) -> int:
-        return self.streams[0].batches if len(self.streams) == 1 else self.steps * self.accumulation
+        if len(self.streams) > 1:
+            return self.steps * self.accumulation
+        return math.ceil(self.streams[0].batches / self.among) * self.among
 
     def __iter__(self) -> Iterator[list[Place]]:
-        return islice(self._drawn(), len(self))
+        drawn = islice(self._drawn(), len(self))
+        return drawn if self.among == 1 else map(self._filled, drawn)
+
+    def _filled(self, batch: list[Place]) -> list[Place]:
+        return [*batch, *[(0, ~(n % self.streams[0].rows)) for n in range(self.batch_size - len(batch))]]
 
     def _drawn(self) -> Iterator[list[Place]]:
-        for step in range(self.epoch * self.steps, (self.epoch + 1) * self.steps):
+        epoch = self.step() // self.steps
+        for step in range(epoch * self.steps, (epoch + 1) * self.steps):
             drawn = [stream.drawn(step) for stream in self.streams]
             for number in range(self.accumulation):
                 yield [(d, row) for d, found in enumerate(drawn) if number < len(found) for row in found[number]]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coadapt.core.base import fingerprint
+from coadapt.formats import checkpoint
 from coadapt.formats.files import aside, saving
 from coadapt.model import PeftModel
 from coadapt.training import folder, processes
@@ -52,8 +52,8 @@ def finish(
         with aside(out / folder.PICTURE) as file:
             draw(log, file, title(run))
         figures = _figures(trainer, log, material, best_step)
-        folder.write_card(out, run, figures, material.framing and material.framing.style, material.classes)
-        base = {"name": run.model, "fingerprint": fingerprint(view.get_base_model())}
+        kept = checkpoint.read(view.get_extra_state())["base_fingerprint"]  # of a base that may lie in parts by now
+        base = {"name": run.model, "fingerprint": kept}
         how = {"quantisation": run.quantisation} if run.quantisation else {}
         folder.write_provenance(out, **material.facts(), **how, base=base, figures=figures)
         view.save_pretrained(out)  # last: where an adapter is found, all that belongs to it is there

@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from coadapt.data.prepare import CLASSIFYING
 from coadapt.data.tokens import IGNORED
 from coadapt.model import PeftModel
-from coadapt.training import folder, machine, processes
+from coadapt.training import devices, folder, machine, processes, sharing
 from coadapt.training.assemble import (
     adapter_config,
     attach,
     check_vocabulary,
     load_base,
-    own_seed,
     rates,
     seed_everything,
 )
@@ -37,12 +37,15 @@ from coadapt.training.memory import total as device_memory
 from coadapt.training.mixing import Mixture, shares, streams
 from coadapt.training.monitor import Stillness, teller
 from coadapt.training.panel import screen
+from coadapt.training.presence import present
 from coadapt.training.proof import prove
 from coadapt.training.recommend import parameters
 from coadapt.training.record import EarlyStop, Interrupt, MetricsLog, Watch, check_tracker
 from coadapt.training.results import Outcome, finish, stopped
 from coadapt.training.settings import RunConfig
+from coadapt.training.sharding import refuse_quantised, shard
 from coadapt.training.timetable import Timetable, timetable
+from coadapt.training.trainer import own_seed
 
 
 def train(run: RunConfig, console: Console, callbacks: Sequence[TrainerCallback] = ()) -> Outcome:
@@ -54,27 +57,36 @@ def train(run: RunConfig, console: Console, callbacks: Sequence[TrainerCallback]
         ValueError: anything in the settings, the data or the model that does not fit, before a step is run.
         FileNotFoundError: the data or the model is not there.
     """
+    with processes.together(run.use_cpu):
+        return _train(run, console, callbacks)
+
+
+def _train(run: RunConfig, console: Console, callbacks: Sequence[TrainerCallback]) -> Outcome:
+    run = devices.settle(run)
     check_tracker(run.report_to)
     if not processes.first():
         console = Console(quiet=True)  # of several processes the others compute along, and leave no trace
     table = timetable(run)
     out = folder.output_dir(run)
     start = folder.claim(out, run)
+    told, run = run, start.run or run
     material = gather(run, table)
     material.tell(console)
     run, view = _attached(run, table, material, out, start)
     trainer = _trainer(run, view, table, material, out, resuming=start.checkpoint is not None)
     console.print(settings_table(run, view, trainer.forecast(), trainer.told()), "")
     if run.resume:
-        console.print(Text(_resumed(start)), soft_wrap=True)
+        console.print(Text(_resumed(run, start)), soft_wrap=True)
     if run.verify and start.checkpoint is None:
         prove(view, table, material, console)
     if processes.first():
-        _begin(run, out, start)
+        same = {name: getattr(told, name) for name in (sharing.BATCH, sharing.ACCUMULATION)}
+        _begin(run.model_copy(update=same), out, start)
     for callback in callbacks:
         trainer.add_callback(callback)
-    interrupted = _fit(run, trainer, start, console)
-    done = finish(run, trainer, view, material, out, interrupted)
+    with present(out) if processes.first() else nullcontext():
+        interrupted = _fit(run, trainer, start, console)
+        done = finish(run, trainer, view, material, out, interrupted)
     for line in stopped(run, done, trainer):
         console.print(Text(line), soft_wrap=True)
     return done
@@ -102,6 +114,8 @@ def _attached(
         quantisation=run.quantisation,
         device=machine.chosen(run.use_cpu),
     )
+    if run.fsdp:
+        refuse_quantised(base)
     for part in material.parts.values():
         check_vocabulary(base, part.made.train, material.processor)
     run = run.with_rates(parameters(base))
@@ -162,7 +176,7 @@ def length(run: RunConfig, table: Timetable, rows: Sequence[int], weights: Seque
     found = streams(
         rows,
         shares(run.per_device_train_batch_size, weights),
-        run.gradient_accumulation_steps,
+        run.gradient_accumulation_steps * processes.count(),
         run.seed,
         list(table.datasets.values()),
     )
@@ -204,6 +218,9 @@ def _fit(run: RunConfig, trainer: JointTrainer, start: folder.Start, console: Co
             if checkpoint is not None and start.ended:
                 trainer.take_up(checkpoint)
             else:
+                if run.fsdp:
+                    shard(trainer.view, trainer.args.device)
+                    trainer.place_model_on_device = False
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             shown.stop()
@@ -227,9 +244,8 @@ def training_arguments(
     `steps` in place of `max_steps`.
     """
     known = TrainingArguments.__dataclass_fields__
-    same = {
-        name: value for name, value in run if name in known and name not in ("output_dir", "gradient_checkpointing")
-    }
+    ours = ("output_dir", "gradient_checkpointing", "fsdp")  # which mean something else there
+    same = {name: value for name, value in run if name in known and name not in ours}
     # Its name since transformers 5.20; the older one warns there.
     checkpointing = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
     return TrainingArguments(
@@ -251,6 +267,7 @@ def training_arguments(
             "prediction_loss_only": run.task not in CLASSIFYING,
             "remove_unused_columns": False,
             "disable_tqdm": True,
+            "log_level_replica": "error",  # as it is for the first process
             "dataloader_pin_memory": torch.cuda.is_available() and not run.use_cpu,
         }
     )
@@ -289,9 +306,11 @@ def settings_table(run: RunConfig, view: PeftModel, needed: Forecast, told: Mapp
     return table
 
 
-def _resumed(start: folder.Start) -> str:
+def _resumed(run: RunConfig, start: folder.Start) -> str:
     left = [f"{path.name} is left out, it was not written to its end: {why}." for path, why in start.broken.items()]
     if start.checkpoint is None:
         return "\n".join([*left, "There is no checkpoint yet: training begins anew."])
     end = " Training had ended there; what it came to is written now." if start.ended else ""
-    return "\n".join([*left, f"Going on from {start.checkpoint.name}.{end}"])
+    now = sharing.wanted(run)
+    shared = f" A step still has {now.rows} rows: {now}, after {start.then}." if start.then not in (None, now) else ""
+    return "\n".join([*left, f"Going on from {start.checkpoint.name}.{end}{shared}"])

@@ -169,6 +169,8 @@ class RunConfig(BaseModel):
     """Mixed precision in float16."""
     use_cpu: bool = False
     """Do not use a GPU even if there is one."""
+    fsdp: bool = False
+    """Leave only a part of the frozen base on each of several processes (FSDP2; docs/devices.md)."""
     auto_find_batch_size: bool = False
     """Halve the batch size until it fits into memory."""
     dataloader_num_workers: int = Field(default=0, ge=0)

@@ -80,6 +80,9 @@ def timetable(run: RunConfig) -> Timetable:
     for adapter, span in spans.items():
         _check_rows(run, made, adapter, span)
     _check_idle(list(drawn.values()))
+    last = max((span.stop for span in drawn.values() if span.stop is not None), default=run.max_steps)
+    if processes.count() > 1 and run.max_steps > last:  # batches without rows cannot be shared out
+        raise ValueError(f"max_steps={run.max_steps}: nothing would train from step {last} on. Give max_steps={last}.")
     return made
 
 

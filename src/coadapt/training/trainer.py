@@ -1,6 +1,7 @@
 """transformers' Trainer with one optimiser group for each adapter: its own rate, warm-up, decay and clipping."""
 
 import shutil
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,16 @@ class AdapterTrainer(Trainer):
         source = checkpoint if best is None else checkpoint.parent / Path(best).name
         self.view.load_state_dict(read_tensors(source / CHECKPOINT))
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """transformers' own; a process whose numbers no checkpoint has draws new ones, as its number and step say."""
+        if checkpoint is None:
+            return
+        rank, alone = self.args.process_index, self.args.world_size == 1
+        if (Path(checkpoint) / ("rng_state.pth" if alone else f"rng_state_{rank}.pth")).is_file():
+            super()._load_rng_state(checkpoint)
+        else:
+            torch.manual_seed(own_seed(self.args.seed, f"step {self.state.global_step}, process {rank}"))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """transformers' own; one that cannot be written to its end is taken away again.
 
@@ -164,6 +175,11 @@ class AdapterTrainer(Trainer):
             figures |= self.monitor.levels(self.state.global_step, logs["loss"], self.state.log_history)
             logs |= {**figures, "peak_memory_gib": memory.peak() / memory.GIB}
         super().log(logs, start_time)
+
+
+def own_seed(seed: int, name: str) -> int:
+    """The seed of what has that name, an adapter's start, say; whatever stands beside it."""
+    return zlib.crc32(f"{seed} {name}".encode()) >> 1
 
 
 def _own(view: PeftModel) -> list[nn.Parameter]:

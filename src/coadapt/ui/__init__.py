@@ -1,0 +1,1 @@
+"""A page in the browser: train, watch, chat, compare. `tab_*` and `page` show what the other files know."""

@@ -1,0 +1,230 @@
+"""The tab of a conversation: a run's adapters, a slider for the gate of each, and the base's answer beside theirs."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from coadapt.ui import runs, shown, talk
+from coadapt.ui.context import LOUD, QUIET, Context, Remembered, wrong_with
+from coadapt.ui.talk import Asked, Loaded
+
+MOST = 8
+"""Adapters that there are sliders for."""
+LONGEST = 128
+EMPTY = "Load a run, or any adapter folder, and ask it something."
+FIRST: dict[str, Any] = {"adapter": "", "model": "", "turns": [], "gates": {}, "saved": {}, "told": ""}
+
+Turns = list[dict[str, str]]
+"""`question`, `answer`, and `base`, the base's answer, where it was asked, too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTab:
+    """The components of the tab."""
+
+    adapter: gr.Dropdown
+    model: gr.Textbox
+    load: gr.Button
+    sliders: list[gr.Slider]
+    composition: gr.HTML
+    temperature: gr.Slider
+    longest: gr.Slider
+    compare: gr.Checkbox
+    wrong: gr.HTML
+    adapted: gr.Chatbot
+    base: gr.Chatbot
+    question: gr.Textbox
+    ask: gr.Button
+    stop: gr.Button
+    clear: gr.Button
+
+
+def lay_out(context: Context) -> ChatTab:
+    """Makes the components."""
+    with gr.Row():
+        with gr.Column(scale=3, min_width=280):
+            adapter = gr.Dropdown([], label="Run, or adapter folder", allow_custom_value=True)
+            model = gr.Textbox(label="Base", placeholder="left out: the one that the adapter names", max_lines=1)
+            load = gr.Button("Load", size="md")
+            sliders = [gr.Slider(0, talk.WIDEST, step=0.01, label="", visible=False, buttons=[]) for _ in range(MOST)]
+            composition = gr.HTML()
+            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: the likeliest token)", buttons=[])
+            longest = gr.Slider(1, 1024, value=LONGEST, step=1, label="Longest answer, tokens", buttons=[])
+            compare = gr.Checkbox(label="The base's answer beside it")
+        with gr.Column(scale=8, min_width=480):
+            wrong = gr.HTML(visible=False)
+            with gr.Row():
+                adapted = _conversation("adapted", "with its adapters", EMPTY)
+                base = _conversation("base", "the base", "The base's answers stand here.", visible=False)
+            question = gr.Textbox(label="Question", placeholder="Shift+Enter asks", lines=3, max_lines=10)
+            with gr.Row():
+                ask = gr.Button("Ask", variant="primary", size="md")
+                stop = gr.Button("Stop", size="md")
+                clear = gr.Button("Forget what was said", size="md")
+    return ChatTab(
+        adapter=adapter,
+        model=model,
+        load=load,
+        sliders=sliders,
+        composition=composition,
+        temperature=temperature,
+        longest=longest,
+        compare=compare,
+        wrong=wrong,
+        adapted=adapted,
+        base=base,
+        question=question,
+        ask=ask,
+        stop=stop,
+        clear=clear,
+    )
+
+
+def _conversation(name: str, label: str, placeholder: str, visible: bool = True) -> gr.Chatbot:
+    return gr.Chatbot(
+        label=label,
+        elem_id=f"ca-{name}",
+        placeholder=placeholder,
+        height=420,
+        min_width=220,
+        visible=visible,
+        buttons=["copy"],
+        render_markdown=False,  # a model's text is shown as it is
+        allow_file_downloads=False,
+        feedback_options=None,
+    )
+
+
+def messages(turns: Turns, key: str) -> list[Any]:
+    """A conversation as it is shown; `key` says whose answers."""
+    found: list[dict[str, str]] = []
+    for turn in turns:
+        found.append({"role": "user", "content": turn["question"]})
+        if turn.get(key):
+            found.append({"role": "assistant", "content": turn[key]})
+    return found
+
+
+def folders(context: Context) -> list[tuple[str, str]]:
+    """The runs that have adapters, with their folders."""
+    there = runs.found(context.runs).items()
+    return [(name, str(folder)) for name, folder in there if runs.standing(folder).state == "done"]
+
+
+def _shown_sliders(gates: dict[str, float], saved: dict[str, float]) -> list[Any]:
+    found: list[Any] = []
+    for name, value in list(gates.items())[:MOST]:
+        widest = max(talk.WIDEST, math.ceil(saved.get(name, 0.0)))
+        found.append(gr.Slider(label=f"gate of {name}", value=value, maximum=widest, visible=True))
+    return [*found, *(gr.Slider(visible=False) for _ in range(MOST - len(found)))]
+
+
+def _told(loaded: Loaded) -> str:
+    """What is to be known of a model once it is loaded."""
+    parts = [loaded.gates.why_none, loaded.alone and f"{loaded.alone[0].upper()}{loaded.alone[1:]}."]
+    if len(loaded.gates.values) > MOST:
+        parts.append(f"There are sliders for the first {MOST} adapters; the others stay as saved.")
+    return " ".join(part for part in parts if part)
+
+
+def _active(text: str, told: str) -> str:
+    return shown.label("active") + shown.code(text) + shown.quiet(told)
+
+
+def wire(context: Context, tab: ChatTab) -> Remembered:
+    """Says what happens."""
+    kept = context.kept("chat", FIRST)
+    turns, saved, told = gr.State([]), gr.State({}), gr.State("")
+    settings: list[Any] = [tab.adapter, tab.model, tab.temperature, tab.longest, tab.compare]
+    everything = [*settings, turns, saved, told, *tab.sliders]
+
+    def keep(*values: Any) -> dict[str, Any]:
+        names = ("adapter", "model", "temperature", "longest", "compare", "turns", "saved", "told")
+        said = dict(zip(names, values[: len(names)], strict=True))
+        return {**said, "gates": _gates(said["saved"], values[len(names) :])}
+
+    def restore(said: dict[str, Any]) -> list[Any]:
+        before: Turns = said.get("turns", [])
+        compare = bool(said.get("compare"))
+        adapter = said.get("adapter") or None
+        return [
+            gr.Dropdown(choices=folders(context), value=adapter),
+            said.get("model") or (context.model if not adapter else ""),
+            said.get("temperature", 0),
+            said.get("longest", LONGEST),
+            compare,
+            before,
+            said.get("saved", {}),
+            said.get("told", ""),
+            *_shown_sliders(said.get("gates", {}), said.get("saved", {})),
+            messages(before, "answer"),
+            gr.Chatbot(value=messages(before, "base"), visible=compare),
+        ]
+
+    outputs = [*everything, tab.adapted, tab.base]
+    tab.adapter.focus(lambda: gr.Dropdown(choices=folders(context)), None, tab.adapter, queue=False, **QUIET)
+
+    def load(adapter: str | None, model: str | None) -> list[Any]:
+        try:
+            found = context.talker.load(adapter or "", model or "")
+        except (ValueError, OSError, RuntimeError) as error:
+            return [wrong_with(str(error)), {}, "", *_shown_sliders({}, {})]
+        gates = dict(found.gates.values)
+        return [wrong_with(""), gates, _told(found), *_shown_sliders(gates, gates)]
+
+    loaded = [tab.wrong, saved, told, *tab.sliders]
+    tab.load.click(load, [tab.adapter, tab.model], loaded, **LOUD).then(keep, everything, kept, **QUIET)
+
+    def active(adapter: str | None, model: str | None, saved: dict[str, float], told: str, *sliders: float) -> str:
+        if not saved:
+            return _active(told, "") if told else ""
+        return _active(context.talker.text(adapter or "", model or "", saved, _gates(saved, sliders)), told)
+
+    changes: Any = [c.change for c in (saved, told, *tab.sliders)]
+    inputs = [tab.adapter, tab.model, saved, told, *tab.sliders]
+    gr.on(changes, active, inputs, tab.composition, trigger_mode="always_last", queue=False, **QUIET)
+    changes = [c.change for c in (*settings, turns, *tab.sliders)]
+    gr.on(changes, keep, everything, kept, trigger_mode="always_last", queue=False, **QUIET)
+    tab.compare.change(lambda on: gr.Chatbot(visible=on), tab.compare, tab.base, queue=False, **QUIET)
+    _wire_asking(context, tab, everything, turns)
+    return Remembered(kept=kept, restore=restore, outputs=outputs)
+
+
+def _gates(saved: dict[str, float], sliders: Sequence[float]) -> dict[str, float]:
+    return {name: float(value) for name, value in zip(saved, sliders, strict=False)}
+
+
+def _wire_asking(context: Context, tab: ChatTab, everything: list[Any], turns: gr.State) -> None:
+    outputs = [tab.wrong, tab.question, turns, tab.adapted, tab.base]
+
+    def ask(question: str, *values: Any) -> Iterator[Any]:
+        adapter, model, temperature, longest, compare, before, saved, _, *sliders = values
+        if not question.strip():
+            yield [wrong_with("Write a question first."), *(gr.skip() for _ in outputs[1:])]
+            return
+        how = Asked(temperature=temperature, max_new_tokens=int(longest), compare=compare, gates=_gates(saved, sliders))
+        said = [(t["question"], t["answer"]) for t in before if t.get("answer")]
+        turn = {"question": question.strip(), "answer": "", "base": ""}
+        now: Turns = [*before, turn]
+        yield [wrong_with(""), "", gr.skip(), messages(now, "answer"), messages(now, "base")]
+        try:
+            for base, text in context.talker.answers(adapter or "", model or "", said, turn["question"], how):
+                turn["base" if base else "answer"] = text
+                yield [gr.skip(), gr.skip(), now, messages(now, "answer"), messages(now, "base")]
+        except (ValueError, OSError, RuntimeError) as error:
+            yield [
+                wrong_with(str(error)),
+                question,
+                before,
+                messages(before, "answer"),
+                messages(before, "base"),
+            ]
+
+    asked: Any = [tab.ask.click, tab.question.submit]
+    asking = gr.on(asked, ask, [tab.question, *everything], outputs, concurrency_limit=None, **QUIET)
+    tab.stop.click(None, None, None, cancels=[asking], api_visibility="private")
+    forget: Any = [tab.clear.click, tab.adapted.clear, tab.base.clear]
+    gr.on(forget, lambda: [[], [], []], None, [turns, tab.adapted, tab.base], cancels=[asking], **QUIET)

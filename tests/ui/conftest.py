@@ -1,0 +1,1 @@
+from tiny_run import base, rows  # noqa: F401
