@@ -80,6 +80,11 @@ class RunConfig(BaseModel):
     """Revision of the base on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type that the base is loaded in; adapters are float32. auto: as it was saved."""
+    device_map: str | dict[str, str | int] | None = None
+    """Spread the base over the devices of this machine, its memory and its disk: auto, balanced, balanced_low_0 or
+    sequential; in YAML also a device for each of its parts (docs/devices.md)."""
+    max_memory: dict[str | int, str | int] | None = None
+    """With device_map, how much of each device the base may take, as in max_memory='{0: 20GiB, cpu: 60GiB}'."""
     load_in_4bit: bool = False
     """Quantise the base to 4 bits as it is loaded: QLoRA (bitsandbytes; docs/quantised.md)."""
     load_in_8bit: bool = False
@@ -243,6 +248,8 @@ class RunConfig(BaseModel):
     def _fitting(self) -> Self:
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other")
+        if self.max_memory and not self.device_map:
+            raise ValueError("max_memory has no effect without device_map: give both, or neither")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other")
         if idle := [name for name, value in self if name.startswith("bnb_4bit_") and value and not self.load_in_4bit]:
@@ -288,6 +295,12 @@ class RunConfig(BaseModel):
             return {"load_in_8bit": True}
         chosen = {name: value for name, value in self if name.startswith("bnb_4bit_") and value}
         return {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **chosen} if self.load_in_4bit else {}
+
+    @property
+    def spread(self) -> dict[str, Any]:
+        """How the base lies on several devices, by the names of transformers; empty: on one."""
+        chosen = {"device_map": self.device_map, "max_memory": self.max_memory}
+        return {name: value for name, value in chosen.items() if value}
 
     @property
     def sources(self) -> dict[str, DatasetSettings]:
