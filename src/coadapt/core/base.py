@@ -132,7 +132,8 @@ def refuse_split_layers(model: nn.Module) -> None:
         return
     tensors, sharding = sys.modules["torch.distributed.tensor"], sys.modules.get("torch.distributed.fsdp")
     whole = sharding is not None and any(isinstance(m, sharding.FSDPModule) for m in model.modules())
-    for name, p in model.named_parameters():
+    parts: list[tuple[str, Any]] = list(model.named_parameters())
+    for name, p in parts:
         if isinstance(p, tensors.DTensor) and (not whole or p.device_mesh.ndim > 1):
             raise ValueError(
                 f"{name} is split by tensor parallelism ({p.placements} on a mesh of {tuple(p.device_mesh.shape)}). "

@@ -6,6 +6,7 @@ Importing this file imports no torch, so that help texts are quick.
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from coadapt.config import check_name
@@ -236,6 +237,12 @@ class RunConfig(BaseModel):
         if rate := values.get("learning_rate"):
             adapters = {n: {"learning_rate": rate, **a} if isinstance(a, Mapping) else a for n, a in adapters.items()}
         return {**values, "method": None, "adapters": adapters}
+
+    @field_validator("device_map", "max_memory", mode="before")
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        """On the command line a mapping is text, as YAML has it."""
+        return yaml.safe_load(value) if isinstance(value, str) and value.startswith("{") else value
 
     @field_validator("adapters")
     @classmethod
