@@ -281,8 +281,12 @@ def _settled(made: M, beside: nn.Module, half: bool) -> M:
     wide = like.dtype in (torch.float32, torch.float64) or half
     hooks = [getattr(module, "_hf_hook", None) for module in beside.modules()] if like.is_meta else []
     computes = [found for hook in hooks if (found := getattr(hook, "execution_device", None)) is not None]
-    made.to(device=computes[0] if computes else like.device, dtype=like.dtype if wide else torch.float32)
-    for tensor in (*made.parameters(), *made.buffers()):
+    device, dtype = computes[0] if computes else like.device, like.dtype if wide else torch.float32
+    tensors = (*made.parameters(), *made.buffers())
+    if any(t.device != device or (t.is_floating_point() and t.dtype != dtype) for t in tensors):
+        made.to(device=device, dtype=dtype)
+        tensors = (*made.parameters(), *made.buffers())
+    for tensor in tensors:
         if not tensor.is_contiguous():  # as decompositions leave it; safetensors writes nothing else
             tensor.data = tensor.data.contiguous()
     return made

@@ -123,7 +123,7 @@ class Base:
 
 def statistics(model: nn.Module) -> list[nn.Module]:
     """The layers that count along in training (BatchNorm): in evaluation mode their statistics stay as they are."""
-    return [m for m in model.modules() if "running_mean" in dict(m.named_buffers(recurse=False))]
+    return [m for m in model.modules() if m.__dict__["_buffers"].get("running_mean") is not None]
 
 
 def refuse_split_layers(model: nn.Module) -> None:

@@ -61,7 +61,7 @@ class Product(torch.autograd.Function):
         out = F.linear(x, weight, bias) if y is None else y.clone()  # type: ignore[arg-type]
         out = out.contiguous()  # it is written to as rows
         scale, zg = (1.0, z * gate) if isinstance(gate, Tensor) else (gate, z)
-        _add(_rows(out, up), zg, _as(up, x.dtype).mT, scale)
+        _add(as_rows(out, up), zg, _as(up, x.dtype).mT, scale)
         ctx.gate, ctx.dropped, ctx.ran = None if isinstance(gate, Tensor) else gate, dropped, y is None
         ctx.save_for_backward(x if downs else None, weight, up, gate if ctx.gate is None else None, z, *downs)
         ctx.set_materialize_grads(False)
@@ -75,7 +75,7 @@ class Product(torch.autograd.Function):
         dx = dup = dgate = None
         if dy is not None:
             gate = ctx.gate if gate is None else gate
-            rows = _rows(dy, up)
+            rows = as_rows(dy, up)
             dgated = rows @ _as(up, dy.dtype)
             more = _times(dgated, gate)
             dz = more if dz is None else dz + more
@@ -112,7 +112,7 @@ def fused(
 
 def _down(x: Tensor, dropped: Dropped | None, downs: tuple[Tensor, ...]) -> list[Tensor]:
     """d(x) A^T for each A, in one product: (N, R) each."""
-    rows = _rows(x, downs[0])
+    rows = as_rows(x, downs[0])
     if dropped is not None:
         rows = rows * dropped().view(rows.shape)
     z = narrow(rows, _as(_joined(downs), x.dtype))
@@ -133,7 +133,7 @@ def _down_backward(
     if not used:
         return dx, ddowns
     few = [downs[i] for i, _ in used]
-    rows, dz = _rows(x, few[0]), used[0][1] if len(used) == 1 else torch.cat([dz for _, dz in used], -1)
+    rows, dz = as_rows(x, few[0]), used[0][1] if len(used) == 1 else torch.cat([dz for _, dz in used], -1)
     mask = None if dropped is None else dropped().view(rows.shape)
     ddown = dz.mT @ (rows if mask is None else rows * mask)
     parts = (ddown,) if len(used) == 1 else ddown.split([d.shape[-2] for d in few], -2)
@@ -144,13 +144,13 @@ def _down_backward(
         if dx is None:
             dx = (dz @ down if mask is None else (dz @ down) * mask).view(x.shape)
         elif mask is None:
-            _add(_rows(dx, few[0]), dz, down)
+            _add(as_rows(dx, few[0]), dz, down)
         else:
-            _rows(dx, few[0]).addcmul_(dz @ down, mask)
+            as_rows(dx, few[0]).addcmul_(dz @ down, mask)
     return dx, ddowns
 
 
-def _rows(x: Tensor, factor: Tensor) -> Tensor:
+def as_rows(x: Tensor, factor: Tensor) -> Tensor:
     """x as (N, D); as it is, (B, T, D), where each row has a factor of its own."""
     return x if factor.dim() == 3 or x.dim() == 2 else x.reshape(-1, x.shape[-1])
 

@@ -138,8 +138,8 @@ class Layer:
     @property
     def shape(self) -> tuple[int, ...]:
         """(O, I, *K); (O,) for a norm."""
-        stored = torch.empty(store_of(self.module).shape(self.module), device="meta")
-        return tuple(self.kind.canonical(stored).shape)
+        stored, order = store_of(self.module).shape(self.module), self.kind.canonical
+        return stored if order is same else tuple(order(torch.empty(stored, device="meta")).shape)
 
     @property
     def bias(self) -> Tensor | None:

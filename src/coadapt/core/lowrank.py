@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .frame import Frame, current
-from .fused import fused, narrow
+from .fused import as_rows, fused, narrow
 from .gates import Gate, Gates, Reading, leading, per_row
 from .layer import Layer
 from .method import WeightMethod
@@ -22,12 +22,14 @@ class LowRankMethod(WeightMethod):
 
     dropout: float = 0.0
     """Of the input to A, while training."""
+    widens = False
     by_factors: bool = True
     """Whether the factors are all of it. False: `forward` adds noise of its own, so the fused paths leave it alone."""
 
     def __init__(self, config: Any, layer: Layer, shared: nn.Module | None = None) -> None:
         super().__init__(config, layer, shared)
-        self.widens = not is_plain(layer.module)
+        if not is_plain(layer.module):
+            self.widens = True
 
     @property
     def drops(self) -> float:
@@ -253,19 +255,20 @@ class LowRankCall:
         factors = [term.method.factors() for term in self.terms]
         x = x.to(y.dtype)
         gate = _gate(self.terms, factors, frame.rows, Reading(self.layer.path, x, y), x.dim(), x)
-        z = F.linear(x, _down(factors).to(y.dtype)) * gate
-        return _plus(y, z, _up(factors).to(y.dtype).mT, fresh)
+        z = F.linear(x, _down(factors).to(y.dtype))
+        scale, z = (1.0, z * gate) if isinstance(gate, Tensor) else (gate, z)
+        return _plus(y, z, _up(factors).to(y.dtype).mT, fresh, scale)
 
 
-def _plus(y: Tensor, z: Tensor, up: Tensor, fresh: bool) -> Tensor:
-    """y + z up, in place where y is fresh. up is (R, O), or (B, R, O)."""
+def _plus(y: Tensor, z: Tensor, up: Tensor, fresh: bool, scale: float = 1.0) -> Tensor:
+    """y + scale z up, in place where y is fresh. up is (R, O), or (B, R, O)."""
     if up.dim() == 3:
-        return y.baddbmm_(z, up) if fresh else torch.baddbmm(y, z, up)
-    flat, z = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
+        return y.baddbmm_(z, up, alpha=scale) if fresh else torch.baddbmm(y, z, up, alpha=scale)
+    flat, z = as_rows(y, up), as_rows(z, up)
     if fresh and y.is_contiguous():
-        flat.addmm_(z, up)
+        flat.addmm_(z, up, alpha=scale)
         return y
-    return torch.addmm(flat, z, up).view(y.shape)
+    return torch.addmm(flat, z, up, alpha=scale).view(y.shape)
 
 
 def _is_frozen(linear: Any, x: Tensor) -> bool:

@@ -32,19 +32,26 @@ def layer_index(path: str, patterns: Sequence[str] | str | None = None) -> int |
     return None
 
 
-def layers(config: TargetedConfig, base: nn.Module, usual: Sequence[str] | None = None) -> list[tuple[str, nn.Module]]:
+Meant = Mapping[str, tuple[Sequence[str], Sequence[str]]]
+"""Word for a part of a model -> the paths of the layers and of the parameters that it means."""
+
+
+def layers(
+    config: TargetedConfig, base: nn.Module, usual: Sequence[str] | None = None, meant: Meant | None = None
+) -> list[tuple[str, nn.Module]]:
     """The layers (modules with a weight of their own) that `config` targets.
 
     Args:
         usual: paths to take where the configuration names no target; by default the projections that make queries
             and values in every attention block.
+        meant: what its words mean, where that is known already.
 
     Raises:
         ValueError: something asked for matches nothing, or matches what cannot be adapted.
     """
     if usual is None:
         usual = query_and_value(base) if config.target_modules is None else ()
-    found = modules(config, base, usual, layers_only=True)
+    found = modules(config, base, usual, layers_only=True, meant=meant)
     for path, module in found:
         if kind_of(module) is None:
             inside = [f"{path}.{n}" for n, m in module.named_modules() if kind_of(m) is not None][:4]
@@ -63,12 +70,11 @@ def places(
     Args:
         kinds: what the method adapts; without "experts" each expert is a place of its own.
     """
-    words = _words(config, base, layers_only=True)
-    meant = [_part(config, base, word) for word in words]
+    meant = _meant(config, base, layers_only=True)
     named = parameters(config, base) if isinstance(config, WeightConfig) else []
-    raw = list(dict.fromkeys([*(path for _, found in meant for path in found), *named]))
-    only_raw = raw and len(words) == len(_listed(config)) and not any(paths for paths, _ in meant)
-    found = [] if only_raw else layers(config, base, usual)
+    raw = list(dict.fromkeys([*(path for _, found in meant.values() for path in found), *named]))
+    only_raw = raw and len(meant) == len(_listed(config)) and not any(paths for paths, _ in meant.values())
+    found = [] if only_raw else layers(config, base, usual, meant)
     kept = _without_excluded(config, raw) if only_raw else [path for path in raw if not is_excluded(config, path)]
     at = [place for path in (_in_layers(config, kept) if kept else []) for place in _raw_places(base, path, kinds)]
     return [*(Place(path, module) for path, module in found), *at]
@@ -103,6 +109,10 @@ def _words(config: TargetedConfig, base: nn.Module, layers_only: bool) -> list[s
     return [word for word in found if not any(suffix_match(path, word) for path in every)]
 
 
+def _meant(config: TargetedConfig, base: nn.Module, layers_only: bool) -> Meant:
+    return {word: _part(config, base, word) for word in _words(config, base, layers_only)}
+
+
 def _is_called(module: nn.Module) -> bool:
     """Not so a list of experts, say: a model calls what is in it."""
     return not isinstance(module, nn.ModuleList | nn.ModuleDict)
@@ -130,24 +140,28 @@ def _part(config: TargetedConfig, base: nn.Module, word: str) -> tuple[list[str]
 
 
 def modules(
-    config: TargetedConfig, base: nn.Module, usual: Sequence[str], layers_only: bool = False
+    config: TargetedConfig,
+    base: nn.Module,
+    usual: Sequence[str],
+    layers_only: bool = False,
+    meant: Meant | None = None,
 ) -> list[tuple[str, nn.Module]]:
     """As `layers`, for modules of any class."""
     every = {n: m for n, m in base.named_modules() if n}
     wanted = config.target_modules
-    words, meant = _words(config, base, layers_only), set[str]()
+    words = _meant(config, base, layers_only) if meant is None else meant
+    paths_of_words = {path for paths, _ in words.values() for path in paths}
     if words:
-        meant = {path for word in words for path in _part(config, base, word)[0]}
         names = [name for name in _listed(config) if name not in words]
-        meant |= set(_by_names(config, names, every, base)) if names else set()
-        if not meant:
+        paths_of_words |= set(_by_names(config, names, every, base)) if names else set()
+        if not paths_of_words:
             raise ValueError(
                 f"{_who(config)}: target_modules={config.target_modules!r} names parameters that are no layers in this "
                 f"{type(base).__name__}; this method adapts modules. Maps of weights adapt those (LoRA, OFT ...)."
             )
     match wanted:
         case _ if words:
-            paths = [path for path in every if path in meant]
+            paths = [path for path in every if path in paths_of_words]
         case None:
             paths = list(usual)
             if not paths:

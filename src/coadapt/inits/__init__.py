@@ -44,7 +44,8 @@ class Site:
     @property
     def shape(self) -> tuple[int, ...]:
         """(..., O, I K)"""
-        return tuple(self.layer.weight().flatten(2 if self.layer.kind.name == "experts" else 1).shape)
+        shape, dims = self.layer.shape, 2 if self.layer.kind.name == "experts" else 1
+        return (*shape[:dims], math.prod(shape[dims:]))
 
     def within_rank(self, name: str) -> None:
         """Raises ValueError where the weight has fewer singular values than there are ranks."""
@@ -139,10 +140,9 @@ def begin(name: bool | str, layer: Layer, rank: int, scale: float, settings: Any
     *experts, out, inside = at.shape
     made = None if layer.blank else how.make(at)
     waits = how.data if made is None and not layer.blank else ""
-    zeros = torch.zeros(*experts, rank, inside), torch.zeros(*experts, out, rank)
     if made is None and not layer.blank:
         made = STARTS[True].make(at)
-    a, b = made or zeros
+    a, b = made or (torch.zeros(*experts, rank, inside), torch.zeros(*experts, out, rank))
     return Begun((_own(a), _own(b)), (_own(a), _own(b)) if how.from_base else None, waits)
 
 

@@ -50,6 +50,10 @@ class LoRA(OfLoraConfig, LowRankMethod):
     kinds = ("linear", "embedding", "conv", "experts")
     keeps_taken: ClassVar[bool] = True
     """Whether files hold A0 and B0, as further ranks; otherwise they are worked out again."""
+    waits: str = ""
+    """The call that has to come before it trains, where it lacks data."""
+    ties: str = ""
+    """Its path, where it is to be one with those at layers of the same weight."""
     tied: bool = False
     """Whether its parameters are those of another layer, with the same weight."""
     turned: bool = False
@@ -63,7 +67,8 @@ class LoRA(OfLoraConfig, LowRankMethod):
         experts = layer.shape[:1] if layer.kind.name == "experts" else ()
         kernel = layer.shape[len(experts) + 2 :]
         r, self.scale = rank_and_scale(config, layer.path)
-        self.dropout = config.lora_dropout
+        if config.lora_dropout:
+            self.dropout = config.lora_dropout
         begun = self.begun(config, layer, r)
         a, b = begun.pair
         self.A = nn.Parameter(a.unflatten(-1, (-1, *kernel)))  # (R, I, *K); of experts (E, R, I)
@@ -74,8 +79,10 @@ class LoRA(OfLoraConfig, LowRankMethod):
         a0, b0 = begun.taken or (None, None)
         self.register_buffer("A0", None if a0 is None else a0.unflatten(-1, (-1, *kernel)))  # as A and B, frozen
         self.register_buffer("B0", b0)
-        self.waits = begun.waits
-        self.ties = layer.path if tying.same(config) else ""
+        if begun.waits:  # modules are slow to take an attribute, and a model has hundreds of sites
+            self.waits = begun.waits
+        if tying.same(config):
+            self.ties = layer.path
 
     def share(self, earlier: Method) -> None:
         if not self.ties or not isinstance(earlier, LoRA):
@@ -95,7 +102,8 @@ class LoRA(OfLoraConfig, LowRankMethod):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.waits = ""
+        if self.waits:
+            self.waits = ""
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         if self.waits and self.training and torch.is_grad_enabled():
@@ -103,7 +111,8 @@ class LoRA(OfLoraConfig, LowRankMethod):
                 f"This LoRA is to start from data, which nobody has looked at yet: call {self.waits} before it trains."
             )
         a, b = self.A, self.B
-        if self.A0 is not None and self.B0 is not None:
+        # Not `self.A0 is not None`: a module is slow to find a buffer, and each call of each site asks.
+        if self._buffers["A0"] is not None and self.A0 is not None and self.B0 is not None:
             a, b = torch.cat([a, self.A0], b.dim() - 2), torch.cat([b, -self.B0], -1)
         return (b.mT, a.mT, self.scale) if self.turned else (a, b, self.scale)
 
