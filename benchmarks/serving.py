@@ -25,6 +25,7 @@ from coadapt import LoraConfig, PeftModel
 from coadapt.demo import BASE
 from coadapt.serving.engine import Engine
 from coadapt.serving.request import Piece, Request
+from coadapt.serving.shelf import Shelf
 
 ADAPTERS = 32
 TEXT = (
@@ -107,6 +108,37 @@ def candidates(
     }
 
 
+def parts(view: PeftModel, tokenizer: Any, asked: Sequence[Any], rows: int) -> dict[str, float]:
+    """Milliseconds of a step with as many adapters as rows: all of it, and of that the model's calls."""
+    made, spent = engine_of(view, tokenizer, rows), {"step": 0.0, "call": 0.0}
+    for i, (prompt, _) in enumerate(asked[:rows]):
+        request = Request(tokens=prompt, adapters=f"a{i % ADAPTERS}", max_tokens=100, temperature=0)
+        made.submit(request, lambda piece: None)
+
+    def timed(what: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            begun = time.thread_time()
+            try:
+                return what(*args)
+            finally:
+                spent[name] += time.thread_time() - begun
+
+        return call
+
+    batch, turn = made.writer.batch, timed(made.writer.turn, "step")
+    batch.next_scores = timed(batch.next_scores, "call")
+    with torch.no_grad():
+        while len(batch.rows) < rows:
+            made._between()
+            made.writer.turn()
+        made.writer.turn()
+        spent.update(step=0.0, call=0.0)
+        for _ in range(60):
+            turn()
+    made.stop(finish=False)
+    return {name: seconds / 60 * 1000 for name, seconds in spent.items()}
+
+
 def stalls(view: PeftModel, tokenizer: Any, folders: Sequence[Path]) -> tuple[float, float, float]:
     """Seconds between two steps of 16 rows: the median, the longest, and the longest while adapters come."""
     made, times = engine_of(view, tokenizer, 17), list[float]()
@@ -124,6 +156,20 @@ def stalls(view: PeftModel, tokenizer: Any, folders: Sequence[Path]) -> tuple[fl
     busy = [b - a for a, b in itertools.pairwise(times[at - 1 :])]
     made.stop()
     return statistics.median(quiet), max(quiet), max(busy)
+
+
+def loading(view: PeftModel, folders: Sequence[Path]) -> tuple[float, float]:
+    """Milliseconds of reading an adapter, beside the steps, and of attaching it, between two of them."""
+    shelf, took = Shelf(view, ADAPTERS), ([0.0], [0.0])
+    for i, folder in enumerate(folders):
+        begun = time.thread_time()
+        found = shelf.read(folder)
+        read = time.thread_time()
+        shelf.attach(shelf.offer(f"timed{i}", folder), found)
+        took[0].append(read - begun)
+        took[1].append(time.thread_time() - read)
+    shelf.close()
+    return statistics.median(took[0][1:]) * 1000, statistics.median(took[1][1:]) * 1000
 
 
 def main() -> None:
@@ -148,14 +194,22 @@ def main() -> None:
     for name in figures[0]:
         table.add_row(name, *(f"{found[name]:.0f}" for found in figures))
     Console().print(table)
+    for rows in (1, 8, 32):
+        took = parts(view, tokenizer, unequal(rows, tokenizer), rows)
+        Console().print(f"A step of {rows} rows: {took['step']:.2f} ms, {took['call']:.2f} of them the model's call.")
     with tempfile.TemporaryDirectory() as folder:
         for i in range(4):
-            one = PeftModel(AutoModelForCausalLM.from_pretrained(told.model, dtype=torch.float32), LoraConfig(r=8))
+            one = PeftModel(
+                AutoModelForCausalLM.from_pretrained(told.model, dtype=torch.float32),
+                LoraConfig(r=8, target_modules="all-linear"),
+            )
             one.save_pretrained(Path(folder, str(i)))
-        usual, longest, loading = stalls(view, tokenizer, [Path(folder, str(i)) for i in range(4)])
+        reading, attaching = loading(view, [Path(folder, str(i)) for i in range(4)])
+        usual, longest, busy = stalls(view, tokenizer, [Path(folder, str(i)) for i in range(4)])
     Console().print(
         f"Between two steps of 16 rows with 16 adapters: {usual * 1000:.1f} ms, at most {longest * 1000:.1f} ms; "
-        f"at most {loading * 1000:.1f} ms while 4 adapters are loaded."
+        f"at most {busy * 1000:.1f} ms while 4 adapters are loaded.\n"
+        f"Reading an adapter takes {reading:.1f} ms beside them, attaching it {attaching:.1f} ms between two."
     )
 
 
