@@ -11,7 +11,7 @@ import click
 from coadapt.cli.group import VERBS, group
 
 PAGE = Path(__file__).parent.parent / "docs" / "commands.md"
-WIDTH = 100
+WIDTH = 88
 
 
 def page() -> str:

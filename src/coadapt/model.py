@@ -659,7 +659,7 @@ def get_peft_model(
     """A view of `model` with one adapter; given a view, that view with the adapter added to what is active.
 
     >>> base = nn.Sequential(nn.Linear(4, 4))
-    >>> model = get_peft_model(base, LoraConfig(target_modules=["0"]), adapter_name="style")
+    >>> model = get_peft_model(base, LoraConfig(target_modules=["0"]), "style")
     >>> model.active_adapters, model.trainable("style")
     (['style'], ['style'])
 

@@ -142,7 +142,7 @@ command = click.Command(
     help="""Make one adapter out of several.
 
     \b
-    coadapt combine --adapter RUN "task + 0.5*style" --out DIR              exact, rank = sum of ranks
+    coadapt combine --adapter RUN "task + 0.5*style" --out DIR   # exact: the sum of ranks
     coadapt combine --adapter A --adapter b=B "A - b" --how svd --r 16 --out DIR
     coadapt combine --adapter A --adapter B "A + B" --how ties --density 0.2 --r 32 --out DIR
 

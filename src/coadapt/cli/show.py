@@ -46,9 +46,9 @@ command = click.Command(
     help="""What an adapter folder, or a model, is made of.
 
     \b
-    coadapt show DIR            which adapters at which sites, their share of the base, sizes, what routers used
-    coadapt show --model M      the layers of a model, their roles, and where each method has a place
-    coadapt show --model M --targets   what target_modules can name in it, by a word or by a name
+    coadapt show DIR                  which adapters, at which sites; what routers used
+    coadapt show --model M            its layers and roles; where each method has a place
+    coadapt show --model M --targets  what target_modules can name in it
     """,
     params=[
         click.Argument(["folder"], required=False, type=click.Path(path_type=Path), metavar="[DIR]"),
