@@ -43,9 +43,12 @@ class Story:
     @cached_property
     def task(self) -> Task:
         """What the adapters are for."""
-        told = (TASKS.get(str(one.config.get("task_type"))) for one in self.facts)
-        usual: Task = "causal-lm"
-        return self.run.get("task") or next((task for task in told if task), usual)
+        if "task" in self.run:
+            return self.run["task"]
+        for one in self.facts:
+            if (told := TASKS.get(str(one.config.get("task_type")))) is not None:
+                return told
+        return "causal-lm"
 
     @property
     def classes(self) -> Sequence[str]:
