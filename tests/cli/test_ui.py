@@ -1,6 +1,7 @@
 """What `coadapt ui` says when it cannot begin; the page itself is in tests/ui."""
 
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from coadapt.cli.group import run
 
 
 def test_a_port_that_is_taken_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("gradio", reason="gradio is not installed")
+    if find_spec("gradio") is None:
+        pytest.skip("gradio is not installed")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
