@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
@@ -123,8 +122,8 @@ async def load(address: str, models: Sequence[str], given: argparse.Namespace, c
 
         async def one(number: int) -> list[Heard]:
             model, found = models[number % len(models)], list[Heard]()
-            for turn in range(given.requests):
-                who = PEOPLE[(number + turn) % len(PEOPLE)]
+            who = PEOPLE[number % len(PEOPLE)]
+            for _ in range(given.requests):
                 prompt = f"{who} says: {SAID}. Eva says it after {who}:"
                 found.append(await ask(client, model, prompt, given.tokens, greedy))
             return found
@@ -156,7 +155,7 @@ def serving(command: Sequence[str], port: int, log: Path) -> Iterator[str]:
             time.sleep(0.2)
         yield address
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
@@ -252,13 +251,13 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         rows, notes = table(given, Path(folder))
-    shown = "the demo's base" if given.model == str(BASE) else given.model
+    shown = "The demo's base" if given.model == str(BASE) else given.model
     text = (
         f"# Many clients at once, {date.today()}\n\n"
         f"`python -m benchmarks.serving_load --clients {given.clients} --adapters {given.adapters} --requests "
         f"{given.requests} --tokens {given.tokens} --rows {given.rows}` with coadapt {coadapt.__version__}, torch "
         f"{torch.__version__}, transformers {transformers.__version__}, on {machine()}, clients and server on the same "
-        f"cores. {shown}; LoRAs of rank 8 on all linear layers; each client has its own adapter and asks "
+        f"cores. {shown}; LoRAs of rank 8 on all linear layers; clients share the adapters out, and each asks "
         f"{given.requests} times, streamed, greedily, for {given.tokens} tokens. Times: p50 / p95 / p99. as alone: "
         f"answers that equal the one to the same question asked alone. {given.remark}\n\n{markdown(HEAD, rows)}\n"
     )

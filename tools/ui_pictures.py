@@ -1,6 +1,6 @@
 """Takes the pictures of docs/ui.md: starts the page on the demo's model in a fresh folder, and uses it in Chromium.
 
-python tools/ui_pictures.py FOLDER [WIDTH] [dark] [--into PICTURES]   # FOLDER is made; two minutes
+python tools/ui_pictures.py FOLDER [WIDTH] [dark] [--into PICTURES]   # FOLDER is made; a few minutes
 """
 
 import socket
@@ -68,15 +68,15 @@ def train(page: Page, into: Path) -> None:
 
 
 def chat(page: Page, into: Path) -> None:
-    """A question to both adapters, and to the prompt at half its gate."""
+    """A question to both adapters, and with a quarter of the LoRA."""
     page.get_by_role("tab", name="Chat").click()
     page.get_by_label("Run, or adapter folder").click()
     page.get_by_role("option", name="both").click()
     page.get_by_role("button", name="Load").click()
     expect(page.get_by_label("number input for gate of lora")).to_be_visible()
     page.get_by_label("The base's answer beside it").check()
-    for gate, count in (("1", 1), ("0.5", 2)):
-        box = page.get_by_label("number input for gate of prompt")
+    for gate, count in (("1", 1), ("0.25", 2)):
+        box = page.get_by_label("number input for gate of lora")
         box.fill(gate)
         box.press("Enter")
         page.get_by_label("Question").fill(QUESTION)
@@ -91,7 +91,7 @@ def compare(page: Page, into: Path) -> None:
     page.get_by_role("tab", name="Compare").click()
     for name in ("both", "lora"):
         page.get_by_label(f"{name} · done").last.check()
-        expect(page.get_by_role("cell", name=name, exact=True)).to_have_count(1)
+        expect(page.get_by_role("cell", name=name, exact=True).first).to_be_visible()
     expect(page.get_by_text("settings that differ")).to_be_visible()
     shoot(page, "compare", into)
 
@@ -100,7 +100,8 @@ def main(folder: Path, width: int, dark: bool, into: Path) -> None:
     """Makes the folder, serves it, and takes the pictures."""
     folder.mkdir(parents=True)
     coadapt(folder, "demo", "--files-only", "--out", "demo")
-    lora = ["--method", "lora", "--learning-rate", "4e-3", "--max-steps", "300", "--batch-size", "16"]
+    lora = ["adapters.lora.method=lora", "adapters.lora.learning_rate=4e-3", "max_steps=300"]
+    lora += ["per_device_train_batch_size=16"]
     data = ["--data", "demo-data/train.jsonl", "--eval-data", "demo-data/held-out.jsonl", "--eval-steps", "30"]
     coadapt(folder, "train", "--model", "demo-data/base", *data, *lora, "--output-dir", "runs/lora")
     with socket.socket() as free:

@@ -274,7 +274,9 @@ def _caller(view: Any, batch: Any) -> Callable[[Any], Any]:
 
 
 def _device(view: Any) -> torch.device:
-    return next(p.device for p in view.parameters())
+    """Where its input goes: where its first values are. What is offloaded has none here."""
+    every = [p.device for p in view.parameters()]
+    return next((device for device in every if device.type != "meta"), every[0])
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from laws.setting import MAKE, attach, close, gradients, logits, loss
 
@@ -66,3 +67,21 @@ def test_a_whole_view_can_be_sharded() -> None:
     close(full(logits(view)), logits(expected))
     loss(view).backward()
     assert all(g is not None for g in gradients(view).values())
+
+
+@pytest.mark.usefixtures("alone")
+def test_layers_split_by_tensor_parallelism_are_refused() -> None:
+    """transformers' own (`tp_plan`) have a forward of the instance's, which no adapter would be asked in."""
+    base: Any = MAKE["llama"]()
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    plan = {"q_proj": ColwiseParallel(), "o_proj": RowwiseParallel()}
+    for layer in base.model.layers:
+        parallelize_module(layer.self_attn, mesh, plan)
+    classes, trains = [type(m) for m in base.modules()], [p.requires_grad for p in base.parameters()]
+    message = r"q_proj.weight is split by tensor parallelism \(\(Shard\(dim=0\),\).*Load the model without tp_plan"
+    with pytest.raises(ValueError, match=message):
+        attach(base, "llama", "lora")
+    with pytest.raises(ValueError, match=message):
+        attach(base, "llama", "prompt")
+    assert [type(m) for m in base.modules()] == classes
+    assert [p.requires_grad for p in base.parameters()] == trains

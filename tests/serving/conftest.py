@@ -114,8 +114,9 @@ def server(adapters: Path) -> Iterator[Server]:
 
 
 @pytest.fixture
-def client(server: Server) -> OpenAI:
-    return server.client()
+def client(server: Server) -> Iterator[OpenAI]:
+    with server.client() as one:
+        yield one
 
 
 @pytest.fixture

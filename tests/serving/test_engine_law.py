@@ -39,7 +39,7 @@ def holds(view: PeftModel, asking: list[Request], **options: Any) -> None:
 )
 def test_greedy_rows_equal_those_alone(model: str) -> None:
     view, names = several(model), nodes(model)
-    asking = requests(names, 2 * len(names))
+    asking = requests(names, len(names) + 10)
     holds(view, asking, rows=7)
     written = {tuple(alone(view, Request(tokens=(9, 70, 80), adapters=n, max_tokens=6))) for n in names}
     assert len(written) > len(names) // 2  # adapters differ in what they write

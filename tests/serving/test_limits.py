@@ -54,9 +54,10 @@ def test_the_key(narrow: Any, http: httpx.Client) -> None:
                 assert KEY not in found.text
         assert other.get("/health").status_code == 200
     assert http.get("/v1/models").status_code == http.get("/metrics").status_code == 200
-    with pytest.raises(openai.AuthenticationError, match="wants its key"):
-        narrow.client("wrong").models.list()
-    assert narrow.client(KEY).models.list().data
+    with narrow.client("wrong") as client, pytest.raises(openai.AuthenticationError, match="wants its key"):
+        client.models.list()
+    with narrow.client(KEY) as client:
+        assert client.models.list().data
 
 
 def test_a_large_body_is_not_read_whole(http: httpx.Client) -> None:
@@ -92,7 +93,12 @@ def test_answers_and_their_length(http: httpx.Client) -> None:
 
 
 def test_a_full_queue_and_clients_that_go_away(narrow: Any, http: httpx.Client) -> None:
-    engine, client = narrow.serving.engine, narrow.client(KEY)
+    with narrow.client(KEY) as client:
+        _go_away(narrow.serving, http, client)
+
+
+def _go_away(serving: Any, http: httpx.Client, client: openai.OpenAI) -> None:
+    engine = serving.engine
     until(lambda: engine.stats.running == 0)
     before = engine.stats.finished["cancelled"]
     with http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as stream:
@@ -107,7 +113,7 @@ def test_a_full_queue_and_clients_that_go_away(narrow: Any, http: httpx.Client) 
     with pytest.raises(httpx.ReadTimeout):
         http.post("/v1/completions", json=LONG, timeout=0.3)  # no stream: the same
     until(lambda: engine.stats.running == 0 and engine.stats.finished["cancelled"] == before + 2)
-    until(lambda: narrow.serving.state.running == 0)
+    until(lambda: serving.state.running == 0)
     assert http.post("/v1/completions", json=ASKED).status_code == 200
 
 
@@ -138,3 +144,12 @@ def test_addresses() -> None:
 def test_names_of_this_machine() -> None:
     assert all(map(_is_here, ("localhost", "localhost:8000", "127.0.0.1:1", "127.9.9.9", "[::1]:80")))
     assert not any(map(_is_here, ("", "example.org", "10.0.0.1", "localhost.example.org", "[::1", "127.0.0.1.nip.io")))
+
+
+def test_tokens_of_prompt_and_answer(start: Callable[..., Any]) -> None:
+    with start(tokens=20) as one, one.http() as http:
+        asked = {"model": "base", "messages": [{"role": "user", "content": "Once"}], "temperature": 0}
+        used = http.post("/v1/chat/completions", json=asked).json()["usage"]
+        assert used["total_tokens"] <= 20
+        found = http.post("/v1/completions", json={**ASKED, "max_tokens": 20})
+        assert found.status_code == 400 and "takes 20" in found.json()["error"]["message"]

@@ -193,3 +193,24 @@ def test_health_and_metrics(http: httpx.Client, client: OpenAI) -> None:
     assert after["coadapt_rows_running"] == after["coadapt_rows_waiting"] == 0
     assert after["coadapt_adapters_loaded"] >= 1
     assert http.get("/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    "extreme",
+    [
+        {"top_k": 2**31 - 1},
+        {"temperature": 5e-324},
+        {"temperature": 1e-30, "top_p": 5e-324},
+        {"seed": 2**63 - 1, "n": 2},
+        {"seed": -(2**63)},
+        {"model": "1000*task - 1000*other", "temperature": 0},
+        {"prompt": "\0 \ufffd \U0001f600 \u202e <|end|> <|pad|>"},
+        {"prompt": " "},
+    ],
+)
+def test_extremes_are_answered(http: httpx.Client, expected: Expected, extreme: dict[str, Any]) -> None:
+    asked = {"model": "task", "prompt": "Once", "max_tokens": 4, **extreme}
+    found = http.post("/v1/completions", json=asked)
+    assert found.status_code == 200, found.text
+    after = http.post("/v1/completions", json={"model": "task", **ASKED}).json()
+    assert after["choices"][0]["text"] == expected("task")

@@ -177,7 +177,7 @@ def test_names_are_those_of_transformers_where_it_has_one() -> None:
         "max_length",
     }
     ours |= {"method", "adapters", "composition", "gates_learning_rate", "overwrite_output_dir", "resume", "verify"}
-    ours |= {"datasets", "mixing_temperature"}
+    ours |= {"datasets", "mixing_temperature", "device_map", "max_memory"}
     ours |= set(signature(EarlyStoppingCallback).parameters) | set(signature(BitsAndBytesConfig).parameters)
     assert set(RunConfig.model_fields) - ours <= set(TrainingArguments.__dataclass_fields__)
     assert all(field.description for field in RunConfig.model_fields.values())

@@ -109,6 +109,9 @@ def test_figures_become_lines(tmp_path: Path) -> None:
     assert curves.memory(log) == {"peak": [(2, 0.5)]}
     several = [{"step": 1, "eval/loss": 1.0, "eval/x/loss": 0.5}]
     assert curves.loss(several)["held out: x"] == [(1, 0.5)]
+    assert curves.spread({"a": [(1, 31.0)], "b": [(1, 1.0)]})
+    assert not any(curves.spread({"a": [(1, most), (2, 1.0)]}) for most in (30.0, 1.0))
+    assert not curves.spread({"a": [(1, 0.0), (2, 1.0)]})
     many = [(step, float(step)) for step in range(10_001)]
     assert len(curves.thinned(many)) < 2 * curves.MOST
     assert curves.thinned(many)[-1] == many[-1]

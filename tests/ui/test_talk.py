@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from transformers import TrainerCallback
 
 from coadapt.core.composition import as_node
 from coadapt.training.chat import Chat
 from coadapt.training.load import load
 from coadapt.training.run import train
 from coadapt.training.settings import RunConfig
+from coadapt.ui.runs import standing
 from coadapt.ui.talk import Asked, Talker, gated, gates_of, shown
 
 ADAPTERS = {
@@ -19,12 +21,25 @@ ADAPTERS = {
 }
 
 
+class Look(TrainerCallback):
+    """How the run stands after each of its steps."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seen = folder, list[str]()
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self.seen.append(standing(self.folder).state)
+
+
 @pytest.fixture(scope="module")
 def trained(base: str, rows: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = str(tmp_path_factory.mktemp("run") / "out")
     how = {"max_steps": 4, "warmup_steps": 0, "use_cpu": True, "eval_split": 0, "composition": "task + 0.5*style"}
     run = RunConfig(model=base, data=rows, output_dir=out, adapters=ADAPTERS, **how)
-    train(run, Console(file=StringIO()))
+    look = Look(Path(out))
+    train(run, Console(file=StringIO()), [look])
+    assert look.seen == ["running"] * 4
+    assert standing(Path(out)).state == "done"
     return out
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
 from coadapt.cli.completion import paths
 from coadapt.cli.options import answering
@@ -22,9 +23,12 @@ def _invoke(
     temperature: float,
     seed: int,
     use_cpu: bool,
+    device_map: str | None,
 ) -> int:
     if adapters and not adapter:
         raise click.UsageError("--adapters says which adapters of --adapter take part; give --adapter too.")
+    if device_map and use_cpu:
+        raise click.UsageError("--device-map says where the base lies, --use-cpu that it lies on the CPU: give one.")
     if prompt and image:
         raise click.UsageError("--prompt asks a model of texts, --image one of images: give one of them.")
     lines = () if image or sys.stdin.isatty() else sys.stdin
@@ -37,7 +41,8 @@ def _invoke(
     from coadapt.training.machine import chosen
 
     quiet()
-    ready = load(model, adapter, adapters, device=chosen(use_cpu))
+    spread = yaml.safe_load(device_map) if device_map else None
+    ready = load(model, adapter, adapters, device=chosen(use_cpu), device_map=spread)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "raw": raw}
     for file in image:
         click.echo(answer_image(ready, file, task))
@@ -80,6 +85,12 @@ command = click.Command(
             multiple=True,
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="Image to classify; may be repeated. Prints the class of each.",
+        ),
+        click.Option(
+            ["--device-map"],
+            metavar="auto|MAP",
+            help="Spread the base over this machine's devices, memory and disk, as transformers' device_map does "
+            "(docs/devices.md).",
         ),
         click.Option(
             ["--raw"], is_flag=True, help="Take the prompt as it is, without the frame that it had in training."

@@ -100,7 +100,6 @@ def _made(given: "list[Given]", model: str | None, key: str | None, options: dic
         catalog=catalog,
         limits=limits,
         key=key,
-        tokens=options["tokens"],
     )
     return serving, found
 

@@ -59,6 +59,7 @@ class Base:
         """A view begins to use the base: the first freezes it."""
         with self.lock:
             if not self.views:
+                refuse_split_layers(self.model)
                 self.trained = [p for p in self.model.parameters() if p.requires_grad]
                 self.model.requires_grad_(False)
                 self.counting = [m for m in statistics(self.model) if m.training]
@@ -123,6 +124,22 @@ class Base:
 def statistics(model: nn.Module) -> list[nn.Module]:
     """The layers that count along in training (BatchNorm): in evaluation mode their statistics stay as they are."""
     return [m for m in model.modules() if "running_mean" in dict(m.named_buffers(recurse=False))]
+
+
+def refuse_split_layers(model: nn.Module) -> None:
+    """Raises ValueError where layers are split by tensor parallelism: their weights are parts, and no fully_shard's."""
+    if not in_parts(model):
+        return
+    tensors, sharding = sys.modules["torch.distributed.tensor"], sys.modules.get("torch.distributed.fsdp")
+    whole = sharding is not None and any(isinstance(m, sharding.FSDPModule) for m in model.modules())
+    parts: list[tuple[str, Any]] = list(model.named_parameters())
+    for name, p in parts:
+        if isinstance(p, tensors.DTensor) and (not whole or p.device_mesh.ndim > 1):
+            raise ValueError(
+                f"{name} is split by tensor parallelism ({p.placements} on a mesh of {tuple(p.device_mesh.shape)}). "
+                "Such layers run code of their own, which passes adapters by in silence. Load the model without "
+                "tp_plan; fully_shard and device_map also spread it over devices (docs/devices.md)."
+            )
 
 
 def in_parts(module: nn.Module) -> bool:

@@ -32,14 +32,18 @@ class RowFactors:
     def __init__(self, uses: Sequence[Sequence[tuple[Any, float]]]) -> None:
         self.uses = uses
         self.most = max(map(len, uses))
-        self.methods = list({id(m): m for found in uses for m, _ in found}.values())
         self._kept: tuple[Any, Any] | None = None
+
+    def _used(self, rows: Sequence[int]) -> list[Any]:
+        """The methods of these rows, each once; a plan can have more."""
+        return list({id(m): m for c in dict.fromkeys(rows) for m, _ in self.uses[c]}.values())
 
     def stacked(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | float]:
         """A (B, R, I), B (B, O, R) and the gate, for rows that use these compositions."""
         blank = next((m, 0.0) for found in self.uses for m, _ in found)  # a row without any: gated by 0
         each = [[*self.uses[c], *[blank] * (self.most - len(self.uses[c]))] for c in rows]
-        factors = {id(m): m.factors()[:2] for m in self.methods}
+        used = {id(m): m for row in each for m, _ in row}
+        factors = {k: m.factors()[:2] for k, m in used.items()}
         rank = max(b.shape[1] for _, b in factors.values())
         downs = {k: F.pad(a, (0, 0, 0, rank - a.shape[0])) if len(a) < rank else a for k, (a, _) in factors.items()}
         ups = {k: F.pad(b, (0, rank - b.shape[1])) if b.shape[1] < rank else b for k, (_, b) in factors.items()}
@@ -59,7 +63,8 @@ class RowFactors:
 
         They are made again where PyTorch has counted a change in place, or one has another place in memory.
         """
-        state = [stamp(t) for m in self.methods for t in m._parameters.values()]
+        used = self._used(rows)
+        state = [stamp(t) for m in used for t in m._parameters.values()]
         key = rows, dtype, state
         kept = self._kept  # another thread may release it
         if kept is not None and kept[0] == key:
@@ -67,7 +72,7 @@ class RowFactors:
         down, up, gate = self.stacked(rows)
         up_t = up.mT * gate.mT if isinstance(gate, Tensor) else up.mT * gate
         made = down.to(dtype), up_t.to(dtype).contiguous()
-        if None not in state and all(map(_is_settled, self.methods)):
+        if None not in state and all(map(_is_settled, used)):
             self._kept = key, made
         return made
 

@@ -298,6 +298,19 @@ class View(nn.Module, ABC):
         context = entered(frame, plan=plan)
         return context if torch.compiler.is_compiling() else _Running(record, id(self), context)
 
+    def running_rows(self, nodes: Sequence[Any], rows: Sequence[int]) -> Any:
+        """Context, as `running`: calls of the base in which row b has the composition `nodes[rows[b]]`.
+
+        What a composition needs is made ready for all of `nodes`, also for those that no row has this time: rows that
+        change among the same `nodes` cost little. For inference, without gates per row and tasks.
+        """
+        checked = [self._of_row(i, node) for i, node in enumerate(nodes)]
+        plan, where = self._plans.rows(checked, self._merged)
+        for method in plan.refreshed:
+            method.refresh()
+        frame = plan.frame([where[i] for i in rows])
+        return _Running(self._record, id(self), entered(frame, plan=plan))
+
     def _slotted(self, nodes: Sequence[Node], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Frame | None:
         """The frame of a compiled call without a backward, where all that is attached goes into slots."""
         used = dict.fromkeys(name for node in nodes for name in composition.names(node))

@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +26,6 @@ from coadapt.serving.metrics import Metrics
 from coadapt.serving.request import Piece, Request
 from coadapt.serving.rows import Rows
 from coadapt.serving.schemas import Chat, Completion, Load, Sampling, Unload, read
-from coadapt.training.assemble import positions
 
 log = logging.getLogger(__name__)
 CLOSE = {"connection": "close"}
@@ -47,13 +45,12 @@ class Serving:
     metrics: Metrics = field(default_factory=Metrics)
     state: State = field(default_factory=State)
     key: str | None = None
-    tokens: int | None = None
-    """Tokens of prompt and answer together, where the server gives less than the model has room for."""
 
     def room(self, choice: Choice) -> int | None:
-        """Tokens of prompt and answer together, beside virtual ones; None where the base does not say."""
-        known = positions(self.view.config, self.tokenizer)  # type: ignore[arg-type]
-        limits = [number - choice.virtual for number in known] + ([self.tokens] if self.tokens else [])
+        """Tokens of prompt and answer together, beside virtual ones; None where nobody says."""
+        whole = self.engine.model.positions
+        limits = [whole - choice.virtual] if whole is not None else []
+        limits += [self.engine.tokens] if self.engine.tokens is not None else []
         return min(limits, default=None)
 
 
@@ -185,20 +182,20 @@ async def _answered(
         choices=len(prompts) * asked.n,
         usage=asked.stream_options is not None and asked.stream_options.include_usage,
     )
-    async with AsyncExitStack() as stack:
-        rows = await stack.enter_async_context(_begun(serving, asked, choice, prompts, top))
-        if not asked.stream:
-            return await _whole(call, rows, answer)
-        return Stream(rows, answer, stack.pop_all())
+    rows = Rows(serving.engine, _requests(serving, asked, choice, prompts, top), serving.metrics)
+    if asked.stream:
+        return Stream(rows, answer)
+    try:
+        return await _whole(call, rows, answer)
+    finally:
+        rows.cancel()
 
 
-@asynccontextmanager
-async def _begun(
+def _requests(
     serving: Serving, asked: Sampling, choice: Choice, prompts: Sequence[tuple[int, ...]], top: int | None
-) -> AsyncIterator[Rows]:
-    """Context in which the rows run; nothing runs on behind it."""
+) -> list[Request]:
     room = serving.room(choice)
-    requests = [
+    return [
         Request(
             tokens=tokens,
             adapters=choice.text,
@@ -213,11 +210,6 @@ async def _begun(
         for tokens in prompts
         for number in range(asked.n)
     ]
-    rows = Rows(serving.engine, requests, serving.metrics)
-    try:
-        yield rows
-    finally:
-        rows.cancel()
 
 
 async def _whole(call: Call, rows: Rows, answer: Answer) -> Response:
@@ -247,14 +239,16 @@ async def _whole(call: Call, rows: Rows, answer: Answer) -> Response:
 class Stream(StreamingResponse):
     """Server-sent events; whatever ends it, the rows are freed."""
 
-    def __init__(self, rows: Rows, answer: Answer, held: AsyncExitStack) -> None:
+    def __init__(self, rows: Rows, answer: Answer) -> None:
         super().__init__(self._events(rows, answer), media_type="text/event-stream")
         self.headers["cache-control"] = "no-cache"
-        self.held = held
+        self.rows = rows
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async with self.held:
+        try:
             await super().__call__(scope, receive, send)
+        finally:
+            self.rows.cancel()
 
     async def _events(self, rows: Rows, answer: Answer) -> AsyncIterator[str]:
         try:

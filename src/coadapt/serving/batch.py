@@ -17,6 +17,9 @@ from .served import Model, Served
 from .shelf import Entry
 from .text import Spelling
 
+KEPT = 32
+"""Compositions that no row has, at most, for which a call is made ready all the same: making it ready takes time."""
+
 
 @dataclass(kw_only=True, eq=False)
 class Row:
@@ -56,6 +59,8 @@ class Batch:
         self.cache = RowCache(model.windows)
         self.rows: list[Row] = []
         self._settled = False
+        self._known: dict[Any, Served] = {}
+        """What the last call was made ready for: compositions of its rows, and of some before."""
 
     def join(self, rows: Sequence[Row], filled: Cache, which: Sequence[int]) -> None:
         """Takes in rows whose prompts were read: those at `which` of a cache, with their first token chosen."""
@@ -80,7 +85,7 @@ class Batch:
             return
         self.ways = Ways([row.request for row in self.rows], self.device)
         self._lengths = torch.tensor(self.cache.lengths, device=self.device)
-        self._context = self._running(self.rows)
+        self._context = self._ready()
         self._settled = True
 
     def next_scores(self, begin: int, end: int, tokens: Tensor) -> Tensor:
@@ -103,6 +108,24 @@ class Batch:
         """The tokens of this step are in the cache, of all rows."""
         self.cache.grown()
         self._lengths += 1
+
+    def forget(self) -> None:
+        """To be called when an adapter goes."""
+        self._known = {}
+
+    def _ready(self) -> Any:
+        """For all rows: made ready for their compositions, and for those that are likely to come back."""
+        here = {key(row.served.goes_on): row.served for row in self.rows}
+        if not here.keys() <= self._known.keys():
+            kept = [(k, s) for k, s in self._known.items() if k not in here and not s.joins]
+            self._known = dict([*kept[-KEPT:], *here.items()])
+        elif any(s.joins for k, s in self._known.items() if k not in here):
+            self._known = {k: s for k, s in self._known.items() if k in here or not s.joins}
+        if len(here) == 1:
+            return running(self.model, [self.rows[0].served.goes_on])
+        at = {k: i for i, k in enumerate(self._known)}
+        every = [s.goes_on for s in self._known.values()]
+        return self.model.view.running_rows(every, [at[key(row.served.goes_on)] for row in self.rows])
 
     def _running(self, rows: Sequence[Row]) -> Any:
         return running(self.model, [row.served.goes_on for row in rows])

@@ -136,8 +136,7 @@ class Engine:
             FileNotFoundError, ValueError: as `PeftModel.from_pretrained`, or there is an adapter of that name. Nothing
                 has changed then.
         """
-        if name in self.shelf.known:
-            raise ValueError(f"There is an adapter {name!r} already. Unload it first, or take another name.")
+        self.shelf.check_new(name)
         found = self.shelf.read(folder)
 
         def attach() -> None:
@@ -237,14 +236,20 @@ class Engine:
             except Exception as error:
                 done.set_exception(error)
         coming = self.shelf.settle()
-        if self.shelf.changes != self._changes:  # a name may be another adapter's now
-            self._changes = self.shelf.changes
-            self._served.clear()
+        self._forget()
         for row in [row for row in self._waiting if row.cancelled]:
             self._refuse(row, "cancelled")
         if self.writer.filling is None and len(self.writer.batch.rows) < self.writer.most:
             self._admit()
+            self._forget()
         return coming
+
+    def _forget(self) -> None:
+        """After an adapter has gone: its name may be another one's now."""
+        if self.shelf.changes != self._changes:
+            self._changes = self.shelf.changes
+            self._served.clear()
+            self.writer.batch.forget()
 
     def _admit(self) -> None:
         """Lets waiting requests in, the oldest first: so many as are read at once."""

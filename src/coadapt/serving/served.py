@@ -72,6 +72,8 @@ class Served:
     """How many of those there are."""
     takes: int
     """Positions that it takes from a text: those of its prompts and prefixes."""
+    joins: bool
+    """Whether it joins keys to each attention call; then calls that do without it are spared it."""
 
 
 def served(model: Model, node: Node) -> Served:
@@ -89,7 +91,8 @@ def served(model: Model, node: Node) -> Served:
         goes_on = without(goes_on, name)
     count = _count(model, node) if virtual else 0
     moved = sum(_offset(view, name) for name, _ in terms(node, lambda _: True))
-    return Served(node, goes_on if names(goes_on) else Sum(), count, count + moved)
+    joins = any(isinstance(p.method, AttentionMethod) for name in names(node) for p in view.get_adapter(name).parts)
+    return Served(node, goes_on if names(goes_on) else Sum(), count, count + moved, joins)
 
 
 def _offset(view: PeftModel, name: str) -> int:

@@ -77,17 +77,20 @@ class Shelf:
         """From now on there is such an adapter. It is read when somebody asks for it.
 
         Raises:
-            ValueError: there is one of that name.
+            ValueError: there is one of that name, or it cannot be a name.
             FileNotFoundError: there is no such folder.
         """
-        check_name(name)
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no adapter folder {str(folder)!r}.")
         with self.lock:
-            if name in self._known:
-                raise ValueError(f"There is an adapter {name!r} already. Unload it first, or take another name.")
+            self.check_new(name)
             self._known[name] = Entry(name, folder)
             return self._known[name]
+
+    def check_new(self, name: str) -> None:
+        """Raises ValueError where this cannot be a further adapter's name."""
+        if check_name(name) in self.known:
+            raise ValueError(f"There is an adapter {name!r} already. Unload it first, or take another name.")
 
     def withdraw(self, name: str) -> None:
         """From now on there is none of that name; who uses it already goes on using it.

@@ -44,8 +44,7 @@ def answer(
 def tokens(ready: Ready, text: str, *, special: bool) -> dict[str, torch.Tensor]:
     """The text as a batch of one row, on the model's device; `special`: with the tokenizer's own first and last."""
     inputs = ready.tokenizer(text, return_tensors="pt", add_special_tokens=special)
-    device = cast(Any, ready.model).device
-    return {name: inputs[name].to(device) for name in ("input_ids", "attention_mask")}
+    return {name: inputs[name].to(ready.device) for name in ("input_ids", "attention_mask")}
 
 
 def answer_image(ready: Ready, file: Path, task: str | None = None) -> str:
@@ -55,7 +54,7 @@ def answer_image(ready: Ready, file: Path, task: str | None = None) -> str:
         FileNotFoundError, ValueError: there is no such image, or the model takes text.
     """
     seen = ready.image_processor(opened(file), return_tensors="pt")
-    inputs = {name: tensor.to(cast(Any, ready.model).device) for name, tensor in seen.items()}
+    inputs = {name: tensor.to(ready.device) for name, tensor in seen.items()}
     return classify(ready, {**inputs, **ready.told(task)})
 
 

@@ -140,15 +140,17 @@ def load_base(
     quantisation: Mapping[str, Any] | None = None,
     device: torch.device | None = None,
     on_disk: Path | None = None,
+    spread: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """The model as it is saved, with a head for `classes` where there are any.
 
     Args:
         quantisation: fields of transformers' BitsAndBytesConfig, by which it is quantised as it is loaded.
         device: where it is quantised, and stays; left out, transformers chooses.
+        spread: `device_map` and `max_memory` of transformers, where the base is to lie on more than one device.
         on_disk: a folder for weights that are stored otherwise than the model has them; all weights stay on disk.
     """
-    options: dict[str, Any] = {"dtype": dtype, "revision": revision}
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision, **(spread or {})}
     if on_disk is not None:
         options |= {"device_map": {"": "disk"}, "offload_folder": str(on_disk)}
     if quantisation:

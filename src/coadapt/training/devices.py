@@ -5,6 +5,7 @@ Launchers say what they were asked for in environment variables (`accelerate lau
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from coadapt.training import processes
 from coadapt.training.settings import RunConfig
@@ -48,11 +49,34 @@ def settle(run: RunConfig) -> RunConfig:
             "auto_find_batch_size works in one process: of several, one that runs out of memory leaves the others "
             "waiting. Give per_device_train_batch_size."
         )
+    if run.device_map:
+        _check_spread(run)
     if not run.fsdp and not _said(_FSDP):
         return run
     _check_sharded(run, "fsdp" if run.fsdp else _FSDP)
     os.environ[_FSDP] = "false"
     return run.model_copy(update={"fsdp": True})
+
+
+def _check_spread(run: RunConfig) -> None:
+    if processes.count() > 1 or run.fsdp:
+        raise ValueError(
+            f"device_map={run.device_map!r} spreads the base over the devices of one process, and here are "
+            f"{processes.count()}{' and fsdp' * run.fsdp}. Start one without fsdp, or leave device_map out: --fsdp "
+            "shares out the base over processes."
+        )
+    if run.quantisation:
+        how = next(name for name in run.quantisation if name.startswith("load_in"))
+        raise ValueError(f"device_map with {how} was never tried. Leave one of them out.")
+
+
+def refuse_all_on_disk(base: Any, run: RunConfig) -> None:
+    """Raises ValueError where a device_map has left nothing of the base but on disk, which accelerate would move."""
+    if list(getattr(base, "hf_device_map", {}).values()) == ["disk"]:
+        raise ValueError(
+            f"device_map={run.device_map!r} leaves all of the base on disk, as one. Name its parts (those of "
+            f"{', '.join(name for name, _ in base.named_children())} and below), or give more max_memory."
+        )
 
 
 def _check_sharded(run: RunConfig, asked: str) -> None:

@@ -38,7 +38,8 @@ EVALUATION = "evaluation.json"
 """What `coadapt eval` writes beside the adapters, where nothing else is said."""
 MAY_CHANGE = frozenset(
     """max_steps num_train_epochs logging_steps eval_strategy eval_steps eval_on_start save_strategy save_steps
-    save_total_limit report_to use_cpu fsdp verify dataloader_num_workers per_device_eval_batch_size output_dir
+    save_total_limit report_to use_cpu fsdp device_map max_memory verify
+    dataloader_num_workers per_device_eval_batch_size output_dir
     auto_find_batch_size early_stopping_patience early_stopping_threshold""".split()
 )
 """Settings that a resumed run may have otherwise than the run that it goes on with."""

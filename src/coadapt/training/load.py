@@ -56,6 +56,12 @@ class Ready:
         return {TASK: [number_of(task, self.task_names, count, "--task")]}
 
     @property
+    def device(self) -> torch.device:
+        """Where its input goes: where its first values are. What is offloaded has none."""
+        every = [p.device for p in self.model.parameters()]
+        return next((device for device in every if device.type != "meta"), torch.device("cpu"))
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises ValueError where the model takes images."""
         if not isinstance(self.processor, PreTrainedTokenizerBase):
@@ -103,6 +109,7 @@ def load(
     device: torch.device | None = None,
     quantised: bool = True,
     on_disk: Path | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> Ready:
     """The base (the adapter's own where `model` is None), with the adapter folder, of which `adapters` is active.
 
@@ -112,6 +119,7 @@ def load(
     Args:
         quantised: a base that was quantised for the training is quantised now, too.
         on_disk: an empty folder; the base's weights stay on disk, there or in its own files.
+        device_map: of transformers, where the base is to lie on more than one device; in place of `device`.
 
     Raises:
         ValueError: no base is named, or the folder does not fit it; or its weights cannot wait on disk.
@@ -119,14 +127,14 @@ def load(
     """
     device = best() if device is None else device
     adapter = None if adapter is None else place_of(str(adapter))
-    ready = load_bare(model, adapter, quantised=quantised, device=device, on_disk=on_disk)
+    ready = load_bare(model, adapter, quantised=quantised, device=device, on_disk=on_disk, device_map=device_map)
     if adapter is None:
-        return replace(ready, model=ready.model.to(device))
+        return ready if device_map else replace(ready, model=ready.model.to(device))
     grow(ready.model, adapter, on_disk is not None)
     view = PeftModel.from_pretrained(ready.model, adapter)
     if adapters is not None:
         view.set_adapter(adapters)
-    if on_disk is not None:
+    if on_disk is not None or device_map:
         return replace(ready, model=view.eval())
     return replace(ready, model=view.to(device).eval())
 
@@ -153,6 +161,7 @@ def load_bare(
     quantised: bool = True,
     device: torch.device | None = None,
     on_disk: Path | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> Ready:
     """As `load`, with nothing attached yet: the base that the adapter folder is for.
 
@@ -181,9 +190,12 @@ def load_bare(
         "task": task,
         "task_names": tuple(told.get("tasks", {}).get("names", ())),
     }
+    spread = {"device_map": device_map} if device_map else None
     if adapter is None:
-        return Ready(model=load_base(name, task, processor).eval(), **how)
+        return Ready(model=load_base(name, task, processor, spread=spread).eval(), **how)
     quantisation = told.get("quantisation") if quantised else None
+    if quantisation and device_map:
+        raise ValueError(f"{adapter} was trained on a quantised base, with which device_map was never tried.")
     if on_disk is not None and (quantisation or getattr(config, "quantization_config", None)):
         raise ValueError(
             "This adapter was trained on a quantised base, which is not merged weight by weight. Leave --stream out."
@@ -196,6 +208,7 @@ def load_bare(
         quantisation=quantisation,
         device=device,
         on_disk=on_disk,
+        spread=spread,
     )
     return Ready(model=base.eval(), **how)
 

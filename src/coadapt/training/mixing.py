@@ -149,9 +149,10 @@ class Batches(Sampler[list[Place]]):
         self.sampler = self  # where accelerate looks for one
 
     def __len__(self) -> int:
-        if len(self.streams) > 1:
+        first, *others = self.streams
+        if others:
             return self.steps * self.accumulation
-        return math.ceil(self.streams[0].batches / self.among) * self.among
+        return math.ceil(first.batches / self.among) * self.among
 
     def __iter__(self) -> Iterator[list[Place]]:
         drawn = islice(self._drawn(), len(self))

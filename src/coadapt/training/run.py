@@ -113,9 +113,12 @@ def _attached(
         classes=material.classes,
         quantisation=run.quantisation,
         device=machine.chosen(run.use_cpu),
+        spread=run.spread,
     )
     if run.fsdp:
         refuse_quantised(base)
+    if run.device_map:
+        devices.refuse_all_on_disk(base, run)
     for part in material.parts.values():
         check_vocabulary(base, part.made.train, material.processor)
     run = run.with_rates(parameters(base))

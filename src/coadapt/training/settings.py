@@ -6,6 +6,7 @@ Importing this file imports no torch, so that help texts are quick.
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from coadapt.config import check_name
@@ -80,6 +81,11 @@ class RunConfig(BaseModel):
     """Revision of the base on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type that the base is loaded in; adapters are float32. auto: as it was saved."""
+    device_map: str | dict[str, str | int] | None = None
+    """Spread the base over the devices of this machine, its memory and its disk: auto, balanced, balanced_low_0 or
+    sequential; in YAML also a device for each of its parts (docs/devices.md)."""
+    max_memory: dict[str | int, str | int] | None = None
+    """With device_map, how much of each device the base may take, as in max_memory='{0: 20GiB, cpu: 60GiB}'."""
     load_in_4bit: bool = False
     """Quantise the base to 4 bits as it is loaded: QLoRA (bitsandbytes; docs/quantised.md)."""
     load_in_8bit: bool = False
@@ -232,6 +238,12 @@ class RunConfig(BaseModel):
             adapters = {n: {"learning_rate": rate, **a} if isinstance(a, Mapping) else a for n, a in adapters.items()}
         return {**values, "method": None, "adapters": adapters}
 
+    @field_validator("device_map", "max_memory", mode="before")
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        """On the command line a mapping is text, as YAML has it."""
+        return yaml.safe_load(value) if isinstance(value, str) and value.startswith("{") else value
+
     @field_validator("adapters")
     @classmethod
     def _names(cls, adapters: dict[str, AdapterSettings]) -> dict[str, AdapterSettings]:
@@ -243,6 +255,8 @@ class RunConfig(BaseModel):
     def _fitting(self) -> Self:
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other")
+        if self.max_memory and not self.device_map:
+            raise ValueError("max_memory has no effect without device_map: give both, or neither")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other")
         if idle := [name for name, value in self if name.startswith("bnb_4bit_") and value and not self.load_in_4bit]:
@@ -288,6 +302,12 @@ class RunConfig(BaseModel):
             return {"load_in_8bit": True}
         chosen = {name: value for name, value in self if name.startswith("bnb_4bit_") and value}
         return {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **chosen} if self.load_in_4bit else {}
+
+    @property
+    def spread(self) -> dict[str, Any]:
+        """How the base lies on several devices, by the names of transformers; empty: on one."""
+        chosen = {"device_map": self.device_map, "max_memory": self.max_memory}
+        return {name: value for name, value in chosen.items() if value}
 
     @property
     def sources(self) -> dict[str, DatasetSettings]:

@@ -17,6 +17,9 @@ NOT_HERE: Mapping[str, str] = {
     "composition": "say it inside of a candidate, as in candidates: {NAME: {composition: ...}}",
     "output_dir": "the folder is called out",
     "resume": "the same command goes on by itself",
+    "fsdp": "candidates are trained in one process",
+    "device_map": "candidates are trained on one device",
+    "max_memory": "candidates are trained on one device",
     "overwrite_output_dir": "take the folder away, or choose another",
 }
 """Settings of one run that have no meaning for many."""

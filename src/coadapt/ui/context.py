@@ -46,6 +46,8 @@ def wrong_with(text: str) -> gr.HTML:
     return gr.HTML(shown.error(text), visible=bool(text))
 
 
+COMPLAINTS = (ValueError, OSError, RuntimeError, TypeError, ImportError)
+"""What a person is told of, in place of an answer; anything else is a mistake of ours, and stands in the terminal."""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 """Of events that follow from others: nothing flickers, and no program can call them from elsewhere."""
 LOUD: dict[str, Any] = {"show_progress": "minimal", "api_visibility": "private"}

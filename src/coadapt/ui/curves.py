@@ -11,6 +11,8 @@ TRAINING, HELD = "training", "held out"
 MOST = 400
 """Points of one line; of longer ones every so-manieth is shown, and the last."""
 
+FAR = 30
+
 Log = Sequence[Mapping[str, Any]]
 Points = dict[str, list[tuple[int, float]]]
 """Name of a line -> (step, value)."""
@@ -44,6 +46,12 @@ def memory(log: Log) -> Points:
     """GiB, at most so far."""
     points = _of(log, "train/peak_memory_gib")
     return {"peak": thinned(points)} if points else {}
+
+
+def spread(points: Points) -> bool:
+    """Whether the values lie so far apart that a plain axis shows the small ones as one."""
+    values = [value for line in points.values() for _, value in line]
+    return bool(values) and min(values) > 0 and max(values) / min(values) > FAR
 
 
 def _of(log: Log, key: str) -> list[tuple[int, float]]:

@@ -14,7 +14,7 @@ from coadapt.training.palette import GREY
 from coadapt.ui import shown
 from coadapt.ui.curves import Points
 
-WIDE, SMALL = (9.6, 2.7), (3.3, 1.5)
+WIDE, SMALL = (9.6, 2.7), (4.4, 1.8)
 """Inches; the page makes them as wide as there is room."""
 FEW = 1.3
 """Powers of ten below which a logarithmic axis shows numbers between them, too."""

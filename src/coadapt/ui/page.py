@@ -31,7 +31,7 @@ def page(runs: Path, model: str = "") -> gr.Blocks:
         with gr.Tabs() as tabs:
             made: dict[str, gr.Tab] = {}
             with gr.Tab("Train", id="train") as made["train"]:
-                train = tab_train.lay_out(context)
+                train = tab_train.lay_out()
             with gr.Tab("Watch", id="watch") as made["watch"]:
                 watch = tab_watch.lay_out(context)
             with gr.Tab("Chat", id="chat") as made["chat"]:

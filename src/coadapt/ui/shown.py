@@ -45,7 +45,7 @@ def facts(pairs: Mapping[str, str]) -> str:
 def standing(name: str, found: Standing, more: Mapping[str, str]) -> str:
     """How a run stands, and a few figures."""
     figures = "".join(
-        f'<span class="ca-figure"><b>{escape(value)}</b> {escape(label)}</span>' for label, value in more.items()
+        f'<span class="ca-figure">{escape(label)} <b>{escape(value)}</b></span>' for label, value in more.items()
     )
     return (
         f'<div class="ca-standing ca-{found.state}"><div><span class="ca-state">{found.state}</span>'
@@ -147,6 +147,7 @@ STYLE = """
 .ca-head {display:flex; align-items:baseline; gap:.8rem; padding:.3rem 0 0}
 .ca-head b {font-size:1.35rem; letter-spacing:-.01em}
 .ca-head span {color:var(--body-text-color-subdued); font-size:.9rem}
+.ca-act {max-width:20rem}
 .ca-note {color:var(--body-text-color-subdued); padding:1.4rem 1rem; text-align:center;
   border:1px dashed var(--border-color-primary); border-radius:8px}
 .ca-error {border-left:3px solid #c92a2a; background:color-mix(in srgb, #c92a2a 9%, transparent);
@@ -174,7 +175,7 @@ STYLE = """
 .ca-plot svg {width:100%; height:auto; display:block}
 .ca-plot svg text {font-family:var(--font) !important}
 .ca-title {font-size:.85rem; font-weight:500; padding-bottom:.2rem}
-.ca-plots {display:grid; grid-template-columns:repeat(auto-fit, minmax(250px, 1fr)); gap:.8rem; margin-top:.8rem}
+.ca-plots {display:grid; grid-template-columns:repeat(auto-fit, minmax(300px, 1fr)); gap:.8rem; margin-top:.8rem}
 .ca-label {font-size:.8rem; color:var(--body-text-color-subdued); padding-top:.7rem}
 .ca-sample {white-space:pre-wrap; overflow-wrap:anywhere; font-family:var(--font-mono); font-size:.82rem;
   background:var(--background-fill-secondary); padding:.6rem .8rem; border-radius:6px; margin:.2rem 0; max-height:14rem;

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gradio as gr
 
 from coadapt.ui import runs, shown, talk
-from coadapt.ui.context import LOUD, QUIET, Context, Remembered, wrong_with
+from coadapt.ui.context import COMPLAINTS, LOUD, QUIET, Context, Remembered, wrong_with
 from coadapt.ui.talk import Asked, Loaded
 
 MOST = 8
@@ -16,6 +17,8 @@ MOST = 8
 LONGEST = 128
 EMPTY = "Load a run, or any adapter folder, and ask it something."
 FIRST: dict[str, Any] = {"adapter": "", "model": "", "turns": [], "gates": {}, "saved": {}, "told": ""}
+
+AT_ONCE: dict[str, Any] = {"queue": False, **QUIET}
 
 Turns = list[dict[str, str]]
 """`question`, `answer`, and `base`, the base's answer, where it was asked, too."""
@@ -47,11 +50,11 @@ def lay_out(context: Context) -> ChatTab:
     with gr.Row():
         with gr.Column(scale=3, min_width=280):
             adapter = gr.Dropdown([], label="Run, or adapter folder", allow_custom_value=True)
-            model = gr.Textbox(label="Base", placeholder="left out: the one that the adapter names", max_lines=1)
+            model = gr.Textbox(label="Base", placeholder="the one that it names", max_lines=1)
             load = gr.Button("Load", size="md")
             sliders = [gr.Slider(0, talk.WIDEST, step=0.01, label="", visible=False, buttons=[]) for _ in range(MOST)]
             composition = gr.HTML()
-            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature (0: the likeliest token)", buttons=[])
+            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", buttons=[])
             longest = gr.Slider(1, 1024, value=LONGEST, step=1, label="Longest answer, tokens", buttons=[])
             compare = gr.Checkbox(label="The base's answer beside it")
         with gr.Column(scale=8, min_width=480):
@@ -88,7 +91,7 @@ def _conversation(name: str, label: str, placeholder: str, visible: bool = True)
         label=label,
         elem_id=f"ca-{name}",
         placeholder=placeholder,
-        height=420,
+        height=520,
         min_width=220,
         visible=visible,
         buttons=["copy"],
@@ -130,67 +133,71 @@ def _told(loaded: Loaded) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _active(text: str, told: str) -> str:
-    return shown.label("active") + shown.code(text) + shown.quiet(told)
-
-
 def wire(context: Context, tab: ChatTab) -> Remembered:
     """Says what happens."""
     kept = context.kept("chat", FIRST)
     turns, saved, told = gr.State([]), gr.State({}), gr.State("")
     settings: list[Any] = [tab.adapter, tab.model, tab.temperature, tab.longest, tab.compare]
     everything = [*settings, turns, saved, told, *tab.sliders]
-
-    def keep(*values: Any) -> dict[str, Any]:
-        names = ("adapter", "model", "temperature", "longest", "compare", "turns", "saved", "told")
-        said = dict(zip(names, values[: len(names)], strict=True))
-        return {**said, "gates": _gates(said["saved"], values[len(names) :])}
-
-    def restore(said: dict[str, Any]) -> list[Any]:
-        before: Turns = said.get("turns", [])
-        compare = bool(said.get("compare"))
-        adapter = said.get("adapter") or None
-        return [
-            gr.Dropdown(choices=folders(context), value=adapter),
-            said.get("model") or (context.model if not adapter else ""),
-            said.get("temperature", 0),
-            said.get("longest", LONGEST),
-            compare,
-            before,
-            said.get("saved", {}),
-            said.get("told", ""),
-            *_shown_sliders(said.get("gates", {}), said.get("saved", {})),
-            messages(before, "answer"),
-            gr.Chatbot(value=messages(before, "base"), visible=compare),
-        ]
-
-    outputs = [*everything, tab.adapted, tab.base]
     tab.adapter.focus(lambda: gr.Dropdown(choices=folders(context)), None, tab.adapter, queue=False, **QUIET)
-
-    def load(adapter: str | None, model: str | None) -> list[Any]:
-        try:
-            found = context.talker.load(adapter or "", model or "")
-        except (ValueError, OSError, RuntimeError) as error:
-            return [wrong_with(str(error)), {}, "", *_shown_sliders({}, {})]
-        gates = dict(found.gates.values)
-        return [wrong_with(""), gates, _told(found), *_shown_sliders(gates, gates)]
-
     loaded = [tab.wrong, saved, told, *tab.sliders]
-    tab.load.click(load, [tab.adapter, tab.model], loaded, **LOUD).then(keep, everything, kept, **QUIET)
-
-    def active(adapter: str | None, model: str | None, saved: dict[str, float], told: str, *sliders: float) -> str:
-        if not saved:
-            return _active(told, "") if told else ""
-        return _active(context.talker.text(adapter or "", model or "", saved, _gates(saved, sliders)), told)
-
+    event = tab.load.click(partial(_load, context), [tab.adapter, tab.model], loaded, **LOUD)
+    event.then(_keep, everything, kept, **QUIET)
     changes: Any = [c.change for c in (saved, told, *tab.sliders)]
     inputs = [tab.adapter, tab.model, saved, told, *tab.sliders]
-    gr.on(changes, active, inputs, tab.composition, trigger_mode="always_last", queue=False, **QUIET)
+    gr.on(changes, partial(_told_active, context), inputs, tab.composition, trigger_mode="always_last", **AT_ONCE)
     changes = [c.change for c in (*settings, turns, *tab.sliders)]
-    gr.on(changes, keep, everything, kept, trigger_mode="always_last", queue=False, **QUIET)
-    tab.compare.change(lambda on: gr.Chatbot(visible=on), tab.compare, tab.base, queue=False, **QUIET)
+    gr.on(changes, _keep, everything, kept, trigger_mode="always_last", **AT_ONCE)
+    tab.compare.change(lambda on: gr.Chatbot(visible=on), tab.compare, tab.base, **AT_ONCE)
     _wire_asking(context, tab, everything, turns)
-    return Remembered(kept=kept, restore=restore, outputs=outputs)
+    outputs = [*everything, tab.adapted, tab.base]
+    return Remembered(kept=kept, restore=partial(_restore, context), outputs=outputs)
+
+
+def _keep(*values: Any) -> dict[str, Any]:
+    """What the browser remembers."""
+    names = ("adapter", "model", "temperature", "longest", "compare", "turns", "saved", "told")
+    said = dict(zip(names, values[: len(names)], strict=True))
+    return {**said, "gates": _gates(said["saved"], values[len(names) :])}
+
+
+def _restore(context: Context, said: dict[str, Any]) -> list[Any]:
+    before: Turns = said.get("turns", [])
+    compare = bool(said.get("compare"))
+    adapter = said.get("adapter") or None
+    return [
+        gr.Dropdown(choices=folders(context), value=adapter),
+        said.get("model") or (context.model if not adapter else ""),
+        said.get("temperature", 0),
+        said.get("longest", LONGEST),
+        compare,
+        before,
+        said.get("saved", {}),
+        said.get("told", ""),
+        *_shown_sliders(said.get("gates", {}), said.get("saved", {})),
+        messages(before, "answer"),
+        gr.Chatbot(value=messages(before, "base"), visible=compare),
+    ]
+
+
+def _load(context: Context, adapter: str | None, model: str | None) -> list[Any]:
+    """What is wrong, the gates as they were saved, what is to be known, the sliders."""
+    try:
+        found = context.talker.load(adapter or "", model or "")
+    except COMPLAINTS as error:
+        return [wrong_with(str(error)), {}, "", *_shown_sliders({}, {})]
+    gates = dict(found.gates.values)
+    return [wrong_with(""), gates, _told(found), *_shown_sliders(gates, gates)]
+
+
+def _told_active(
+    context: Context, adapter: str | None, model: str | None, saved: dict[str, float], told: str, *sliders: float
+) -> str:
+    """The composition that the sliders make."""
+    if not saved and not told:
+        return ""  # nothing was loaded yet
+    text = context.talker.text(adapter or "", model or "", saved, _gates(saved, sliders))
+    return (shown.label("active") + shown.code(text) if text else "") + shown.quiet(told)
 
 
 def _gates(saved: dict[str, float], sliders: Sequence[float]) -> dict[str, float]:
@@ -214,7 +221,7 @@ def _wire_asking(context: Context, tab: ChatTab, everything: list[Any], turns: g
             for base, text in context.talker.answers(adapter or "", model or "", said, turn["question"], how):
                 turn["base" if base else "answer"] = text
                 yield [gr.skip(), gr.skip(), now, messages(now, "answer"), messages(now, "base")]
-        except (ValueError, OSError, RuntimeError) as error:
+        except COMPLAINTS as error:
             yield [
                 wrong_with(str(error)),
                 question,

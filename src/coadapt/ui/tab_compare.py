@@ -9,7 +9,7 @@ import gradio as gr
 from coadapt.training.palette import adapter_colors
 from coadapt.ui import compared, drawing, runs, shown
 from coadapt.ui.context import QUIET, Context, Remembered
-from coadapt.ui.curves import HELD, TRAINING
+from coadapt.ui.curves import HELD, TRAINING, spread
 from coadapt.ui.tab_watch import labels
 
 EVERY = 5.0
@@ -84,8 +84,8 @@ def wire(context: Context, tab: CompareTab) -> Remembered:
 
 def _curves(folders: dict[str, Path], which: str) -> str:
     found = compared.curves(folders, which)
-    title = f"loss, {which}"
-    return drawing.plot(title, found, adapter_colors(folders), size=drawing.WIDE)
+    colors = adapter_colors(folders)
+    return drawing.plot(f"loss, {which}", found, colors, size=drawing.WIDE, logarithmic=spread(found))
 
 
 def _differing(folders: dict[str, Path]) -> str:

@@ -44,7 +44,7 @@ def pictures(folder: Path) -> str:
         if (found := curves.panel(log, figure))
     ]
     small.append(drawing.plot("memory, GiB", memory, curves.colors(memory)))
-    wide = drawing.plot("loss", loss, curves.colors(loss), size=drawing.WIDE)
+    wide = drawing.plot("loss", loss, curves.colors(loss), size=drawing.WIDE, logarithmic=curves.spread(loss))
     return f'{wide}<div class="ca-plots">{"".join(small)}</div>' if wide else ""
 
 
@@ -56,8 +56,8 @@ def lay_out(context: Context) -> WatchTab:
             chosen = gr.Radio([], label="Runs, the latest first", elem_classes=["ca-list"])
         with gr.Column(scale=7, min_width=480):
             standing = gr.HTML()
-            stop = gr.Button("Stop after this step", size="sm", visible=False)
-            go_on = gr.Button("Go on from the last checkpoint", size="sm", visible=False)
+            stop = gr.Button("Stop after this step", size="sm", visible=False, elem_classes=["ca-act"])
+            go_on = gr.Button("Go on from the last checkpoint", size="sm", visible=False, elem_classes=["ca-act"])
             wrong = gr.HTML(visible=False)
             drawn = gr.HTML(padding=False)
             log = gr.Textbox(
@@ -96,9 +96,9 @@ def figures(name: str, folder: Path, at: runs.Standing) -> dict[str, str]:
     """The figures beside how a run stands."""
     cells = summary(name, folder).cells()
     found = {label: cells[key] for key, label in (("adapters", "adapters"), ("held-out loss", "held-out loss"))}
-    found |= {"best": cells["best"], "of training": cells["time"], "memory at most": cells["memory"]}
+    found |= {"best": cells["best"], "time": cells["time"], "memory at most": cells["memory"]}
     if at.state == "running" and (process := process_of(folder)) is not None:
-        found |= {"in memory now": size(process.memory_info().rss), "process": str(process.pid)}
+        found |= {"memory now": size(process.memory_info().rss), "process": str(process.pid)}
     return {label: value for label, value in found.items() if value != NOTHING}
 
 

@@ -192,12 +192,15 @@ class Talker:
         return gated(view.composition, {**loaded.gates.values, **gates})
 
     def text(self, adapter: str, model: str, saved: Mapping[str, float], gates: Mapping[str, float]) -> str:
-        """What these gates make active, as text; of a model that is not loaded (any more) as a plain sum."""
+        """What these gates make active, as text.
+
+        Of a model that is not loaded (any more) as a plain sum; empty where it has no gates either.
+        """
         loaded = self._loaded if self._key == (adapter.strip(), model.strip()) else None
         if loaded is not None:
             node = self.composition(loaded, gates)
             return loaded.gates.saved if node is None else shown(node)
-        return shown(gated(Sum(*saved), gates))
+        return shown(gated(Sum(*saved), gates)) if saved else ""
 
     def answers(
         self, adapter: str, model: str, turns: Sequence[tuple[str, str]], question: str, how: Asked
