@@ -136,9 +136,6 @@ QUICK: dict[str, Case] = {
     "rows-bf16": Case(steps=[[[MIXED]], [[ONE_SIDE]]], precision="bf16"),
     "serial-autocast": Case(steps=SERIAL[:1], precision="autocast"),
     "sharded": Case(steps=[[[ACTIVE]], [[every("a + 0.5*b >> c")]], [[MIXED]]], sharded=True),
-    "sharded-accumulated": Case(steps=ACCUMULATED, sharded=True, reentrant=False),
-    "sharded-tied": Case(steps=CHANGING, sharded=True, model="gpt2"),
-    "sharded-gates": Case(steps=[[[ACTIVE]], [[ACTIVE, MIXED]]], active="gated", sharded=True),
 }
 _STEPS = {"rows": CHANGING, "serial": SERIAL, "accumulated": ACCUMULATED}
 _OTHERS = {
