@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from coadapt.formats.files import GATES
 from coadapt.training import devices
 from coadapt.training.settings import RunConfig
 from devices.ranks import WITHIN, Together, Told, apart, curve, drawn, equal, settings, weights
@@ -34,6 +36,22 @@ def test_a_base_in_parts_then_whole_then_in_parts(
     torch.testing.assert_close(torch.tensor(curve(out)), torch.tensor(curve(expected)), rtol=WITHIN, atol=WITHIN)
     files = [{p.relative_to(o) for p in o.rglob("*") if "checkpoint" not in str(p)} for o in (out, expected)]
     assert files[0] == files[1]
+
+
+@pytest.mark.full
+def test_learned_gates_beside_a_base_in_parts(base: str, rows: str, tmp_path: Path) -> None:
+    """To the bit what they are beside a whole one."""
+    found = []
+    for number, more in enumerate(([], ["--fsdp"])):
+        out = tmp_path / f"out{number}"
+        told = settings(base, rows, out, 4, 1, "--composition=prompt + learned*lora", *more)
+        ranks = Together(tmp_path / f"ranks{number}", 2, told).ended()
+        assert [one.code for one in ranks] == [0, 0], ranks[0].said
+        equal(ranks)
+        found.append(weights(out) | load_file(out / GATES))
+    assert any("gate" in name for name in found[0])
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 LAUNCHED = {
