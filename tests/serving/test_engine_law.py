@@ -83,7 +83,7 @@ def test_every_method_is_served_or_refused_by_name() -> None:
             assert found.last.error is None, request.adapters
             assert found.tokens == alone(view, request), request.adapters
         else:
-            assert found.last.finish == "error", request.adapters
+            assert found.last.finish == "refused", request.adapters
             assert why in str(found.last.error)
             assert "coadapt generate" in str(found.last.error)
 

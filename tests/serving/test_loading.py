@@ -10,7 +10,7 @@ import httpx
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from coadapt import PeftModel
+from coadapt import PeftModel, ReftConfig, get_peft_model
 from coadapt.demo import BASE
 from coadapt.serving.engine import Engine
 from coadapt.serving.opening import Given, introduced, listed
@@ -50,6 +50,20 @@ def test_it_comes_answers_and_goes(
         assert unloads("new").json() == {"id": "new", "object": "model", "deleted": True}
         assert http.post("/v1/completions", json={"model": "new", **ASKED}).status_code == 404
         assert unloads("new").status_code == 404
+
+
+def test_what_cannot_be_served_says_so(
+    http: httpx.Client, loads: Callable[..., httpx.Response], unloads: Callable[[str], httpx.Response], adapters: Path
+) -> None:
+    """Found out when it is asked: the client's to mend, and not a fault of the server."""
+    view = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE), ReftConfig(r=2))
+    view.save_pretrained(adapters / "reads-ends")
+    assert loads("reads-ends", "reads-ends").status_code == 200
+    found = http.post("/v1/completions", json={"model": "reads-ends", **ASKED})
+    assert (found.status_code, found.json()["error"]["code"]) == (400, "cannot_be_served")
+    assert "counts from a text's end" in found.json()["error"]["message"]
+    unloads("reads-ends")
+    shutil.rmtree(adapters / "reads-ends")
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a+b", "../x", "-a", ".a", "a/b", "é", "a" * 97, "a\n", "base", "task"])

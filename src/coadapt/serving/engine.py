@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -182,7 +182,7 @@ class Engine:
                 answer_tokens=writer.answer_tokens,
                 steps=writer.steps,
                 rows_per_step=writer.stepped / max(writer.steps, 1),
-                finished={how: self._done[how] for how in ("stop", "length", "cancelled", "error")},
+                finished={how: self._done[how] for how in get_args(Finish)},
                 known=len(self.shelf.known),
                 attached=tuple(self.shelf.attached),
                 loads=self.shelf.loads,
@@ -286,7 +286,8 @@ class Engine:
                 found = self._served[key(node)] = served(self.model, node)
             check_length(row.request, self.model.positions, "the model takes", found.takes)
         except Exception as error:
-            self._refuse(row, "error", str(error) or type(error).__name__)
+            how = "refused" if isinstance(error, ValueError) else "error"
+            self._refuse(row, how, str(error) or type(error).__name__)
             return False
         row.served = found
         return True

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Finish = Literal["stop", "length", "cancelled", "error"]
-"""An end token or a stop text; no tokens left; the client went away; the engine could not go on."""
+Finish = Literal["stop", "length", "cancelled", "refused", "error"]
+"""An end token or a stop text; no tokens left; the client went away; its adapters cannot answer it, as was found when
+they were there; the engine could not go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class Piece:
     finish: Finish | None = None
     """Set on the last piece, and only there."""
     error: str | None = None
-    """What went wrong, where `finish` is "error"."""
+    """What went wrong, where `finish` is "refused" or "error"."""
 
 
 Hear = Callable[[Piece], None]

@@ -46,6 +46,8 @@ class Rows:
         while left:
             number, piece = await self._heard.get()
             self._count(number, piece)
+            if piece.finish == "refused":
+                raise Refusal(400, piece.error or "", param="model", code="cannot_be_served")
             if piece.finish == "error":
                 raise broken(piece.error if piece.error and not piece.error.startswith("The engine failed") else None)
             if piece.finish == "cancelled":
