@@ -215,7 +215,8 @@ def test_a_training_that_finds_no_room_says_so_and_goes_on_when_there_is(
     assert process.exitcode == 1
     assert f"error: {out}/checkpoint-2 could not be written" in log.read_text()
     assert "make room, then go on with --resume" in log.read_text()
-    assert files_in(out) == {"run.yaml", "metrics.jsonl"}
+    assert files_in(out) == {"run.yaml", "metrics.jsonl", "process.json"}
+    assert "could not be written" in (out / "process.json").read_text("utf-8")
     assert len(logged(out)) == 3
     kill_while_training(data, out, iter(()))
     equal(out, unbroken)
