@@ -25,6 +25,7 @@ def test_there_are_notebooks() -> None:
     assert len(NOTEBOOKS) >= 4
 
 
+@pytest.mark.full  # `make docs` runs them too, once for each change of their cells
 @pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 def test_it_runs(file: Path, kernel: KernelManager) -> None:
     notebook = nbformat.read(file, as_version=4)

@@ -30,6 +30,7 @@ def test_what_is_wrong_in_all_is_said_once(base: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_a_killed_process_ends_all_and_leaves_no_half_file(base: str, rows: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     told = Together(tmp_path / "ranks", 2, settings(base, rows, out, 4, 1), trouble={"kill": 4}).ended()
