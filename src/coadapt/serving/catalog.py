@@ -133,7 +133,7 @@ class Catalog:
     def card(self, entry: Entry) -> dict[str, Any]:
         """One adapter, as GET /v1/models tells it."""
         own = {"id": entry.name, "object": "model", "created": entry.created, "owned_by": "coadapt"}
-        return {**own, "root": str(entry.folder), "parent": self.base}
+        return {**own, "root": str(entry.folder.resolve()), "parent": self.base}
 
     # ---- what clients change -----------------------------------------------------------------------------------------
 
