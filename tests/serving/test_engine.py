@@ -79,6 +79,28 @@ def test_stopping_at_once_cancels() -> None:
     assert not any(thread.name in ("engine", "adapters") for thread in threading.enumerate() if thread.is_alive())
 
 
+def test_stopping_at_once_finds_a_row_that_is_on_its_way_into_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, heard = Engine(several("llama"), TOKENIZER), Heard()
+    join, coming, stopped = made.writer.batch.join, threading.Event(), threading.Event()
+
+    def late(*args: Any) -> None:
+        coming.set()
+        assert stopped.wait(30)
+        join(*args)
+
+    monkeypatch.setattr(made.writer.batch, "join", late)
+    made.submit(request(max_tokens=100), heard)
+    made.start()
+    assert coming.wait(30)
+    stopping = threading.Thread(target=made.stop, kwargs={"finish": False})
+    stopping.start()
+    while not made._stopping:
+        time.sleep(0.001)
+    stopped.set()
+    stopping.join(30)
+    assert heard.last.finish == "cancelled"
+
+
 def test_who_goes_away_leaves_the_batch_and_the_others_go_on() -> None:
     view = several("llama")
     with engine(view, rows=2) as made:

@@ -90,7 +90,7 @@ class Engine:
         self._served: dict[Any, Served] = {}
         self._changes = 0
         self._changed = threading.Condition()
-        self._stopping = False
+        self._stopping = self._ending = False
         self._thread: threading.Thread | None = None
         self._done: Counter[Finish] = Counter()
 
@@ -158,10 +158,7 @@ class Engine:
     def stop(self, *, finish: bool = True) -> None:
         """Takes no more requests, and returns when there are none left: finished, or cancelled."""
         with self._changed:
-            self._stopping = True
-            if not finish:
-                for row in (*self._waiting, *self.writer.rows):
-                    row.cancelled = True
+            self._stopping, self._ending = True, self._ending or not finish
             self._changed.notify()
         if self._thread is None:
             for row in list(self._waiting):
@@ -220,9 +217,9 @@ class Engine:
                     continue
             try:
                 self.writer.turn()
-            except Exception as error:  # not a row's fault, but ours: nobody shall wait for what never comes
+            except Exception:  # not a row's fault, but ours: nobody shall wait for what never comes
                 _log.exception("A step failed.")
-                self.writer.give_up(f"The engine failed: {error}")
+                self.writer.give_up()
         self._between()
 
     def _between(self) -> bool:
@@ -237,6 +234,9 @@ class Engine:
                 done.set_exception(error)
         coming = self.shelf.settle()
         self._forget()
+        if self._ending:  # here, for within a turn a row can be on its way from one list to another
+            for row in (*self._waiting, *self.writer.rows):
+                row.cancelled = True
         for row in [row for row in self._waiting if row.cancelled]:
             self._refuse(row, "cancelled")
         if self.writer.filling is None and len(self.writer.batch.rows) < self.writer.most:

@@ -55,7 +55,7 @@ class Piece:
     finish: Finish | None = None
     """Set on the last piece, and only there."""
     error: str | None = None
-    """What went wrong, where `finish` is "refused" or "error"."""
+    """What went wrong, where `finish` is "refused" or "error"; None where only the log is to tell."""
 
 
 Hear = Callable[[Piece], None]

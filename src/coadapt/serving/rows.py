@@ -49,7 +49,7 @@ class Rows:
             if piece.finish == "refused":
                 raise Refusal(400, piece.error or "", param="model", code="cannot_be_served")
             if piece.finish == "error":
-                raise broken(piece.error if piece.error and not piece.error.startswith("The engine failed") else None)
+                raise broken(piece.error)
             if piece.finish == "cancelled":
                 raise Refusal(503, "The server stopped before the answer was whole.", code="stopped")
             left -= piece.finish is not None

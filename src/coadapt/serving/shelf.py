@@ -6,10 +6,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coadapt.config import check_name, did_you_mean
+from coadapt.config import did_you_mean
 from coadapt.core.composition import Node, Seq, Sum, as_node, names, trained_gates
 from coadapt.formats.folder import Loaded
 from coadapt.model import PeftModel
+from coadapt.naming import check_name
 
 
 @dataclass(eq=False)

@@ -54,10 +54,10 @@ class Writer:
         if self.batch.rows:
             self._step()
 
-    def give_up(self, error: str) -> None:
-        """Ends all rows with an error."""
+    def give_up(self) -> None:
+        """Ends all rows with an error, which the log tells."""
         for row in self.rows:
-            self.finish(row, "error", error=error)
+            self.finish(row, "error")
         self.filling, self.batch = None, Batch(self.model)
 
     def finish(self, row: Row, how: Finish, text: str = "", error: str | None = None) -> None:
