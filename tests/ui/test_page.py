@@ -69,6 +69,9 @@ def test_a_form_shows_what_it_means_and_needs_and_a_reload_finds_it(place: Path)
         page.get_by_label("Data", exact=True).fill("nothing.jsonl")
         page.get_by_role("button", name="Start").click()
         expect(page.get_by_role("alert")).to_contain_text("data='nothing.jsonl': there is no such file")
+        for data, told in (("train.jsonl", 0), ("nothing.jsonl", 1)):
+            page.get_by_label("Data", exact=True).fill(data)
+            expect(page.get_by_role("alert")).to_have_count(told)
         page.reload()
         settled(page)
         assert values(page, "Model", "Data", "or steps", "Composition", "Name of the run") == [

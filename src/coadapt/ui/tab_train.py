@@ -33,15 +33,15 @@ USUAL = ("lora", "prompt_tuning", "prefix_tuning", "bottleneck")
 def wire(context: Context, tab: TrainTab, started: list[Any]) -> Remembered:
     """Says what happens; `started` are what a start changes elsewhere: the tabs, and the run that is watched."""
     kept = context.kept("form", FIRST)
-    count = gr.State(1)
+    count, refused = gr.State(1), gr.State(None)
     everything, meaning = [count, *tab.inputs], [kept, tab.wrong, tab.command, tab.yaml]
-    mean = partial(_meaning, context)
-    changes: Any = [component.change for component in tab.inputs]
-    gr.on(changes, mean, everything, meaning, trigger_mode="always_last", queue=False, **QUIET)
-    _wire_adapters(tab, count, lambda event: event.then(mean, everything, meaning, **QUIET))
+    mean, meant = partial(_meaning, context), [refused, *everything]
+    changes: Any = [component.change for component in (*tab.inputs, refused)]
+    gr.on(changes, mean, meant, meaning, trigger_mode="always_last", queue=False, **QUIET)
+    _wire_adapters(tab, count, lambda event: event.then(mean, meant, meaning, **QUIET))
     tab.estimate.click(_estimate, everything, tab.needs, **LOUD)
     tab.look.click(_look, everything, tab.data, **LOUD)
-    tab.start.click(partial(_start, context), everything, [tab.wrong, *started], **LOUD)
+    tab.start.click(partial(_start, context), everything, [refused, *started], **LOUD)
 
     def restore(said: dict[str, Any]) -> list[Any]:
         values, adapters = said.get("values", {}), said.get("adapters") or FIRST["adapters"]
@@ -50,17 +50,21 @@ def wire(context: Context, tab: TrainTab, started: list[Any]) -> Remembered:
         return [len(adapters), said.get("name", ""), *fields, *shown_adapters(adapters)]
 
     outputs = [count, tab.name, *tab.fields.values(), *adapter_outputs(tab)]
-    return Remembered(kept=kept, restore=restore, outputs=outputs, after=(mean, everything, meaning))
+    return Remembered(kept=kept, restore=restore, outputs=outputs, after=(mean, meant, meaning))
 
 
-def _meaning(context: Context, count: int, *values: Any) -> Any:
-    """The form as it is kept, what is wrong with it, its command, its settings."""
+def _meaning(context: Context, refused: tuple[Any, str] | None, count: int, *values: Any) -> Any:
+    """The form as it is kept, what is wrong with it, its command, its settings.
+
+    Args:
+        refused: the form that could not be started, and why: still so, as long as it is this one.
+    """
     said = written(count, values)
     try:
         settings = read(said)
     except ValueError as error:
         return said, wrong_with(str(error)), "", ""
-    wrong, folder = "", context.runs / "NAME"
+    wrong, folder = refused[1] if refused and refused[0] == said else "", context.runs / "NAME"
     try:
         folder = context.runs / form.run_name(str(said["name"] or ""), settings, context.runs)
         if settings.get("model") or settings.get("data"):  # nothing is wrong with a form that is empty
@@ -92,7 +96,7 @@ def _look(count: int, *values: Any) -> str:
 
 
 def _start(context: Context, count: int, *values: Any) -> Any:
-    """What is wrong, the tab to look at, the run to watch."""
+    """The form with what is wrong with it, the tab to look at, the run to watch."""
     said = written(count, values)
     try:
         settings = read(said)
@@ -101,9 +105,9 @@ def _start(context: Context, count: int, *values: Any) -> Any:
         name = form.run_name(str(said["name"] or ""), settings, context.runs)
         launch.start(context.runs, name, settings)
     except COMPLAINTS as error:
-        return wrong_with(str(error)), gr.skip(), gr.skip()
+        return (said, str(error)), gr.skip(), gr.skip()
     there = labels(runs.found(context.runs))
-    return wrong_with(""), gr.Tabs(selected="watch"), gr.Radio(choices=there, value=name)
+    return None, gr.Tabs(selected="watch"), gr.Radio(choices=there, value=name)
 
 
 def check_there(model: str, data: Sequence[str | None]) -> None:
