@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import coadapt
-from coadapt.config import Option, PeftConfig, declared_options
+from coadapt.config import PeftConfig
+from coadapt.declared import Option, declared_options
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "api" / "configs.md"

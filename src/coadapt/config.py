@@ -1,6 +1,5 @@
 """What an adapter is asked to be: the fields every method has, their validation, plain dicts. Needs no torch."""
 
-import ast
 import difflib
 import json
 import re
@@ -9,6 +8,8 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
+
+from .naming import check_name
 
 
 class TaskType(StrEnum):
@@ -431,42 +432,6 @@ class AttentionConfig(VirtualTokensConfig):
             raise ValueError(f"{type(self).__name__}: position_offset={self.position_offset} must not be below 0.")
 
 
-_TAKEN_WORDS = {
-    "__base__": "a row without any adapter",
-    "nothing": "a composition without any adapter",
-    "gates": "the trained gates of a composition",
-    "learned": "a gate that is trained, in a text",
-    "learned_per_layer": "gates that are trained, in a text",
-}
-"""What compositions and options call other things than adapters."""
-
-
-def check_name(name: object) -> str:
-    """`name` if it can name an adapter and its folder.
-
-    Raises:
-        ValueError: it is empty, has a path separator or a character that the text form of compositions uses.
-    """
-    bad = sorted({c for c in str(name) if c in '/\\:*?"<>|+()[],=' or c.isspace() or not c.isprintable()})
-    if isinstance(name, str) and name in _TAKEN_WORDS:
-        raise ValueError(f"{name!r} cannot name an adapter: it stands for {_TAKEN_WORDS[name]}. Pick another name.")
-    if not isinstance(name, str) or not name or bad or name[0] in ".-" or len(name) > 128 or _is_number(name):
-        why = f"; {', '.join(map(repr, bad))} cannot be in it" if bad else ""
-        raise ValueError(
-            f"{name!r} cannot name an adapter{why}. A name is also the name of its folder: letters, digits, '_', '-' "
-            "and '.', not starting with '-' or '.', at most 128 characters, and not a number."
-        )
-    return name
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
 def _plain(value: Any) -> Any:
     match value:
         case StrEnum():
@@ -483,37 +448,3 @@ def _plain(value: Any) -> Any:
             return sorted(_plain(v) for v in cast(set[Any], value))
         case _:
             return value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Option:
-    """One field of a configuration class, as its source declares it."""
-
-    name: str
-    annotation: str
-    default: str
-    """As its source says it; empty where there is none, so that it has to be given."""
-    doc: str
-
-
-def declared_options(source: str) -> dict[str, list[Option]]:
-    """The configuration classes in a Python source text: class name -> fields with the text under each.
-
-    Read from the source and not by import, so that help texts need no torch.
-    """
-    return {
-        node.name: list(_options(node))
-        for node in ast.parse(source).body
-        if isinstance(node, ast.ClassDef) and node.name.endswith("Config")
-    }
-
-
-def _options(node: ast.ClassDef) -> Iterable[Option]:
-    for declared, after in zip(node.body, [*node.body[1:], None], strict=True):
-        if not isinstance(declared, ast.AnnAssign) or "ClassVar" in (kind := ast.unparse(declared.annotation)):
-            continue
-        text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-        default = "" if declared.value is None else ast.unparse(declared.value)
-        yield Option(
-            name=ast.unparse(declared.target), annotation=kind, default=default, doc=" ".join(str(text).split())
-        )

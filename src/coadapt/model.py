@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from . import quant as quant  # quantised bases are known from now on
 from .combining import Options, Report, combine
 from .combining.field import translated
-from .config import PeftConfig, check_name
+from .config import PeftConfig
 from .core import composition, merging, replication
 from .core.adapter import build, replace_options, start_from
+from .core.base_model import BaseModel
 from .core.composition import Node
 from .core.method import method_for
 from .core.repacking import MergeReport, dequantise
@@ -22,8 +23,10 @@ from .core.store import count
 from .core.view import View
 from .formats import checkpoint, folder
 from .formats.package import pack, place_of
-from .methods.lora import LoraConfig, loras
+from .methods.lora import LoraConfig
 from .methods.xlora import XLoraConfig
+from .naming import check_name
+from .param_groups import param_groups
 from .verifying import Proof, verify
 
 
@@ -63,7 +66,7 @@ class PeftModel(View):
             self.set_adapter(name)
 
     @property
-    def base_model(self) -> "BaseModel":
+    def base_model(self) -> BaseModel:
         """The base's attributes with the view's verbs, for the field's `model.base_model.set_adapter([...])`."""
         return BaseModel(self)
 
@@ -265,23 +268,19 @@ class PeftModel(View):
         Raises:
             ValueError: a name that is no adapter, one that does not train, or a ratio where there is no LoRA.
         """
-        members: dict[str, nn.Module] = {"gates": self.gates, **self._names}
-        trained = {name: [p for p in m.parameters() if p.requires_grad] for name, m in members.items()}
         given = {n: o if isinstance(o, Mapping) else {"lr": o} for n, o in (options or {}).items()}
         for name in given:
-            self._member(name)
-            if not trained[name]:
+            if not any(p.requires_grad for p in self._member(name).parameters()):
                 raise ValueError(
                     f"param_groups: {name!r} has nothing that trains, so its options would have no effect. "
                     f"Call unfreeze({name!r})."
                 )
+        remembered = {n: {"lr": a.learning_rate} for n, a in self._names.items() if a.learning_rate is not None}
+        members = {"gates": self.gates, **self._names}
+        groups = param_groups(members, {n: {**remembered.get(n, {}), **given.get(n, {})} for n in members})
         for name, adapter in self._names.items():
             adapter.learning_rate = given.get(name, {}).get("lr", adapter.learning_rate)
-        remembered = {n: {"lr": a.learning_rate} for n, a in self._names.items() if a.learning_rate is not None}
-        every = {**remembered, **given}
-        return [
-            g for name, found in trained.items() if found for g in _groups(name, found, every.get(name, {}), members)
-        ]
+        return groups
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(parameters that train, all parameters)"""
@@ -572,71 +571,6 @@ class PeftModel(View):
     def set_extra_state(self, state: Tensor) -> None:
         """Checks that the state is of a view like this one. Raises ValueError where it is not."""
         checkpoint.compare(state, self._names)
-
-
-class BaseModel:
-    """What `view.base_model` is: the base's attributes, and the view's verbs where it has one of that name.
-
-    Called, it is the base's body, adapted: the model without its head, as transformers' models name their `base_model`.
-    """
-
-    def __init__(self, view: PeftModel) -> None:
-        self.__dict__["_view"] = view
-
-    def __getattr__(self, name: str) -> Any:
-        view: PeftModel = self.__dict__["_view"]
-        return getattr(view if hasattr(PeftModel, name) else view.base, name)
-
-    def __call__(
-        self,
-        *args: Any,
-        adapters: Any = None,
-        adapter_names: Sequence[Any] | None = None,
-        task_ids: Any = None,
-        **kw: Any,
-    ) -> Any:
-        """Hidden states; the whole of a model that has no body of its own.
-
-        Raises:
-            ValueError: an active adapter sits outside of the body, at the head: nothing here would use it.
-        """
-        view: Any = self.__dict__["_view"]
-        base = view.base
-        body = base.base_model if hasattr(base, "base_model_prefix") else base
-        if body is base:
-            return view(*args, adapters=adapters, adapter_names=adapter_names, task_ids=task_ids, **kw)
-        inside = set(body.modules())
-        asked = adapter_names or [view.composition if adapters is None else adapters]
-        for name in {n for a in asked if a not in (None, "__base__") for n in composition.names(view.checked(a))}:
-            out = [p.place.path for p in view.get_adapter(name).parts if p.place.module not in inside]
-            if out:
-                raise ValueError(
-                    f"base_model gives hidden states, without the head; the adapter {name!r} at {out[0]!r} would have "
-                    "no part in them, nor in what reads the head's weight itself. Call the view, or leave the head out."
-                )
-        with view.running(adapters, adapter_names, args, kw, task_ids):
-            return body(*args, **kw)
-
-    def __repr__(self) -> str:
-        return repr(self.__dict__["_view"].base)
-
-
-def _groups(
-    name: str, trained: list[nn.Parameter], options: Mapping[str, Any], members: Mapping[str, nn.Module]
-) -> list[dict[str, Any]]:
-    """One optimiser group, or two where B learns faster than A."""
-    own = dict(options)
-    ratio = own.pop("loraplus_lr_ratio", None)
-    if ratio is None:
-        return [{"params": trained, "name": name, **own}]
-    ups = {id(method.B) for embeds, method in loras(members[name]) if not embeds}
-    fast, slow = [p for p in trained if id(p) in ups], [p for p in trained if id(p) not in ups]
-    if not fast or "lr" not in own:
-        raise ValueError(
-            f"param_groups: loraplus_lr_ratio={ratio} has no effect on {name!r}: it needs a LoRA that trains and an lr."
-        )
-    groups = {own["lr"]: slow, own["lr"] * ratio: fast} if ratio != 1 else {own["lr"]: trained}
-    return [{"params": found, "name": name, **own, "lr": rate} for rate, found in groups.items() if found]
 
 
 def _mixed_by_xlora(model: nn.Module, config: XLoraConfig, autocast: bool) -> PeftModel:

@@ -139,6 +139,8 @@ def test_m5_4_different_rates() -> None:
     torch.optim.SGD(groups, lr=1.0).step()
     for name, rate in (("adapter1", 1e-2), ("adapter2", 1e-3)):
         assert error(before[name] - model.get_adapter(name).weight, rate * gradients(model, name)) < 2e-2
+    again = model.param_groups({"adapter1": {"weight_decay": 0.1}})  # says nothing of rates, which are remembered
+    assert [(g["lr"], g.get("weight_decay")) for g in again] == [(1e-2, 0.1), (1e-3, None)]
     with pytest.raises(ValueError, match=r"'adapter3'.*'adapter"):
         model.param_groups({"adapter3": 1e-2})
     model.freeze("adapter2")

@@ -35,26 +35,18 @@ def write_card_of(folder: Path) -> None:
         click.echo(f"warning: no card was written: {error}", err=True)
 
 
-def _invoke(
-    folder: Path,
-    repo: str | None,
-    license: str | None,
-    data_license: str | None,
-    language: str | None,
-    base_model: str | None,
-) -> int:
+def _invoke(folder: Path, repo: str | None, base_model: str | None, **said: str | None) -> int:
     from coadapt.cli.output import quiet
     from coadapt.formats.hub import check_name
     from coadapt.formats.package import CARD
     from coadapt.hub.card import Said, write_card
 
     quiet()
-    said = Said(license=license, data_license=data_license, language=language)
     with inputs():
         for name in (repo, base_model):
             if name is not None:
                 check_name(name)
-        made = write_card(folder, said, repo, base_model)
+        made = write_card(folder, Said(**said), repo, base_model)
     click.echo(
         f"Written: {folder / CARD}. Intended use and limits are yours to fill in; they stay when it is made anew."
     )

@@ -21,10 +21,8 @@ def _invoke(
     revision: str | None,
     message: str | None,
     dry_run: bool,
-    license: str | None,
-    data_license: str | None,
-    language: str | None,
     base_model: str | None,
+    **said: str | None,
 ) -> int:
     from coadapt.cli.output import console, quiet
     from coadapt.formats.hub import check_name, ready_to_send, send
@@ -32,13 +30,12 @@ def _invoke(
     from coadapt.hub.push import prepare
 
     quiet()
-    said = Said(license=license, data_license=data_license, language=language)
     with inputs():
         if base_model is not None:
             check_name(base_model)
         if not dry_run:
             ready_to_send()
-        parcel = prepare(folder, repo, said, base_model, write=not dry_run)
+        parcel = prepare(folder, repo, Said(**said), base_model, write=not dry_run)
     screen = console()
     screen.print(_files(parcel.package, repo))
     if parcel.package.stays:

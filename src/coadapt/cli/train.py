@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from coadapt.cli.completion import paths, words
-from coadapt.config import Option
+from coadapt.declared import Option
 from coadapt.training.options import RECOMMENDED, methods
 from coadapt.training.settings import RunConfig, explain
 from coadapt.training.vocabulary import ALIASES, SettingHint, override, read_yaml

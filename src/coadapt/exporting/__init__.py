@@ -79,14 +79,7 @@ def export(
     aim = target_named(target)
     merge = merged or aim.adapter is None
     _check_options(aim, merged, merge, r, quantise)
-    node = model.composition if adapters is None else model.checked(adapters)
-    if not names(node):
-        raise ValueError("No adapter is active, so there is nothing to export. Name some: adapters=, --adapters.")
-    if replication_of(model.base) is not None and (merge or aim.name != "peft"):
-        raise ValueError(
-            f"Blocks of this base are there several times (layer_replication), which {aim.name} does not do. Make a "
-            "model of its own first: coadapt merge, or merge_and_unload()."
-        )
+    node = _checked(model, adapters, aim, merge)
     where = Path(out)
     refuse_taken(where, overwrite)
     form = aim.merged if merge else aim.adapter
@@ -132,6 +125,19 @@ def _check_options(aim: Target, merged: bool, merge: bool, r: Any, quantise: str
 
 
 Write = Callable[[Path, Any], model_forms.Done]
+
+
+def _checked(model: PeftModel, adapters: Any, aim: Target, merge: bool) -> Node:
+    """What is to be written."""
+    node = model.composition if adapters is None else model.checked(adapters)
+    if not names(node):
+        raise ValueError("No adapter is active, so there is nothing to export. Name some: adapters=, --adapters.")
+    if replication_of(model.base) is not None and (merge or aim.name != "peft"):
+        raise ValueError(
+            f"Blocks of this base are there several times (layer_replication), which {aim.name} does not do. Make a "
+            "model of its own first: coadapt merge, or merge_and_unload()."
+        )
+    return node
 
 
 def _writer(

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig, check_name
+from ..config import PeftConfig
 from ..core import driving, tied
 from ..core.adapter import Adapter, build, replace_options
 from ..core.composition import Node, trained_gates
 from ..core.routing import prepare
+from ..naming import check_name
 from .compositions import node_from_json, node_to_json
 from .configs import without_start
 from .files import CHECKPOINT, read_tensors

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import PeftConfig, check_name, did_you_mean
+from ..config import PeftConfig, did_you_mean
 from ..core import driving
 from ..core.adapter import Adapter, build, replace_options
 from ..core.base import base_of
@@ -18,6 +18,7 @@ from ..core.method import Reparametrization
 from ..core.routing import prepare
 from ..methods.vblora import VBLoRAConfig
 from ..methods.xlora import XLoraConfig
+from ..naming import check_name
 from . import adapterhub, checkpoint, files, vocabulary, xlora
 from .compositions import node_from_json, node_to_json
 from .configs import (
@@ -32,7 +33,7 @@ from .configs import (
 )
 from .facts import read_facts
 from .files import CHECKPOINT, COMPOSITION, CONFIG, GATES, PROVENANCE, TRAINING, WEIGHTS, aside
-from .keys import ROOT, entries, holds_biases, is_unread, present, shared_keys
+from .keys import entries, holds_biases, is_unread, present, shared_keys
 from .provenance import compare_bases, fingerprint_in, record, start_in
 
 __all__ = ["CONFIG", "Loaded", "aside", "load", "save"]
@@ -372,5 +373,7 @@ def _keys_of_the_base(base: nn.Module) -> dict[str, nn.Parameter]:
     for path, module in base.named_modules():
         inside = f"{path}." if path else ""
         for name, parameter in module.named_parameters(recurse=False):
-            keys |= dict.fromkeys((ROOT + inside + name, f"{ROOT}{inside}base_layer.{name}"), parameter)
+            keys |= dict.fromkeys(
+                (vocabulary.ROOT + inside + name, f"{vocabulary.ROOT}{inside}base_layer.{name}"), parameter
+            )
     return keys

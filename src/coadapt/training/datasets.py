@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from coadapt.config import check_name, did_you_mean
+from coadapt.config import did_you_mean
+from coadapt.naming import check_name
 from coadapt.training.vocabulary import refuse_unknown, renamed
 
 OWN = ("data", "dataset_config", "eval_data")

@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from coadapt.config import Option, declared_options, did_you_mean
+from coadapt.config import did_you_mean
+from coadapt.declared import Option, declared_options
 from coadapt.training.recommended import MEASURED, OTHERS, RECOMMENDED, SMALL
 
 NOT_CHOSEN = frozenset(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from coadapt.config import check_name
+from coadapt.naming import check_name
 from coadapt.training.datasets import DatasetSettings, check_adapters, check_datasets, datasets_of
 from coadapt.training.options import default_options, default_rate, method_named, methods, tasks_option
 from coadapt.training.vocabulary import adapters_of, plain_value, refuse_unknown, renamed
