@@ -55,7 +55,7 @@ def wire(context: Context, tab: CompareTab) -> Remembered:
         now = [repr(listed), which, *map(repr, found)]
         if now == before:
             return [gr.skip() for _ in outputs]
-        again = gr.CheckboxGroup(choices=listed, value=list(folders))
+        again = gr.CheckboxGroup(choices=listed)  # without a value: a person may have chosen another meanwhile
         said = {"runs": list(folders), "which": which}
         if not folders:
             return [again, shown.note(NONE_CHOSEN), "", "", now, said]
@@ -71,7 +71,7 @@ def wire(context: Context, tab: CompareTab) -> Remembered:
 
     inputs = [tab.chosen, tab.which, seen]
     changes: Any = [tab.chosen.change, tab.which.change, gr.Timer(EVERY).tick]
-    gr.on(changes, refresh, inputs, outputs, concurrency_limit=None, **QUIET)
+    gr.on(changes, refresh, inputs, outputs, trigger_mode="always_last", concurrency_limit=None, **QUIET)
 
     def restore(said: dict[str, Any]) -> list[Any]:
         there = runs.found(context.runs)

@@ -130,8 +130,10 @@ def wire(context: Context, tab: WatchTab) -> Remembered:
                 now,
                 "",
             ]
+        # Without a value where it stays: a person may have chosen another meanwhile.
+        again = gr.Radio(choices=listed) if name == chosen else gr.Radio(choices=listed, value=name)
         return [
-            gr.Radio(choices=listed, value=name),
+            again,
             gr.HTML(visible=False),
             gr.Row(visible=True),
             *_details(name or "", folder),
@@ -140,8 +142,8 @@ def wire(context: Context, tab: WatchTab) -> Remembered:
         ]
 
     inputs = [tab.chosen, seen]
-    gr.Timer(EVERY).tick(refresh, inputs, outputs, concurrency_limit=None, **QUIET)
-    tab.chosen.change(refresh, inputs, outputs, concurrency_limit=None, **QUIET)
+    changes: Any = [tab.chosen.change, gr.Timer(EVERY).tick]
+    gr.on(changes, refresh, inputs, outputs, trigger_mode="always_last", concurrency_limit=None, **QUIET)
 
     def restore(name: str) -> list[Any]:
         there = runs.found(context.runs)
