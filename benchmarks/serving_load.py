@@ -74,7 +74,8 @@ class Run:
         same = sum(one.text == alone[one.model, one.prompt] for one in answered)
         times = [_percentiles([one.first for one in answered]), _percentiles([one.whole for one in answered])]
         lost = str(len(self.heard) - len(answered))
-        return [str(len(self.heard)), lost, f"{same}", *times, f"{tokens / self.seconds:.0f}", f"{self.seconds:.1f}"]
+        rates = [f"{tokens / max(len(answered), 1):.0f}", f"{tokens / self.seconds:.0f}", f"{self.seconds:.1f}"]
+        return [str(len(self.heard)), lost, f"{same}", *times, *rates]
 
 
 def _percentiles(values: Sequence[float]) -> str:
@@ -203,6 +204,7 @@ HEAD = (
     "as alone",
     "first text, ms",
     "whole answer, ms",
+    "tokens an answer",
     "tokens/s",
     "seconds",
 )
@@ -245,7 +247,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--adapters", type=int, default=32)
     parser.add_argument("--requests", type=int, default=4, help="of each client, one after another")
     parser.add_argument("--tokens", type=int, default=32, help="of each answer, at most")
-    parser.add_argument("--rows", type=int, default=32, help="of coadapt's batch")
+    parser.add_argument("--rows", type=int, default=64, help="of coadapt's batch")
     parser.add_argument("--remark", default="", help="what else is to be said, such as what else the machine did")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = parser.parse_args(arguments)

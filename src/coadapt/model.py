@@ -341,6 +341,10 @@ class PeftModel(View):
             RuntimeError: something is merged already, or another view is in a call.
             TypeError, ValueError: the composition cannot be merged, or `into` has no effect; nothing was changed.
         """
+        _ = self._record.fingerprint  # of the base as it is before, for adapters that are saved meanwhile
+        return self._merge(adapter_names, keep_original, into)
+
+    def _merge(self, adapter_names: Any, keep_original: bool, into: str | None) -> MergeReport | None:
         record = self._record
         with record.lock:
             if record.merged_by is not None:
@@ -348,7 +352,6 @@ class PeftModel(View):
             if busy := [view for view in record.running if record.running[view] > 0]:
                 raise RuntimeError(f"{len(busy)} view of this base is in a call right now; merge when it is done.")
             node = self.composition if adapter_names is None else self.checked(adapter_names)
-            _ = record.fingerprint  # of the base as it is before
             self._merged = merging.merge(self.base, self._names, node, keep_original, into)
             record.merged_by = id(self)
             self._plans.clear()
@@ -392,7 +395,7 @@ class PeftModel(View):
         if self._merged is None:
             node = self.composition if adapter_names is None else self.checked(adapter_names)
             merging.refuse_beside(self._names, node)
-            self.merge_adapter(node, keep_original=False, into=into)
+            self._merge(node, False, into)
         elif into is not None and (self._merged.report is None or self._merged.report.into != into):
             raise ValueError(f"into={into!r} comes too late: it is merged already. Call unmerge_adapter() first.")
         if self._merged is not None and self._merged.new_biases:
