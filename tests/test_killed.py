@@ -18,7 +18,7 @@ from coadapt import PeftModel
 from coadapt.demo import BASE
 from coadapt.formats.files import COMPOSITION
 from coadapt.training.folder import damage
-from coadapt.training.record import read_log
+from coadapt.training.log import read_log
 from models import llama
 
 SECONDS = 120

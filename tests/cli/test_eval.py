@@ -16,7 +16,7 @@ from coadapt.core.composition import Sum
 from coadapt.evaluation.exam import Exam
 from coadapt.training.ask import answer
 from coadapt.training.load import load
-from coadapt.training.record import read_log
+from coadapt.training.log import read_log
 
 from .conftest import Call
 

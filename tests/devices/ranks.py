@@ -21,7 +21,8 @@ from coadapt.data.tokens import IGNORED
 from coadapt.formats.files import WEIGHTS
 from coadapt.training import run
 from coadapt.training.joint import JointTrainer
-from coadapt.training.record import Interrupt, read_log
+from coadapt.training.log import read_log
+from coadapt.training.record import Interrupt
 
 LIMIT = 90
 """Seconds after which processes that wait for each other are ended, and the test fails."""

@@ -20,9 +20,10 @@ from coadapt.training import memory
 from coadapt.training.estimate import MOST, Estimate, estimate, largest_batch, usable
 from coadapt.training.estimate_table import tables
 from coadapt.training.live import Live
-from coadapt.training.memory import Room, size
+from coadapt.training.memory import Room
 from coadapt.training.run import train
 from coadapt.training.settings import RunConfig
+from coadapt.training.units import size
 
 CLOSE = 0.1
 

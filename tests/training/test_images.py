@@ -17,7 +17,7 @@ from coadapt.cli.group import run as call
 from coadapt.hub.card import make_card
 from coadapt.training.ask import answer_image
 from coadapt.training.load import load
-from coadapt.training.record import read_log
+from coadapt.training.log import read_log
 from coadapt.training.run import Outcome, train
 from coadapt.training.settings import RunConfig
 from pictures import paint, paint_folders, save_seeing_base

@@ -25,8 +25,8 @@ from coadapt.data.source import read
 from coadapt.hub.card import make_card
 from coadapt.training.assemble import adapter_config
 from coadapt.training.folder import damage
+from coadapt.training.log import held_out_losses, read_log
 from coadapt.training.picture import _apart, draw
-from coadapt.training.record import held_out_losses, read_log
 from coadapt.training.run import Outcome, train
 from coadapt.training.settings import AdapterSettings, RunConfig
 from coadapt.training.trainer import own_seed

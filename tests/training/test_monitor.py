@@ -28,7 +28,8 @@ from coadapt import (
     get_peft_model,
 )
 from coadapt.training import memory
-from coadapt.training.monitor import LOGGED_STEPS, Monitor, Stillness, figures_in, gate_values, teller, values_in
+from coadapt.training.log import figures_in, values_in
+from coadapt.training.monitor import LOGGED_STEPS, Monitor, Stillness, gate_values, teller
 from coadapt.training.spikes import Spike, begins, spike
 from coadapt.training.trainer import AdapterTrainer, Rates
 

@@ -11,10 +11,11 @@ from rich.text import Text
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from coadapt.training.monitor import Stillness
-from coadapt.training.panel import Lines, Panel, duration, screen, sparkline
+from coadapt.training.panel import Lines, Panel, screen, sparkline
 from coadapt.training.record import Interrupt
 from coadapt.training.run import train
 from coadapt.training.settings import RunConfig
+from coadapt.training.units import duration
 
 ADAPTERS: dict[str, Any] = {
     "style": {"method": "lora", "r": 2, "learning_rate": 1e-2},

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from coadapt.cli.group import run
 from coadapt.formats.files import WEIGHTS
 from coadapt.training import folder, processes
-from coadapt.training.record import read_log
+from coadapt.training.log import read_log
 
 LIMIT = 150
 """Seconds after which processes that wait for each other are ended."""

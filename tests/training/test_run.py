@@ -25,7 +25,7 @@ from coadapt.training import run as module
 from coadapt.training.ask import answer
 from coadapt.training.folder import damage
 from coadapt.training.load import load
-from coadapt.training.record import named, read_log
+from coadapt.training.log import named, read_log
 from coadapt.training.run import Outcome, train
 from coadapt.training.settings import RunConfig
 

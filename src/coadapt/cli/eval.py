@@ -87,7 +87,7 @@ def _refuse_beside_tasks() -> None:
 
 def _place(adapter: Path, out: Path | None, overwrite: bool) -> Path:
     """The file to write. Raises UsageError where it cannot be."""
-    from coadapt.training.folder import EVALUATION
+    from coadapt.training.log import EVALUATION
 
     if not adapter.is_dir():
         raise click.UsageError(f"There is no adapter folder {str(adapter)!r}.")

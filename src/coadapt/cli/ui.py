@@ -1,7 +1,9 @@
 """`coadapt ui`: a page in the browser, served on this machine alone."""
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 
 import click
 
@@ -18,11 +20,21 @@ def _invoke(runs: Path, port: int, model: str | None) -> int:
 
     with inputs():
         check_port(port)
-        from coadapt.cli.output import quiet
-
-        quiet()
-        serve(runs, port, model or "", lambda address: click.echo(_READY.format(address, runs)))
+        serve(runs, port, model or "", lambda address: _ready(address, runs))
     return 0
+
+
+def _ready(address: str, runs: Path) -> None:
+    click.echo(_READY.format(address, runs))
+    Thread(target=_import, daemon=True).start()
+
+
+def _import() -> None:
+    """What a chat or an estimate needs, while the page is being looked at."""
+    from coadapt.cli.output import quiet
+
+    quiet()
+    import_module("coadapt.ui.talk")
 
 
 _READY = "{} shows the runs in {}. Ctrl-C ends the page; trainings go on."

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG, WEIGHTS, TRAINING = "adapter_config.json", "adapter_model.safetensors", "training_state.safetensors"
 COMPOSITION, GATES, CHECKPOINT = "composition.json", "composition.safetensors", "model.safetensors"
@@ -70,8 +71,10 @@ class Saving:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def tensors(self, name: str, tensors: Mapping[str, "Tensor"]) -> None:
         """Writes a safetensors file; takes it away where there are none."""
+        from safetensors.torch import save_file  # which imports torch, and many only look at JSON
+
         file = self._place(name)
         if tensors:
             save_file(_apart(tensors), file, metadata={"format": "pt"})
@@ -90,7 +93,7 @@ class Saving:
         return file
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _apart(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     """Tensors as safetensors writes them: on the CPU, contiguous, no two in the same memory. Copies where it must."""
     found: dict[str, Tensor] = {}
     taken: set[int] = set()
@@ -175,7 +178,7 @@ def _to_disk(*files: Path) -> None:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, "Tensor"]:
     """What a safetensors file holds.
 
     Raises:
@@ -189,6 +192,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
                 f"is read; coadapt reads {file.name} only. Convert it with the program that wrote it."
             )
         raise FileNotFoundError(f"{file.parent} is incomplete: {file.name} is missing.")
+    from safetensors.torch import load_file
+
     try:
         return load_file(file)
     except SafetensorError as error:

@@ -12,10 +12,9 @@ from coadapt.formats.facts import Facts, read_facts
 from coadapt.formats.files import PROVENANCE, read_json
 from coadapt.formats.package import PICTURE, is_here, without_paths
 from coadapt.training.assemble import TASKS, load_config
-from coadapt.training.folder import EVALUATION, METRICS, RUN
 from coadapt.training.inspect import Contents, outline, read_folder
 from coadapt.training.load import PROCESSORS
-from coadapt.training.record import read_log
+from coadapt.training.log import EVALUATION, METRICS, RUN, read_log
 from coadapt.training.settings import RunConfig, Task
 
 

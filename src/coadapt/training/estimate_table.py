@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coadapt.training.estimate import KEPT, MOST, Estimate
-from coadapt.training.memory import size
+from coadapt.training.units import size
 
 
 def tables(found: Estimate) -> Iterator[Table | Text]:

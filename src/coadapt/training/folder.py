@@ -29,13 +29,10 @@ from coadapt.formats.files import (
 from coadapt.formats.package import CARD, PICTURE
 from coadapt.formats.provenance import versions
 from coadapt.training import sharing
-from coadapt.training.record import read_log
+from coadapt.training.log import EVALUATION, METRICS, RUN, read_log
 from coadapt.training.settings import RunConfig, Task
 from coadapt.training.sharing import ACCUMULATION, BATCH, STATE, Share
 
-RUN, METRICS = "run.yaml", "metrics.jsonl"
-EVALUATION = "evaluation.json"
-"""What `coadapt eval` writes beside the adapters, where nothing else is said."""
 MAY_CHANGE = frozenset(
     """max_steps num_train_epochs logging_steps eval_strategy eval_steps eval_on_start save_strategy save_steps
     save_total_limit report_to use_cpu fsdp device_map max_memory verify

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from coadapt.training.units import GIB
 from coadapt.versions import OPTIONAL, Finding, State, found
 
 KERNELS = {
@@ -25,7 +26,7 @@ KERNELS = {
 }
 """Kernels of PyTorch's own attention, which transformers calls sdpa."""
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-GIB = 2**30
+
 PICK = "pick the build for this machine at https://pytorch.org/get-started/locally"
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-GIB = 2**30
+from coadapt.training.units import size
+
 LIMITS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
@@ -69,13 +70,6 @@ def room(device: torch.device) -> Room:
         if limit.is_file() and (most := limit.read_text().strip()).isdigit() and int(most) < total:
             free, total = min(free, int(most) - int(used.read_text())), int(most)
     return Room(free=max(free, 0), total=total)
-
-
-def size(count: float) -> str:
-    """`1.50 GiB`, `12.0 MiB` or `3.4 KiB`."""
-    if count >= GIB / 10:
-        return f"{count / GIB:.2f} GiB"
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 / 10 else f"{count / 2**10:.1f} KiB"
 
 
 @dataclass(frozen=True, kw_only=True)

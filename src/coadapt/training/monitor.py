@@ -21,13 +21,9 @@ from coadapt.core.composition import Node, Sum
 from coadapt.core.gates import Learned, Routed
 from coadapt.core.method import Method
 from coadapt.model import PeftModel
+from coadapt.training.log import Figures, append, figures_in
 from coadapt.training.ranks import FEW, SITES, rank_of
-from coadapt.training.record import append
 from coadapt.training.spikes import WINDOW, begins
-
-Figures = dict[str, dict[str, float]]
-"""Group -> figure -> value."""
-FIGURES = ("learning_rate", "grad_norm", "update_norm", "update_ratio", "effective_rank")
 
 LOGGED_STEPS = 3
 """So many logged steps in a row without moving, and an adapter is said to stand still."""
@@ -226,21 +222,6 @@ def label(node: Node) -> str:
 
 
 # ---- what is said of them --------------------------------------------------------------------------------------------
-
-
-def values_in(logs: Mapping[str, Any], figure: str) -> dict[str, float]:
-    """Name -> value of one figure in a line of the log, with or without the `train/` that trackers have."""
-    short = {key.removeprefix("train/"): value for key, value in logs.items()}
-    return {key.removeprefix(f"{figure}/"): v for key, v in short.items() if key.startswith(f"{figure}/")}
-
-
-def figures_in(logs: Mapping[str, Any]) -> Figures:
-    """The figures of each adapter, all kinds of its parameters together, in a line of the log."""
-    found: Figures = {}
-    for figure in FIGURES:
-        for name, value in values_in(logs, figure).items():
-            found.setdefault(name, {})[figure] = value
-    return found
 
 
 class Stillness(TrainerCallback):

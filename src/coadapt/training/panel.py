@@ -16,9 +16,11 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from coadapt.training import memory
-from coadapt.training.monitor import Figures, Stillness, figures_in, values_in
+from coadapt.training.log import Figures, figures_in, held_out_losses, values_in
+from coadapt.training.monitor import Stillness
 from coadapt.training.palette import HELD_OUT, TRAIN, adapter_colors
-from coadapt.training.record import Interrupt, held_out_losses
+from coadapt.training.record import Interrupt
+from coadapt.training.units import duration
 
 POINTS, WIDEST, ROWS = 40, 96, 12
 """Points of the small loss curve, columns of the panel, and its rows without those of the adapters."""
@@ -287,10 +289,3 @@ def _short(value: float) -> str:
         return f"{value:.3g}"
     number, _, power = f"{value:.1e}".partition("e")
     return f"{number}e{int(power)}"
-
-
-def duration(seconds: float) -> str:
-    """`75` as `1:15`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -9,11 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from coadapt.training.monitor import figures_in, values_in
+from coadapt.training.log import Points, figures_in, held_out_losses, values_over_steps
 from coadapt.training.palette import GREY, HELD_OUT, INK, SPIKE, TRAIN, adapter_colors
-from coadapt.training.record import held_out_losses
 
-Points = list[tuple[int, float]]
 End = tuple[float, float, str, str]
 """Where a line ends (x, y), its name, its colour."""
 
@@ -49,15 +47,6 @@ def draw(log: Sequence[Mapping[str, Any]], file: Path, title: str) -> None:
     for axes, ends in zip(stacked, named, strict=True):
         _name(axes, ends)
     figure.savefig(file, format="png")
-
-
-def values_over_steps(log: Sequence[Mapping[str, Any]], figure: str) -> dict[str, Points]:
-    """Name -> (step, its value) wherever it was measured."""
-    found: dict[str, Points] = {}
-    for line in log:
-        for name, value in values_in(line, figure).items():
-            found.setdefault(name, []).append((line["step"], value))
-    return found
 
 
 def _norms_of(log: Sequence[Mapping[str, Any]], figure: str) -> dict[str, Points]:

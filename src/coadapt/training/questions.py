@@ -20,8 +20,8 @@ from coadapt.evaluation.metrics import chosen
 from coadapt.model import PeftModel
 from coadapt.training.assemble import USUAL_LENGTH, load_config, positions
 from coadapt.training.datasets import DatasetSettings
-from coadapt.training.folder import RUN
 from coadapt.training.load import Ready, tasks_told
+from coadapt.training.log import RUN
 from coadapt.training.material import columns
 
 COLUMNS = ("text_column", "prompt_column", "completion_column", "label_column", "image_column")

@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import signal
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -16,26 +13,11 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from coadapt.config import did_you_mean
 from coadapt.formats.files import aside
+from coadapt.training.log import append, named, read_log
 from coadapt.training.processes import on_any
 
 FINAL = "train_runtime"
 """A key of the summary that Trainer logs after the last step."""
-
-
-def named(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """Trainer's names as trackers have them: `train/loss`, `eval/loss`."""
-    found: dict[str, Any] = {}
-    for name, value in logs.items():
-        group, _, rest = name.partition("_")
-        known = group in ("train", "eval") and rest
-        found[name if name in ("epoch", "step") else f"{group}/{rest}" if known else f"train/{name}"] = value
-    return found
-
-
-def held_out_losses(line: Mapping[str, Any]) -> dict[str, float]:
-    """Data set -> its held-out loss, where there are several: `eval/NAME/loss`, with Trainer `eval_NAME/loss`."""
-    found = {key: key.removeprefix("eval").removesuffix("/loss") for key in line if key.startswith(("eval/", "eval_"))}
-    return {name[1:]: line[key] for key, name in found.items() if key.endswith("/loss") and len(name) > 1}
 
 
 class MetricsLog(TrainerCallback):
@@ -55,42 +37,6 @@ class MetricsLog(TrainerCallback):
         if FINAL in logs and "loss" not in logs:
             return
         append(self.file, named({"step": state.global_step, **logs}))
-
-
-def append(file: Path, line: Mapping[str, Any]) -> None:
-    """Adds a line to a metrics file, whole or not at all.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    before = file.stat().st_size if file.is_file() else 0
-    try:
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(line) + "\n")
-    except OSError as error:
-        with suppress(OSError):
-            os.truncate(file, before)
-        raise OSError(f"{file} could not be written: {error}. Make room, then go on with --resume.") from error
-
-
-def read_log(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; none where there is none. A last line that was cut off is left out.
-
-    Raises:
-        ValueError: another line is damaged; names it.
-    """
-    if not file.is_file():
-        return []
-    lines = file.read_text("utf-8", errors="replace").splitlines(keepends=True)
-    return [_line(file, number, line) for number, line in enumerate(lines, 1) if line.endswith("\n")]
-
-
-def _line(file: Path, number: int, line: str) -> dict[str, Any]:
-    with suppress(ValueError):
-        found = json.loads(line)
-        if isinstance(found, dict) and isinstance(found.get("step"), int):
-            return found
-    raise ValueError(f"{file}, line {number} is damaged: {line.strip()[:80]!r}. Mend that line, or take it out.")
 
 
 class Watch(TrainerCallback):

@@ -11,9 +11,9 @@ from coadapt.model import PeftModel
 from coadapt.training import folder, processes
 from coadapt.training.assemble import Processor
 from coadapt.training.joint import JointTrainer
+from coadapt.training.log import read_log
 from coadapt.training.material import Material
 from coadapt.training.picture import draw
-from coadapt.training.record import read_log
 from coadapt.training.settings import RunConfig
 
 

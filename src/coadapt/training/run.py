@@ -32,7 +32,7 @@ from coadapt.training.course import Course, Patience
 from coadapt.training.datasets import init_from, starts_from
 from coadapt.training.joint import JointTrainer
 from coadapt.training.material import Material, gather
-from coadapt.training.memory import Forecast, size
+from coadapt.training.memory import Forecast
 from coadapt.training.memory import total as device_memory
 from coadapt.training.mixing import Mixture, shares, streams
 from coadapt.training.monitor import Stillness, teller
@@ -46,6 +46,7 @@ from coadapt.training.settings import RunConfig
 from coadapt.training.sharding import refuse_quantised, shard
 from coadapt.training.timetable import Timetable, timetable
 from coadapt.training.trainer import own_seed
+from coadapt.training.units import size
 
 
 def train(run: RunConfig, console: Console, callbacks: Sequence[TrainerCallback] = ()) -> Outcome:

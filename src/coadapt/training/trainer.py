@@ -18,6 +18,7 @@ from coadapt.formats.files import CHECKPOINT, read_tensors
 from coadapt.model import PeftModel
 from coadapt.training import folder, memory
 from coadapt.training.monitor import Monitor
+from coadapt.training.units import GIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,7 @@ class AdapterTrainer(Trainer):
         except (OSError, RuntimeError, SafetensorError) as error:
             if folder.damage(place) is not None:
                 shutil.rmtree(place, ignore_errors=True)
-            free = shutil.disk_usage(out).free / memory.GIB
+            free = shutil.disk_usage(out).free / GIB
             raise OSError(
                 f"{place} could not be written: {error} ({free:.1f} GiB are free there). Earlier checkpoints are as "
                 "they were; make room, then go on with --resume."
@@ -173,7 +174,7 @@ class AdapterTrainer(Trainer):
             # A step that was skipped (fp16, gradients that are not finite) has no figures.
             figures = self.monitor.logs() if self._measured == self.state.global_step else {}
             figures |= self.monitor.levels(self.state.global_step, logs["loss"], self.state.log_history)
-            logs |= {**figures, "peak_memory_gib": memory.peak() / memory.GIB}
+            logs |= {**figures, "peak_memory_gib": memory.peak() / GIB}
         super().log(logs, start_time)
 
 

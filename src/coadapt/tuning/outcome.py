@@ -15,8 +15,8 @@ from rich.text import Text
 from coadapt.evaluation.metrics import Metric
 from coadapt.formats.files import aside
 from coadapt.formats.provenance import versions
-from coadapt.training.memory import size
 from coadapt.training.settings import RunConfig
+from coadapt.training.units import size
 from coadapt.tuning.plan import CompareConfig
 from coadapt.tuning.spread import LEVEL, Scored, Spread, Verdict, verdicts
 from coadapt.tuning.trial import Result

@@ -17,8 +17,8 @@ from coadapt.evaluation.metrics import Metric
 from coadapt.evaluation.scoring import score
 from coadapt.formats.files import aside, read_json
 from coadapt.training import folder
+from coadapt.training.log import read_log
 from coadapt.training.material import gather
-from coadapt.training.record import read_log
 from coadapt.training.results import Outcome
 from coadapt.training.run import train
 from coadapt.training.settings import RunConfig

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coadapt.formats.facts import read_facts
-from coadapt.training.memory import GIB, size
-from coadapt.training.panel import duration
+from coadapt.training.units import GIB, duration, size
 from coadapt.ui import runs
 from coadapt.ui.curves import Points, loss, thinned
 
@@ -74,6 +72,8 @@ def _last(log: Sequence[Mapping[str, Any]], key: str) -> float | None:
 
 def saved_parameters(folder: Path) -> int | None:
     """Numbers in the adapters of a finished run; None where it has none."""
+    from coadapt.formats.facts import read_facts  # imports torch, which a page does not wait for
+
     with suppress(ValueError, OSError):
         return sum(math.prod(shape) for a in read_facts(folder).adapters for shape in a.tensors.values()) or None
     return None

@@ -2,14 +2,17 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
 from coadapt.ui import shown
-from coadapt.ui.talk import Talker
+
+if TYPE_CHECKING:
+    from coadapt.ui.talk import Talker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +21,13 @@ class Context:
 
     runs: Path
     model: str = ""
-    talker: Talker = field(default_factory=Talker)
+
+    @cached_property
+    def talker(self) -> "Talker":
+        """The model that all chats share."""
+        from coadapt.ui.talk import Talker  # imports torch, which the page does not wait for
+
+        return Talker()
 
     def kept(self, what: str, default: Any) -> gr.BrowserState:
         """Something that a reload, or another start of the server, finds again: it stands in the browser.

@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from coadapt.training.log import held_out_losses, values_over_steps
 from coadapt.training.palette import HELD_OUT, TRAIN, adapter_colors
-from coadapt.training.picture import values_over_steps
-from coadapt.training.record import held_out_losses
 
 TRAINING, HELD = "training", "held out"
 MOST = 400

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from coadapt.formats.files import aside
-from coadapt.training.folder import RUN
+from coadapt.training.log import RUN
 from coadapt.training.presence import note, process_of
 from coadapt.ui.form import SETTINGS, as_yaml
 from coadapt.ui.runs import LOG, PROMPT

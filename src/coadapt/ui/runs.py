@@ -10,9 +10,8 @@ from typing import Any, Literal, cast
 import yaml
 
 from coadapt.formats.files import COMPOSITION, CONFIG
-from coadapt.training.folder import METRICS, RUN
+from coadapt.training.log import METRICS, RUN, read_log
 from coadapt.training.presence import noted, process_of
-from coadapt.training.record import read_log
 from coadapt.ui.form import SETTINGS
 
 State = Literal["running", "done", "stopped", "failed"]

@@ -58,7 +58,7 @@ def estimate(found: "Estimate") -> str:
     """What a run will need: the verdict, a bar of what the memory goes to, and the figures."""
     from coadapt.training.estimate import KEPT, MOST
     from coadapt.training.estimate_table import batch, flops, seconds
-    from coadapt.training.memory import size
+    from coadapt.training.units import size
 
     parts = found.parts
     whole = sum(count for count, _ in parts.values()) or 1

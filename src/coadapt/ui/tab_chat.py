@@ -4,16 +4,20 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from coadapt.ui import runs, shown, talk
+from coadapt.ui import runs, shown
 from coadapt.ui.context import COMPLAINTS, LOUD, QUIET, Context, Remembered, wrong_with
-from coadapt.ui.talk import Asked, Loaded
+
+if TYPE_CHECKING:
+    from coadapt.ui.talk import Loaded
 
 MOST = 8
 """Adapters that there are sliders for."""
+WIDEST = 2.0
+"""The right end of a gate's slider, where its gate is not larger already."""
 LONGEST = 128
 EMPTY = "Load a run, or any adapter folder, and ask it something."
 FIRST: dict[str, Any] = {"adapter": "", "model": "", "turns": [], "gates": {}, "saved": {}, "told": ""}
@@ -52,7 +56,7 @@ def lay_out(context: Context) -> ChatTab:
             adapter = gr.Dropdown([], label="Run, or adapter folder", allow_custom_value=True)
             model = gr.Textbox(label="Base", placeholder="the one that it names", max_lines=1)
             load = gr.Button("Load", size="md")
-            sliders = [gr.Slider(0, talk.WIDEST, step=0.01, label="", visible=False, buttons=[]) for _ in range(MOST)]
+            sliders = [gr.Slider(0, WIDEST, step=0.01, label="", visible=False, buttons=[]) for _ in range(MOST)]
             composition = gr.HTML()
             temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", buttons=[])
             longest = gr.Slider(1, 1024, value=LONGEST, step=1, label="Longest answer, tokens", buttons=[])
@@ -120,12 +124,12 @@ def folders(context: Context) -> list[tuple[str, str]]:
 def _shown_sliders(gates: dict[str, float], saved: dict[str, float]) -> list[Any]:
     found: list[Any] = []
     for name, value in list(gates.items())[:MOST]:
-        widest = max(talk.WIDEST, math.ceil(saved.get(name, 0.0)))
+        widest = max(WIDEST, math.ceil(saved.get(name, 0.0)))
         found.append(gr.Slider(label=f"gate of {name}", value=value, maximum=widest, visible=True))
     return [*found, *(gr.Slider(visible=False) for _ in range(MOST - len(found)))]
 
 
-def _told(loaded: Loaded) -> str:
+def _told(loaded: "Loaded") -> str:
     """What is to be known of a model once it is loaded."""
     parts = [loaded.gates.why_none, loaded.alone and f"{loaded.alone[0].upper()}{loaded.alone[1:]}."]
     if len(loaded.gates.values) > MOST:
@@ -212,6 +216,8 @@ def _wire_asking(context: Context, tab: ChatTab, everything: list[Any], turns: g
         if not question.strip():
             yield [wrong_with("Write a question first."), *(gr.skip() for _ in outputs[1:])]
             return
+        from coadapt.ui.talk import Asked
+
         how = Asked(temperature=temperature, max_new_tokens=int(longest), compare=compare, gates=_gates(saved, sliders))
         said = [(t["question"], t["answer"]) for t in before if t.get("answer")]
         turn = {"question": question.strip(), "answer": "", "base": ""}

@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from coadapt.training.memory import size
 from coadapt.training.presence import process_of
+from coadapt.training.units import size
 from coadapt.ui import curves, drawing, launch, runs, shown
 from coadapt.ui.compared import NOTHING, summary
 from coadapt.ui.context import LOUD, QUIET, Context, Remembered, wrong_with

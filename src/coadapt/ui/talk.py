@@ -15,9 +15,6 @@ from coadapt.training.chat import BASE, Chat, Turn
 from coadapt.training.load import Ready, load, tasks_told
 from coadapt.training.machine import chosen
 
-WIDEST = 2.0
-"""The right end of a gate's slider, where its gate is not larger already."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Gates:
