@@ -33,9 +33,9 @@ from coadapt.config import PeftConfig
 from coadapt.core.backbone import counts_alone
 from coadapt.core.composition import routers
 from coadapt.core.gates import Routed, is_zero
-from coadapt.core.method import AttentionMethod, InputMethod
+from coadapt.core.layer import Around, Layer
+from coadapt.core.method import AttentionMethod, InputMethod, WeightMethod
 from coadapt.core.router import Router
-from coadapt.methods.dora import DoRA
 from laws.setting import EVERY, config_of, fits
 from models import ids
 
@@ -293,9 +293,9 @@ def refusals(view: PeftModel, rows: list[Any]) -> set[str]:
         joint = {name for name, ms in methods.items() if any(getattr(m, "joint", False) for m in ms)}
         if any(gate < 0 for b, node in enumerate(rows) for name, gate in _gates(node, b) if name in joint):
             found.add(BELOW_ZERO)
-    for _, methods in _at(view, DoRA):
+    for module, methods in _at(view, WeightMethod):
         for node in rows:
-            _per_row(node, methods, False, found)
+            _per_row(node, methods, module, False, found)
     return found
 
 
@@ -305,7 +305,7 @@ def _at(view: PeftModel, kind: type) -> Iterator[tuple[Any, Methods]]:
     for module in dict.fromkeys(part.place.module for _, part in parts if isinstance(part.method, kind)):
         methods: Methods = {}
         for name, part in parts:
-            if part.place.module is module and (kind is DoRA or isinstance(part.method, kind)):
+            if part.place.module is module and (kind is WeightMethod or isinstance(part.method, kind)):
                 methods.setdefault(name, []).append(part.method)
         yield module, methods
 
@@ -347,19 +347,57 @@ def _number(weight: Any, b: int) -> float:
             return 1.0  # learned and chosen ones are above 0
 
 
-def _per_row(node: Any, methods: Methods, below: bool, found: set[str]) -> bool:
-    """Whether the weight above `node` differs from row to row; a DoRA that would read such a one is noted."""
+def _per_row(node: Any, methods: Methods, module: Any, below: bool, found: set[str]) -> bool:
+    """Whether the weight above `node` differs from row to row; a method that would read such a one is noted."""
     if isinstance(node, str):
-        if below and any(isinstance(m, DoRA) for m in methods.get(node, ())):
+        if below and any(_reads(m, module) for m in methods.get(node, ())):
             found.add(WEIGHT_PER_ROW)
         return below
     if isinstance(node, Seq):
         for child in node.children:
-            below = _per_row(child, methods, below, found)
+            below = _per_row(child, methods, module, below, found)
         return below
     there = [(c, w) for c, w in zip(node.children, node.weights, strict=True) if _has(c, methods) and not is_zero(w)]
-    inside = [_per_row(c, methods, below, found) for c, _ in there]
+    inside = [_per_row(c, methods, module, below, found) for c, _ in there]
     return below or any(inside) or any(isinstance(w, Tensor | Routed) for _, w in there)
+
+
+class _Read(Exception):
+    """A weight was."""
+
+
+class _Unread(Around):
+    """A layer that can be called."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.apply(x, self.inner.weight(), self.bias)
+
+    def weight(self) -> Tensor:
+        raise _Read
+
+    def squares(self) -> Tensor:
+        raise _Read
+
+
+def _reads(method: Any, module: Any) -> bool:
+    """Whether a method's forward reads the weight that it stands on, and not only calls the layer."""
+    if not isinstance(method, WeightMethod):
+        return False
+    layer = Layer(module, "")
+    match layer.kind.name:
+        case "embedding":
+            x = torch.zeros(1, 2, dtype=torch.long)
+        case "conv":
+            x = torch.zeros(1, layer.shape[1] * module.groups, *[8] * (module.weight.dim() - 2))
+        case _:
+            assert layer.input_width is not None
+            x = torch.zeros(1, 2, layer.input_width)
+    try:
+        with torch.no_grad():
+            method(x, _Unread(layer))
+    except _Read:
+        return True
+    return False
 
 
 def _has(node: Any, methods: Methods) -> bool:

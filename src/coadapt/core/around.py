@@ -93,13 +93,13 @@ def number(gate: Gate, site: str) -> float | Tensor:
     """A gate that is the same in every call. Raises ValueError for others."""
     if gate.routed:
         raise ValueError(
-            "A composition with a router cannot be merged, nor can DoRA stand on it: its gates depend on what goes in, "
-            "so there is no one weight to read."
+            "A composition with a router cannot be merged, nor can what reads the weight below it (DoRA, GLoRA, "
+            "HiRA ...) stand on it: its gates depend on what goes in, so there is no one weight to read."
         )
     if any(isinstance(f, Tensor) for f in gate.factors):
         raise ValueError(
-            "A composition with a gate per row cannot be merged, nor can DoRA stand on it: its rows have different "
-            "weights. Say with adapter_names which rows use what."
+            "A composition with a gate per row cannot be merged, nor can what reads the weight below it (DoRA, GLoRA, "
+            "HiRA ...) stand on it: its rows have different weights. Say with adapter_names which rows use what."
         )
     return gate.number if gate.is_number else gate.value(Reading(site, torch.empty(0), torch.empty(0)))
 
