@@ -188,12 +188,13 @@ def kill_while_training(
         broken += [f"{path.name}: {damage(path)}" for path in out.glob("checkpoint-*") if damage(path)]
 
 
-def equal(out: Path, unbroken: Path) -> None:
+def equal(out: Path, unbroken: Path, less: frozenset[str] = frozenset()) -> None:
+    """The same folder; of the files of the unbroken run some may be missing."""
     (weights, log, files), (expected, lines, names) = came_to(out), came_to(unbroken)
     assert weights.keys() == expected.keys()
     assert [name for name in weights if not torch.equal(weights[name], expected[name])] == []
     assert log == lines
-    assert files == names
+    assert names - less <= files <= names
 
 
 def test_a_training_that_is_killed_comes_to_the_same_end(data: Path, unbroken: Path, tmp_path: Path) -> None:
@@ -238,4 +239,5 @@ def test_many_kills_while_training(data: Path, tmp_path: Path, how: str) -> None
         ]
         _, broken = kill_while_training(data, out, iter([number + 1, *moments]), how)
         assert broken  # the first kill is within the writing, or the removal, of a checkpoint
-        equal(out, unbroken)
+        # The card comes last; a run that is over by then is not resumed for it, and `coadapt card` writes it.
+        equal(out, unbroken, frozenset({"README.md"} if how == EARLY else ()))

@@ -138,7 +138,8 @@ def settings(base: str, rows: str, out: Path, batch: int, accumulation: int, *mo
     every = {"model": base, "data": rows, "output-dir": str(out), "method": "prompt + lora", "num-train-epochs": "2"}
     every |= {"per-device-train-batch-size": str(batch), "gradient-accumulation-steps": str(accumulation)}
     every |= {"logging-steps": "1", "save-steps": "2", "seed": "3", "eval-split": "0", "warmup-steps": "2"}
-    return ["train", "--use-cpu", *(f"--{name}={value}" for name, value in every.items()), *more]
+    cpu = ["--use-cpu"] if torch.accelerator.is_available() else []  # as most would not say it where there is no other
+    return ["train", *cpu, *(f"--{name}={value}" for name, value in every.items()), *more]
 
 
 def weights(out: Path) -> dict[str, Tensor]:

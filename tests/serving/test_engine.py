@@ -18,6 +18,11 @@ def request(seed: int = 0, **options: Any) -> Request:
     return Request(**told)
 
 
+def test_more_tokens_than_the_model_takes_are_refused() -> None:
+    with pytest.raises(ValueError, match="tokens=129: the model takes 128 at most"):
+        Engine(several("llama"), TOKENIZER, tokens=129)
+
+
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [

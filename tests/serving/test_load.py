@@ -37,4 +37,4 @@ def test_the_cells_of_a_line() -> None:
     count = len(tokenizer(" the kite", add_special_tokens=False)["input_ids"])
     cells = Run(heard=[*heard, lost], seconds=10).cells(tokenizer, {("a", "b"): " the kite"})
     whole = "10200 / 19200 / 20000"
-    assert cells == ["102", "1", "101", "5100 / 9600 / 10000", whole, f"{101 * count / 10:.0f}", "10.0"]
+    assert cells == ["102", "1", "101", "5100 / 9600 / 10000", whole, f"{count}", f"{101 * count / 10:.0f}", "10.0"]

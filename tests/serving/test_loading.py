@@ -66,7 +66,9 @@ def test_what_cannot_be_served_says_so(
     shutil.rmtree(adapters / "reads-ends")
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a+b", "../x", "-a", ".a", "a/b", "é", "a" * 97, "a\n", "base", "task"])
+@pytest.mark.parametrize(
+    "name", ["", "a b", "a+b", "../x", "-a", ".a", "a/b", "é", "a" * 97, "a\n", "base", "task", "1", "gates"]
+)
 def test_names(loads: Callable[..., httpx.Response], name: str) -> None:
     told = loads(name).json()["error"]
     assert told["param"] == "lora_name" and told["code"] in ("invalid_value", "model_exists")

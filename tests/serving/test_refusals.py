@@ -47,7 +47,8 @@ def error(found: httpx.Response, status: int) -> dict[str, Any]:
         ({"prompt": [[]]}, "prompt", "no tokens"),
         ({"prompt": [5000]}, "prompt", "no token 5000"),
         ({"prompt": [-1]}, "prompt[0]", "greater than or equal to 0"),
-        ({"prompt": {"text": "a"}}, "prompt", "valid"),
+        ({"prompt": {"text": "a"}}, "prompt", "a text, several texts"),
+        ({"prompt": [1, "a"]}, "prompt", "not mixed"),
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
         ({"stop": ""}, "stop", "at least 1"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
@@ -81,7 +82,7 @@ def test_of_a_completion(http: httpx.Client, change: dict[str, Any], param: str,
         ({"messages": [{"content": "hello"}]}, "messages[0].role"),
         ({"messages": [{"role": "robot", "content": "hello"}]}, "'developer'"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages[0].name"),
+        ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, "messages[0].name is not supported"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "tools are not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "image_url is not"),
         ({"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}, "send one message"),
@@ -98,7 +99,7 @@ def test_of_a_chat(http: httpx.Client, change: dict[str, Any], said: str) -> Non
 
 def test_a_long_prompt_tells_its_length(http: httpx.Client) -> None:
     told = error(http.post("/v1/completions", json={**GOOD, "prompt": "kite " * 300}), 400)
-    assert told["code"] == "context_length_exceeded" and "takes 256" in told["message"]
+    assert told["code"] == "context_length_exceeded" and "takes 256" in told["message"] and told["param"] == "prompt"
     # Virtual tokens take room, too.
     ids = [5] * 247
     error(http.post("/v1/completions", json={**GOOD, "model": "soft", "prompt": ids}), 400)
@@ -131,7 +132,8 @@ def test_of_models_that_are_not_there(http: httpx.Client, client: OpenAI) -> Non
     told = error(http.post("/v1/completions", json={**GOOD, "model": "tusk"}), 404)
     assert told["code"] == "model_not_found" and "Did you mean 'task'?" in told["message"]
     error(http.post("/v1/completions", json={**GOOD, "model": "task + tusk"}), 404)
-    error(http.post("/v1/completions", json={**GOOD, "model": "base + task"}), 404)
+    told = error(http.post("/v1/completions", json={**GOOD, "model": "base + task"}), 400)
+    assert told["code"] == "invalid_composition" and "leave it out" in told["message"]
     error(http.post("/v1/completions", json={**GOOD, "model": "../../etc/passwd"}), 404)
     error(http.get("/v1/models/tusk"), 404)
     error(http.get("/v1/models/task%20+%20other"), 404)

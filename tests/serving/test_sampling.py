@@ -63,6 +63,13 @@ def test_the_ends_of_the_numbers_and_what_is_none() -> None:
     assert ways.choose(logits, [1 - 2**-24, 0.5]).tolist() == [1, BROKEN, BROKEN]  # not what is left out
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-46, 1e-40, 1e-7, 1e-6, 1e-5])
+def test_what_is_nearly_cold_takes_the_likeliest(temperature: float) -> None:
+    logits = torch.tensor([[50.0, 60.0, 59.9, -70.0]])
+    ways = Ways([request(temperature=temperature)], torch.device("cpu"))
+    assert ways.choose(logits, [0.999] * len(ways.numbers)).tolist() == [1]
+
+
 def test_numbers_are_those_of_their_seed() -> None:
     one, other, third = Numbers(3), Numbers(3), Numbers(-4)
     first = [one.next() for _ in range(200)]

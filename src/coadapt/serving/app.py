@@ -111,7 +111,9 @@ def _add_questions(app: FastAPI, serving: Serving) -> None:
     async def chat(call: Call) -> Response:
         asked = read(Chat, await _body(call, serving.limits))
         if asked.top_logprobs is not None and not asked.logprobs:
-            raise Refusal(400, "top_logprobs has no effect without logprobs: true.", param="top_logprobs")
+            raise Refusal(
+                400, "top_logprobs has no effect without logprobs: true.", param="top_logprobs", code="invalid_value"
+            )
         serving.limits.check_choices(1, asked.n)
         choice = serving.catalog.find(asked.model)
         tokens = await asyncio.to_thread(
@@ -174,7 +176,9 @@ async def _answered(
     kind: Callable[..., Answer],
 ) -> Response:
     if asked.stream_options is not None and not asked.stream:
-        raise Refusal(400, "stream_options has no effect without stream: true.", param="stream_options")
+        raise Refusal(
+            400, "stream_options has no effect without stream: true.", param="stream_options", code="invalid_value"
+        )
     answer = kind(
         asked.model,
         serving.tokenizer,

@@ -14,6 +14,7 @@ from coadapt.core.composition import Node, as_node, names, trained_gates
 from coadapt.data.segments import Framing
 from coadapt.formats.facts import read_facts
 from coadapt.formats.files import COMPOSITION, CONFIG
+from coadapt.naming import check_name
 from coadapt.serving.engine import Engine
 from coadapt.serving.errors import Refusal
 from coadapt.training.load import framing_of
@@ -97,6 +98,8 @@ class Catalog:
         if (entry := self.entries.get(asked)) is not None:
             return Choice(text=asked, framing=entry.framing, virtual=entry.virtual)
         node = self._node(asked)
+        if self.base in names(node):
+            raise _no_composition(f"{self.base!r} in {asked!r} is the base, on which adapters stand: leave it out.")
         if unknown := [name for name in names(node) if name not in self.entries]:
             raise self._unknown(unknown[0])
         if trained_gates(node):
@@ -143,6 +146,10 @@ class Catalog:
         if not NAME.fullmatch(name):
             message = f"lora_name: {name[:96]!r} is no name for an adapter: {NO_NAME}."
             raise Refusal(400, message, param="lora_name", code="invalid_value")
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise Refusal(400, f"lora_name: {error}", param="lora_name", code="invalid_value") from error
         if name == self.base or name in self.entries:
             message = f"lora_name: there is a model {name!r} already. Unload it first, or pick another name."
             raise Refusal(400, message, param="lora_name", code="model_exists")

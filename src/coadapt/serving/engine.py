@@ -77,6 +77,10 @@ class Engine:
         if rows < 1 or queue < 0 or (tokens is not None and tokens < 2):
             raise ValueError(f"rows={rows}, queue={queue}, tokens={tokens}: rows >= 1, queue >= 0, tokens >= 2.")
         self.model, self.shelf = Model.of(view, tokenizer), Shelf(view, loaded)
+        if tokens is not None and self.model.positions is not None and tokens > self.model.positions:
+            raise ValueError(
+                f"tokens={tokens}: the model takes {self.model.positions} at most. Leave it out for so many."
+            )
         self.queue, self.tokens = queue, tokens
         base: Any = view.get_base_model()
         view.eval()

@@ -42,7 +42,8 @@ class Limits:
         left = self.max_tokens if room is None else room - prompt
         if left < 1:
             message = f"The prompt has {prompt} tokens; this model takes {room}, with at least one of an answer."
-            raise Refusal(400, message, code="context_length_exceeded")
+            param = "messages" if isinstance(asked, Chat) else "prompt"
+            raise Refusal(400, message, param=param, code="context_length_exceeded")
         name, wanted = _wanted(asked)
         if wanted is None:
             return min(self.max_tokens, left, self.max_tokens if isinstance(asked, Chat) else USUAL)

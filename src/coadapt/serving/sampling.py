@@ -25,11 +25,15 @@ class Numbers:
         return self._left.pop()
 
 
+COLDEST = 1e-6
+"""Below it the likeliest token is taken: all others have no chance, and scores divided by it no place in fp32."""
+
+
 class Ways:
     """How each row of a batch chooses: made when rows come or go, and used at each step."""
 
     def __init__(self, requests: Sequence[Request], device: torch.device) -> None:
-        drawing = [i for i, r in enumerate(requests) if r.temperature > 0]
+        drawing = [i for i, r in enumerate(requests) if r.temperature >= COLDEST]
         self.numbers = drawing
         """The rows that need a number."""
         chosen = [requests[i] for i in drawing]

@@ -37,6 +37,10 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 """Fields of the protocol that this server does not serve -> values that ask for nothing, which pass."""
 
 
+OF_TOOLS = ("tool_calls", "tool_call_id", "function_call")
+"""Fields of messages that are told of together."""
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -188,6 +192,9 @@ def _refuse_in_messages(turns: Any) -> None:
         for name in [name for name, value in turn.items() if value is None and name != "content"]:
             del turn[name]
         where = f"messages[{number}]"
+        if other := [name for name in turn if name not in (*Message.model_fields, *OF_TOOLS)]:
+            told = f"{where}.{other[0][:64]} is not supported by this server. Leave it out."
+            raise Refusal(400, told, param=where, code="unsupported")
         content: Any = turn.get("content")
         if turn.get("role") in ("tool", "function") or turn.get("tool_calls"):
             raise Refusal(400, f"{where}: tools are not supported by this server.", param=where, code="unsupported")
@@ -203,6 +210,9 @@ def _first(error: ValidationError) -> Refusal:
     own = [one for one in found if one["loc"][:1] == found[0]["loc"][:1]]
     said = max(own, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     where = _place(said["loc"])
+    if said["loc"][0] == "prompt" and said["type"].endswith("_type"):
+        message = "prompt: a text, several texts, token ids or several lists of them; nothing else, and not mixed."
+        return Refusal(400, message, param="prompt", code="invalid_value")
     code = "missing_parameter" if said["type"] == "missing" else "invalid_value"
     return Refusal(400, f"{where}: {said['msg']}.", param=where, code=code)
 

@@ -40,6 +40,11 @@ def chosen(use_cpu: bool) -> torch.device:
     return torch.device("cpu") if use_cpu else best()
 
 
+def on_cpu(use_cpu: bool) -> bool:
+    """Whether that is the processor, asked for or not."""
+    return chosen(use_cpu).type == "cpu"
+
+
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 

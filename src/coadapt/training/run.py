@@ -58,7 +58,7 @@ def train(run: RunConfig, console: Console, callbacks: Sequence[TrainerCallback]
         ValueError: anything in the settings, the data or the model that does not fit, before a step is run.
         FileNotFoundError: the data or the model is not there.
     """
-    with processes.together(run.use_cpu):
+    with processes.together(machine.on_cpu(run.use_cpu)):
         return _train(run, console, callbacks)
 
 
@@ -252,9 +252,11 @@ def training_arguments(
     same = {name: value for name, value in run if name in known and name not in ours}
     # Its name since transformers 5.20; the older one warns there.
     checkpointing = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
-    return TrainingArguments(
+    cpu = machine.on_cpu(run.use_cpu)
+    made = TrainingArguments(
         **{
             **same,
+            "use_cpu": cpu,  # else accelerate takes each process for one alone, where there is no accelerator
             checkpointing: run.gradient_checkpointing,
             "output_dir": str(out),
             "learning_rate": max(run.peak_rates().values()),
@@ -272,9 +274,15 @@ def training_arguments(
             "remove_unused_columns": False,
             "disable_tqdm": True,
             "log_level_replica": "error",  # as it is for the first process
-            "dataloader_pin_memory": torch.cuda.is_available() and not run.use_cpu,
+            "dataloader_pin_memory": torch.cuda.is_available() and not cpu,
         }
     )
+    if made.world_size != processes.count():
+        raise RuntimeError(
+            f"{processes.count()} processes were started, and transformers counts {made.world_size}: each would train "
+            "by itself. Start them with torchrun or accelerate launch, on devices of one kind."
+        )
+    return made
 
 
 def _chosen(logits: Any, labels: Tensor) -> Tensor:

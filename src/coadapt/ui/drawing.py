@@ -55,7 +55,7 @@ def _svg(points: Points, colors: Mapping[str, str], size: tuple[float, float], l
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,), numticks=6))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}" if value < 1e-3 else f"{value:g}")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.tick_params(colors=GREY, which="both", length=0)
     axes.grid(color=GREY, alpha=0.25, linewidth=0.6)
     axes.spines[:].set_visible(False)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -106,12 +107,12 @@ def _conversation(name: str, label: str, placeholder: str, visible: bool = True)
 
 
 def messages(turns: Turns, key: str) -> list[Any]:
-    """A conversation as it is shown; `key` says whose answers."""
+    """A conversation as it is shown; `key` says whose answers. Escaped, or tags in it would be HTML."""
     found: list[dict[str, str]] = []
     for turn in turns:
-        found.append({"role": "user", "content": turn["question"]})
+        found.append({"role": "user", "content": escape(turn["question"], quote=False)})
         if turn.get(key):
-            found.append({"role": "assistant", "content": turn[key]})
+            found.append({"role": "assistant", "content": escape(turn[key], quote=False)})
     return found
 
 
@@ -214,7 +215,8 @@ def _wire_asking(context: Context, tab: ChatTab, everything: list[Any], turns: g
     def ask(question: str, *values: Any) -> Iterator[Any]:
         adapter, model, temperature, longest, compare, before, saved, _, *sliders = values
         if not question.strip():
-            yield [wrong_with("Write a question first."), *(gr.skip() for _ in outputs[1:])]
+            gr.Info("Write a question first.", duration=3)  # passes by: a second click on Ask says it, too
+            yield [gr.skip() for _ in outputs]
             return
         from coadapt.ui.talk import Asked
 
