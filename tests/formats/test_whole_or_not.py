@@ -94,7 +94,7 @@ def test_a_save_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="No space"):
         get_peft_model(llama(), LoraConfig(r=4)).save_pretrained(tmp_path)
     assert {n: (tmp_path / n).read_bytes() for n in names(tmp_path)} == before
