@@ -14,7 +14,8 @@ from coadapt.core.adapter import Adapter, attribute, replace_options
 from coadapt.core.composition import Sum, names
 from coadapt.core.frame import current, go_on_with
 from coadapt.core.site import ENTRANCE
-from coadapt.formats.keys import Entry, entries
+from coadapt.formats.entry import Entry
+from coadapt.formats.keys import entries
 from coadapt.formats.vocabulary import ROOT
 
 from .configs import INJECTED, injected_as, without_injected

@@ -12,8 +12,9 @@ import coadapt.model
 from coadapt.core import driving
 from coadapt.core.adapter import Adapter, attribute
 from coadapt.formats import vocabulary
+from coadapt.formats.entry import Entry
 from coadapt.formats.files import WEIGHTS, read_tensors
-from coadapt.formats.keys import Entry, entries, present
+from coadapt.formats.keys import entries, present
 from coadapt.formats.vocabulary import ROOT
 
 from .configs import INJECTED
