@@ -18,6 +18,7 @@ class Entry:
 
 
 def whole(key: str, value: Tensor, shape: tuple[int, ...] | None = None) -> Entry:
+    """A parameter as it is, in another shape where one is given."""
     shape = tuple(value.shape) if shape is None else shape
     return Entry(key, shape, lambda: value.detach().reshape(shape), lambda t: copy(t, value))
 

@@ -40,7 +40,7 @@ from .virtual import PROMPT, computed, in_one_tensor, prefix, prompt
 from .vocabulary import ROOT
 
 VIRTUAL_ROOT = "base_model."
-"""The same in files of prompts and prefixes, where the field's model is wrapped once less."""
+"""What `ROOT` is in files of prompts and prefixes, where the field's model is wrapped once less."""
 _WRAPPERS = {
     "_orig_mod": "OptimizedModule",
     "module": "DistributedDataParallel",

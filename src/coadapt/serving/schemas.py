@@ -210,7 +210,7 @@ def _first(error: ValidationError) -> Refusal:
     own = [one for one in found if one["loc"][:1] == found[0]["loc"][:1]]
     said = max(own, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     where = _place(said["loc"])
-    if said["loc"][0] == "prompt" and said["type"].endswith("_type"):
+    if said["loc"][:1] == ("prompt",) and said["type"].endswith("_type"):
         message = "prompt: a text, several texts, token ids or several lists of them; nothing else, and not mixed."
         return Refusal(400, message, param="prompt", code="invalid_value")
     code = "missing_parameter" if said["type"] == "missing" else "invalid_value"

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 RUN, METRICS = "run.yaml", "metrics.jsonl"
+"""The settings of a run, and its log."""
 EVALUATION = "evaluation.json"
 """What `coadapt eval` writes beside the adapters, where nothing else is said."""
 Figures = dict[str, dict[str, float]]
 """Group -> figure -> value."""
 FIGURES = ("learning_rate", "grad_norm", "update_norm", "update_ratio", "effective_rank")
 Points = list[tuple[int, float]]
+"""(step, value)"""
 
 
 def named(logs: Mapping[str, Any]) -> dict[str, Any]:
